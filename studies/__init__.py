@@ -1,0 +1,5 @@
+"""Scripted analyses: train, measure along the way, write tidy records, draw figures.
+
+This file stays free of imports: the dashboard reads `studies.records` and `studies.figures`
+without ever loading torch.
+"""

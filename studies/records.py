@@ -1,0 +1,183 @@
+"""Records: one flat row per measured number, kept as Parquet parts under results/<run>/.
+
+A run is a folder:
+
+    results/<run>/header.json            versions, device, configuration, status
+    results/<run>/records/part-*.parquet rows with the columns of COLUMNS
+    results/<run>/matrices/*.npz         matrices for the block inspector
+    results/<run>/figures/*.png, report.html
+
+Every file is written under a temporary name and then moved into place, so a killed run leaves
+whole files only, and what it had already measured stays readable.
+"""
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+COLUMNS: dict[str, str] = {
+    "run": "str",
+    "study": "str",
+    "problem": "str",
+    "optimizer": "str",
+    "seed": "int64",
+    "step": "int64",
+    "epoch": "float64",
+    "block": "str",  # "" for a number about the whole model, such as the training loss
+    "size": "int64",  # d, parameters in the block
+    "truth": "str",  # hessian, ggn, ...; "" where nothing is compared
+    "approximation": "str",
+    "damping": "float64",  # lambda of the damped metrics, NaN for the others
+    "metric": "str",
+    "value": "float64",
+    "low": "float64",
+    "high": "float64",
+    "n": "int64",  # examples behind the number
+    "seconds": "float64",  # training time so far, measuring and evaluation excluded
+}
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write bytes under a temporary name beside `path`, then move them into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def new_run(results: Path, name: str) -> Path:
+    """Create and return the folder of a new run, named <name>-<UTC time>-<4 random digits>."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = Path(results) / f"{name}-{stamp}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_header(run: Path, header: Mapping[str, Any]) -> Path:
+    """Write (or replace) the run's header.json."""
+    return write_atomically(run / "header.json", json.dumps(header, indent=2).encode())
+
+
+def read_header(run: Path) -> dict[str, Any]:
+    """Return the run's header; an empty one where the file is missing or damaged."""
+    try:
+        return dict(json.loads((run / "header.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def frame_of(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Turn rows into a frame with exactly the columns and types of COLUMNS.
+
+    Raises: ValueError naming columns that are missing or unknown.
+    """
+    rows = list(rows)
+    for row in rows:
+        if row.keys() != COLUMNS.keys():
+            missing, unknown = COLUMNS.keys() - row.keys(), row.keys() - COLUMNS.keys()
+            raise ValueError(
+                f"a record lacks columns {sorted(missing)} and has unknown columns "
+                f"{sorted(unknown)}; the columns are {list(COLUMNS)}"
+            )
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def append(run: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Add rows to the run as one new Parquet part; returns its path."""
+    folder = run / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    number = len(list(folder.glob("part-*.parquet")))
+    content = frame_of(rows).to_parquet(index=False)
+    return write_atomically(folder / f"part-{number:05d}.parquet", content)
+
+
+def read(results: Path | str) -> pd.DataFrame:
+    """Read all records below `results` (a results folder or one run's folder).
+
+    Parts that cannot be read are left out and listed in `frame.attrs["damaged"]`, so that the
+    reader can say so; an empty or missing folder gives an empty frame with all columns.
+    """
+    frames, damaged = [], []
+    for part in sorted(Path(results).glob("**/records/part-*.parquet")):
+        try:
+            frame = pd.read_parquet(part)
+            frames.append(frame[list(COLUMNS)].astype(COLUMNS))
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
+            damaged.append(f"{part}: {error}")
+    whole = pd.concat(frames, ignore_index=True) if frames else frame_of([])
+    whole.attrs["damaged"] = damaged
+    return whole
+
+
+def runs(results: Path | str) -> list[Path]:
+    """Return the run folders below `results`, newest first."""
+    folders = [p.parent for p in Path(results).glob("*/header.json")]
+    return sorted(folders, key=lambda p: (p / "header.json").stat().st_mtime, reverse=True)
+
+
+def save_matrices(
+    run: Path, key: Mapping[str, str | int], matrices: Mapping[str, np.ndarray]
+) -> Path:
+    """Keep the matrices of one block at one step for the block inspector.
+
+    key: optimizer, step, block, and size (d; larger than the stored matrices where those were
+    reduced by `reduce_matrix`). matrices: name -> [p, p].
+    """
+    folder = run / "matrices"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key['optimizer']}-{key['step']}-{key['block']}.npz"
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npz")
+    with os.fdopen(handle, "wb") as file:
+        np.savez_compressed(
+            file,
+            key=np.array(json.dumps(dict(key))),
+            **{name: matrix.astype(np.float32) for name, matrix in matrices.items()},
+        )
+    os.replace(temporary, path)
+    return path
+
+
+def list_matrices(run: Path) -> pd.DataFrame:
+    """Index of the run's stored matrices: columns optimizer, step, block, size, path."""
+    rows = []
+    for path in sorted((run / "matrices").glob("*-*-*.npz")):
+        with np.load(path) as file:
+            rows.append({**json.loads(str(file["key"])), "path": str(path)})
+    return pd.DataFrame(rows, columns=["optimizer", "step", "block", "size", "path"])
+
+
+def load_matrices(path: Path | str) -> dict[str, np.ndarray]:
+    """Return name -> [p, p] of one stored file."""
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files if name != "key"}
+
+
+def reduce_matrix(matrix: np.ndarray, pixels: int = 240) -> np.ndarray:
+    """Shrink [d, d] to at most [pixels, pixels]: each cell shows its entry of largest magnitude.
+
+    A mean would hide single large entries and cancel signs.
+    """
+    d = len(matrix)
+    if d <= pixels:
+        return matrix
+    step = -(-d // pixels)
+    padded = np.zeros((step * -(-d // step),) * 2, dtype=matrix.dtype)
+    padded[:d, :d] = matrix
+    cells = padded.reshape(len(padded) // step, step, len(padded) // step, step)
+    cells = cells.transpose(0, 2, 1, 3).reshape(len(padded) // step, len(padded) // step, -1)
+    largest = np.abs(cells).argmax(-1, keepdims=True)
+    return np.take_along_axis(cells, largest, -1)[..., 0]
