@@ -3,3 +3,5 @@
 This file stays free of imports: the dashboard reads `studies.records` and `studies.figures`
 without ever loading torch.
 """
+
+STUDIES = ("error_along_training",)  # files of this folder that `kronscope study` runs

@@ -142,11 +142,8 @@ def save_matrices(
     path = folder / f"{key['optimizer']}-{key['step']}-{key['block']}.npz"
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npz")
     with os.fdopen(handle, "wb") as file:
-        np.savez_compressed(
-            file,
-            key=np.array(json.dumps(dict(key))),
-            **{name: matrix.astype(np.float32) for name, matrix in matrices.items()},
-        )
+        arrays: dict[str, Any] = {name: m.astype(np.float32) for name, m in matrices.items()}
+        np.savez_compressed(file, key=np.array(json.dumps(dict(key))), **arrays)
     os.replace(temporary, path)
     return path
 
@@ -177,7 +174,8 @@ def reduce_matrix(matrix: np.ndarray, pixels: int = 240) -> np.ndarray:
     step = -(-d // pixels)
     padded = np.zeros((step * -(-d // step),) * 2, dtype=matrix.dtype)
     padded[:d, :d] = matrix
-    cells = padded.reshape(len(padded) // step, step, len(padded) // step, step)
-    cells = cells.transpose(0, 2, 1, 3).reshape(len(padded) // step, len(padded) // step, -1)
+    side = len(padded) // step
+    tiles = padded.reshape(side, step, side, step).transpose(0, 2, 1, 3)
+    cells = tiles.reshape(side, side, -1)
     largest = np.abs(cells).argmax(-1, keepdims=True)
     return np.take_along_axis(cells, largest, -1)[..., 0]

@@ -1,0 +1,14 @@
+"""Approximations built from a problem's data: one method per file, this folder is the registry."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from diag.registry import approximation as registry
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+# the files carry the names of their functions: after the loop the function is what is meant
+globals().update({name: entry.function for name, entry in registry.items()})
+
+__all__ = ["registry", *registry]

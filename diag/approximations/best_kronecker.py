@@ -1,0 +1,28 @@
+"""The best Kronecker approximations there are, the yardstick for all others."""
+
+from diag.blocks import Block
+from diag.exact import truth
+from diag.kronecker import leading_kronecker
+from diag.operators import KroneckerSum
+from diag.problem import Problem
+from diag.registry import approximation
+
+
+@approximation(
+    "best_kronecker",
+    of="ggn",
+    kind="curvature",
+    reference="Van Loan and Pitsianis 1993",
+    exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
+)
+def best_kronecker(problem: Problem, block: Block, rank: int = 1, of: str = "ggn") -> KroneckerSum:
+    """The sum of `rank` Kronecker products nearest to the exact block in Frobenius norm.
+
+    argmin ‖C − Σ_k G_k ⊗ A_k‖_F, from the leading singular vectors of the rearranged block; its
+    error is (Σ_{k>rank} σ_k²)^½.
+
+    Raises: ValueError for rank < 1 or a block that is not one layer with [W, b].
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, not {rank}")
+    return leading_kronecker(truth(problem, block, of), rank, block)

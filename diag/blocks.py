@@ -1,0 +1,104 @@
+"""Block: a named set of parameters and the order in which their entries are counted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Member:
+    """The parameters one module gives to a block.
+
+    `w_bar`: weight and bias stand side by side as [W, b], [out, in+1], bias last; otherwise they
+    follow one another, each row-major. `rows`: the output neurons taken, None for all.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    w_bar: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in+1) of the member's [W, b], or (entries, 1) of anything else."""
+        out = self.shapes[0][0] if self.shapes[0] else 1
+        rows = self.rows[1] - self.rows[0] if self.rows else out
+        entries = sum(math.prod(shape) for shape in self.shapes)
+        return (rows, entries // out) if self.w_bar else (entries, 1)
+
+    @property
+    def d(self) -> int:
+        """Number of entries."""
+        return math.prod(self.matrix_shape)
+
+    def split(self, v: Tensor) -> dict[str, Tensor]:
+        """Vector [d] -> {parameter: tensor of its full shape}, zero outside the member's rows."""
+        if not self.w_bar:
+            parts = v.split([math.prod(shape) for shape in self.shapes])
+            named = zip(self.parameters, parts, self.shapes, strict=True)
+            return {name: part.reshape(shape) for name, part, shape in named}
+        matrix = v.reshape(self.matrix_shape)
+        if self.rows:
+            start, stop = self.rows
+            matrix = pad(matrix, (0, 0, start, self.shapes[0][0] - stop))
+        columns = matrix.split([math.prod(shape[1:]) for shape in self.shapes], dim=1)
+        named = zip(self.parameters, columns, self.shapes, strict=True)
+        return {name: part.reshape(shape) for name, part, shape in named}
+
+    def join(self, tensors: dict[str, Tensor]) -> Tensor:
+        """{parameter: [..., *shape]} -> [..., d]; leading dimensions are kept."""
+        if not self.w_bar:
+            named = zip(self.parameters, self.shapes, strict=True)
+            flat = [tensors[n].reshape(*_lead(tensors[n], s), -1) for n, s in named]
+            return torch.cat(flat, dim=-1)
+        named = zip(self.parameters, self.shapes, strict=True)
+        columns = [tensors[n].reshape(*_lead(tensors[n], s), s[0], -1) for n, s in named]
+        matrix = torch.cat(columns, dim=-1)
+        matrix = matrix[..., slice(*self.rows), :] if self.rows else matrix
+        return matrix.flatten(-2)
+
+
+def _lead(tensor: Tensor, shape: tuple[int, ...]) -> torch.Size:
+    return tensor.shape[: tensor.ndim - len(shape)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A named set of parameters with d entries; made by `Problem.block` and `Problem.blocks`."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def d(self) -> int:
+        """Number of entries."""
+        return sum(member.d for member in self.members)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters the block has entries of."""
+        return tuple(name for member in self.members for name in member.parameters)
+
+    @property
+    def single(self) -> Member | None:
+        """The one member of a layer, tensor or unit block; None for a group of several."""
+        return self.members[0] if len(self.members) == 1 else None
+
+    def split(self, v: Tensor) -> dict[str, Tensor]:
+        """Vector [d] -> {parameter: tensor of its full shape}."""
+        parts = v.split([member.d for member in self.members])
+        pairs = zip(self.members, parts, strict=True)
+        return {name: t for member, part in pairs for name, t in member.split(part).items()}
+
+    def join(self, tensors: dict[str, Tensor]) -> Tensor:
+        """{parameter: [..., *shape]} -> [..., d]."""
+        return torch.cat([member.join(tensors) for member in self.members], dim=-1)
+
+    def __str__(self) -> str:
+        return f"{self.name} (d = {self.d:,})"

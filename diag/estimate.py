@@ -1,0 +1,26 @@
+"""Estimate: a number with its interval and the count of examples behind it."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value, its 95 % interval [low, high], and n, the examples behind it.
+
+    `value` is exact for the batch the problem holds. The interval says where it would fall on
+    other batches of the same size from the same source, the approximation held fixed. Where
+    nothing is known of the single examples (a truth given as one dense matrix) low and high are
+    NaN: no interval is claimed.
+    """
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"

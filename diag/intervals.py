@@ -1,0 +1,155 @@
+"""Intervals: how far a number measured on this batch would move on another one like it.
+
+Norms and inner products of a SampleMean with weights w are w K w and w·t, so a bootstrap replicate
+costs O(N²). Two cares are taken. The naive bootstrap of a norm is biased, because an example drawn
+twice meets itself: replicates leave every n = m pair out (a U-statistic) and only their deviations
+from the U-statistic of the batch are used, put around the batch's own value. And the approximation
+is held fixed: the interval is about the truth's sampling.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from diag.estimate import Estimate
+from diag.operators import Kronecker, Operator, dense, inner, keep
+from diag.sample_mean import SampleMean
+
+REPLICATES = 1000
+LEVEL = 0.95
+CANCELLED = 1e-7  # of ‖C‖² + ‖B‖²: below it a difference of squares keeps under 9 digits
+Z = 1.959964  # the normal quantile of LEVEL, for first-order intervals
+
+
+@cache
+def bootstrap_counts(n: int) -> Tensor:
+    """How often each of n examples is drawn, [REPLICATES, n]; the same in every call."""
+    generator = torch.Generator().manual_seed(n)
+    drawn = torch.randint(n, (REPLICATES, n), generator=generator)
+    counts = torch.zeros(REPLICATES, n, dtype=torch.float64)
+    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
+
+
+def norm_deviations(gram: Tensor) -> Tensor:
+    """Deviations [REPLICATES] of ‖C‖² over bootstrap samples, from pairs of distinct examples.
+
+    c K c - Σ c_n² K_nn over Σ_{n≠m} c_n c_m, minus the same with all c = 1. NaN for N = 1.
+    """
+    n = len(gram)
+    counts = bootstrap_counts(n).to(gram)
+    own = gram.diagonal()
+    pairs = ((counts @ gram) * counts).sum(1) - counts.square() @ own
+    weights = n**2 - counts.square().sum(1)
+    centre = (gram.sum() - own.sum()) / (n * (n - 1)) if n > 1 else math.nan
+    return pairs / weights - centre
+
+
+def inner_deviations(inners: Tensor) -> Tensor:
+    """Deviations [REPLICATES] of a mean of per-example inner products [N]."""
+    counts = bootstrap_counts(len(inners)).to(inners)
+    return counts @ inners / len(inners) - inners.mean()
+
+
+def residual_square(truth: Operator, approximation: Operator) -> float:
+    """‖truth - approximation‖_F², without the cancellation of ‖C‖² - 2<C,B> + ‖B‖² for G ⊗ A.
+
+    With C_n = Ḡ + dC_n and a_n a_nᵀ = Ā + dA_n the truth is Ḡ ⊗ Ā plus the covariance
+    mean_n dC_n ⊗ dA_n, so that truth - G ⊗ A is that plus (Ḡ - G) ⊗ Ā + G ⊗ (Ā - A): all small
+    where the approximation is good.
+    """
+    if not (isinstance(truth, SampleMean) and isinstance(approximation, Kronecker)):
+        whole = inner(truth, truth) + inner(approximation, approximation)
+        square = whole - 2 * inner(truth, approximation)
+        if square < CANCELLED * whole:  # few digits left: subtract entry by entry instead
+            return (dense(truth) - dense(approximation)).square().sum().item()
+        return square
+    G, A = truth.left_mean, truth.right_mean
+    dC = truth.packed_left - truth.packed_left.mean(0)
+    dA = truth.packed_right - truth.packed_right.mean(0)
+    covariance = ((dC @ dC.T) * (dA @ dA.T)).mean()
+    first, second = (
+        Kronecker(G - approximation.left, A),
+        Kronecker(approximation.left, A - approximation.right),
+    )
+    rest = inner(first, first) + 2 * inner(first, second) + inner(second, second)
+    centred = SampleMean(truth.a, truth.C - G)
+    crossed = sum(inner(centred, part) for part in (first, second))
+    return max(float(covariance) + rest + 2 * crossed, 0.0)
+
+
+class Norms(NamedTuple):
+    """‖C‖², <C, B> and ‖C - B‖², each [1 + REPLICATES]: the batch's own value first."""
+
+    square: Tensor
+    cross: Tensor
+    error: Tensor
+
+
+def norms(truth: Operator, approximation: Operator) -> Norms:
+    """The three numbers all Frobenius metrics are made of, with bootstrap replicates.
+
+    A truth without per-example terms, or of one example, has its own values only, [1]. Kept with
+    the truth as long as the approximation lives, since several metrics ask for the same pair.
+    """
+    known = keep(truth, "norms", WeakKeyDictionary)
+    if approximation not in known:
+        known[approximation] = _norms(truth, approximation)
+    return known[approximation]
+
+
+def _norms(truth: Operator, approximation: Operator) -> Norms:
+    square = inner(truth, truth)
+    cross = inner(truth, approximation)
+    own = [square, cross, residual_square(truth, approximation)]
+    values = torch.tensor(own, dtype=torch.float64)[:, None]
+    if not isinstance(truth, SampleMean) or truth.n == 1:
+        return Norms(*values)
+    d_square = keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
+    d_cross = inner_deviations(truth.inners(approximation)).double().cpu()
+    moved = values + torch.stack([d_square, d_cross, d_square - 2 * d_cross])
+    moved[[0, 2]] = moved[[0, 2]].clamp(min=0)
+    return Norms(*torch.cat([values, moved], dim=1))
+
+
+def from_replicates(numbers: Tensor, truth: Operator) -> Estimate:
+    """Estimate from [1 + REPLICATES] numbers, the value first: a percentile interval.
+
+    The interval is widened to hold the value itself where the replicates are skewed. [1] number:
+    no interval (NaN).
+    """
+    value, n = numbers[0].item(), getattr(truth, "n", 0)
+    if len(numbers) == 1:
+        return Estimate(value, n=n)
+    tail = (1 - LEVEL) / 2
+    ends = torch.tensor([tail, 1 - tail]).to(numbers)
+    low, high = torch.quantile(numbers[1:], ends).tolist()
+    return Estimate(value, min(low, value), max(high, value), n)
+
+
+def from_influence(value: float, influence: Tensor | None, n: int, log: bool = False) -> Estimate:
+    """First-order (infinitesimal jackknife) interval from each example's influence U_n [N].
+
+    The standard error is (Σ U_n²)^½ / N (Jaeckel 1972). log: symmetric in log(value), for ratios.
+    """
+    if influence is None or n < 2 or not math.isfinite(value):
+        return Estimate(value, n=n)
+    error = Z * influence.square().sum().sqrt().item() / n
+    if log:
+        return Estimate(value, value * math.exp(-error / value), value * math.exp(error / value), n)
+    return Estimate(value, value - error, value + error, n)
+
+
+def half_split_norms(gram: Tensor, splits: int) -> Tensor:
+    """‖C_first half - C_second half‖² for random halves, [splits], as w K w with signed weights."""
+    n = len(gram)
+    generator = torch.Generator().manual_seed(n)
+    order = torch.rand(splits, n, generator=generator).argsort(1)
+    half = n // 2
+    signs = torch.full((splits, n), 0.0, dtype=torch.float64)
+    signs.scatter_(1, order[:, :half], 1 / half).scatter_(1, order[:, half : 2 * half], -1 / half)
+    signs = signs.to(gram)
+    return ((signs @ gram) * signs).sum(1).clamp(min=0)

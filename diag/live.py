@@ -1,0 +1,79 @@
+"""Reading a running optimizer: the protocol by which its state becomes operators.
+
+An optimizer is read through `preconditioner()` -> {block name: map}, and `curvature()` where it
+holds one. A map is known by its parts, not by its class: `.left` and `.right` when it is a
+Kronecker product, `.blocks` when block-diagonal, `.diagonal` when diagonal; else it has `.shape`
+and `@`. What is read is copied, in the dtype asked for, so the operators stay as they were when
+the optimizer goes on.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diag.operators import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Kronecker,
+    Operator,
+    inverse,
+)
+
+
+class Live(Protocol):
+    """An optimizer that shows its preconditioner."""
+
+    def preconditioner(self) -> dict[str, Any]:
+        """{block name: the map it applies to the block's gradient}."""
+        ...
+
+
+def read(map_: Any, dtype: torch.dtype = torch.float64) -> Operator:
+    """Copy one live map into an operator.
+
+    Raises: TypeError for an object without `.shape` and `@`.
+    """
+    if isinstance(map_, Tensor):
+        return Dense(_copy(map_, dtype))
+    if hasattr(map_, "left") and hasattr(map_, "right"):
+        return Kronecker(_matrix(map_.left, dtype), _matrix(map_.right, dtype))
+    if hasattr(map_, "blocks"):
+        blocks = map_.blocks
+        if isinstance(blocks, Tensor):
+            return BlockDiagonal(_copy(blocks, dtype))
+        return BlockDiagonal([_matrix(block, dtype) for block in blocks])
+    if hasattr(map_, "diagonal") and isinstance(map_.diagonal, Tensor):
+        return Diagonal(_copy(map_.diagonal, dtype))
+    return Dense(_matrix(map_, dtype))
+
+
+def preconditioners(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, Operator]:
+    """Copies of the maps the optimizer applies now, {block name: operator}."""
+    return {name: read(map_, dtype) for name, map_ in optimizer.preconditioner().items()}
+
+
+def curvatures(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, Operator]:
+    """The curvature each live preconditioner P implies, P⁻¹; its damping is inside.
+
+    Damped metrics take it with approximation_damping=0.
+    """
+    return {name: inverse(P) for name, P in preconditioners(optimizer, dtype).items()}
+
+
+def _matrix(part: Any, dtype: torch.dtype) -> Tensor:
+    """A factor as a matrix: itself, or what its `@` does to the identity."""
+    if isinstance(part, Tensor):
+        return _copy(part, dtype)
+    if not hasattr(part, "shape") or not hasattr(part, "__matmul__"):
+        raise TypeError(
+            f"cannot read a {type(part).__name__} as an operator: it needs .shape and @, or "
+            f".left and .right, .blocks, or .diagonal"
+        )
+    probe = getattr(part, "dtype", None) or torch.get_default_dtype()
+    return _copy(part @ torch.eye(part.shape[0], dtype=probe), dtype)
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype, copy=True)

@@ -1,0 +1,45 @@
+"""Operators: symmetric d x d matrices that know their structure.
+
+An operator owes `.shape` and `@`; a plain tensor is one. Everything else is a free function:
+`dense`, `diagonal`, `trace`, `inner`, `frobenius_norm`, `solve`. Structure that a function does
+not know is handled densely, within a memory budget, never by another formula.
+All matrices act on row-major vectors of W_bar = [W, b].
+"""
+
+from diag.operators.forms import BUDGET, dense, diagonal, trace
+from diag.operators.products import frobenius_norm, inner, inner_rule
+from diag.operators.solving import Inverse, dense_inverse, inverse, keep, solve, solver
+from diag.operators.structures import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerSum,
+    LowRank,
+    Operator,
+)
+
+__all__ = [
+    "BUDGET",
+    "BlockDiagonal",
+    "Damped",
+    "Dense",
+    "Diagonal",
+    "Inverse",
+    "Kronecker",
+    "KroneckerSum",
+    "LowRank",
+    "Operator",
+    "dense",
+    "dense_inverse",
+    "diagonal",
+    "frobenius_norm",
+    "inner",
+    "inner_rule",
+    "inverse",
+    "keep",
+    "solve",
+    "solver",
+    "trace",
+]

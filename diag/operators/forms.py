@@ -1,0 +1,140 @@
+"""Dense form, diagonal and trace of an operator."""
+
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diag.operators.structures import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    Kronecker,
+    KroneckerSum,
+    LowRank,
+    Operator,
+)
+
+BUDGET = 4 * 2**30  # bytes; the largest dense matrix `dense` builds unless told otherwise
+
+
+def dense(operator: Operator, budget: int = BUDGET) -> Tensor:
+    """Return the matrix [d, d] in full.
+
+    Raises: ValueError when it needs more than `budget` bytes (default 4 GiB).
+
+    I ⊗ A is block-diagonal:
+        >>> from torch import eye, tensor
+        >>> dense(Kronecker(eye(2), tensor([[3.0]]))).tolist()
+        [[3.0, 0.0], [0.0, 3.0]]
+    """
+    d = operator.shape[0]
+    size = d * d * 8
+    if size > budget:
+        raise ValueError(
+            f"the dense matrix of {d} x {d} needs {size / 2**30:.1f} GiB, over the budget of "
+            f"{budget / 2**30:.1f} GiB; use operator @ v, frobenius_norm, inner, trace or "
+            f"diagonal, which never form it, or pass a larger budget="
+        )
+    return to_dense(operator)
+
+
+@singledispatch
+def to_dense(operator: Any) -> Tensor:
+    """Return the matrix [d, d] whatever its size; a structure registers its own form here."""
+    raise TypeError(
+        f"no dense form of {type(operator).__name__}; give an operator of diag.operators, "
+        f"a tensor [d, d], or apply it to an identity yourself"
+    )
+
+
+@to_dense.register
+def _(operator: Tensor) -> Tensor:
+    return operator
+
+
+@to_dense.register
+def _(operator: Dense) -> Tensor:
+    return operator.matrix
+
+
+@to_dense.register
+def _(operator: Kronecker) -> Tensor:
+    return torch.kron(operator.left, operator.right)
+
+
+@to_dense.register
+def _(operator: KroneckerSum) -> Tensor:
+    return torch.stack([to_dense(term) for term in operator.terms]).sum(0)
+
+
+@to_dense.register
+def _(operator: BlockDiagonal) -> Tensor:
+    matrix = torch.block_diag(*operator.blocks)
+    if operator.order is None:
+        return matrix
+    back = operator.order.argsort()
+    return matrix[back][:, back]
+
+
+@to_dense.register
+def _(operator: Diagonal) -> Tensor:
+    return torch.diag(operator.diagonal)
+
+
+@to_dense.register
+def _(operator: LowRank) -> Tensor:
+    return operator.factor @ operator.factor.T
+
+
+@to_dense.register
+def _(operator: Damped) -> Tensor:
+    matrix = to_dense(operator.base).clone()
+    matrix.diagonal().add_(operator.damping)
+    return matrix
+
+
+@singledispatch
+def diagonal(operator: Any) -> Tensor:
+    """Return the diagonal [d]."""
+    return dense(operator).diagonal()
+
+
+@diagonal.register
+def _(operator: Kronecker) -> Tensor:
+    return torch.outer(operator.left.diagonal(), operator.right.diagonal()).reshape(-1)
+
+
+@diagonal.register
+def _(operator: KroneckerSum) -> Tensor:
+    return torch.stack([diagonal(term) for term in operator.terms]).sum(0)
+
+
+@diagonal.register
+def _(operator: Diagonal) -> Tensor:
+    return operator.diagonal
+
+
+@diagonal.register
+def _(operator: LowRank) -> Tensor:
+    return operator.factor.square().sum(1)
+
+
+@diagonal.register
+def _(operator: BlockDiagonal) -> Tensor:
+    entries = torch.cat([block.diagonal() for block in operator.blocks])
+    return entries if operator.order is None else entries[operator.order.argsort()]
+
+
+@diagonal.register
+def _(operator: Damped) -> Tensor:
+    return diagonal(operator.base) + operator.damping
+
+
+def trace(operator: Operator) -> float:
+    """Return Σ_j operator_jj."""
+    if isinstance(operator, Kronecker):
+        return (operator.left.trace() * operator.right.trace()).item()
+    return diagonal(operator).sum().item()

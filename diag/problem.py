@@ -1,0 +1,250 @@
+"""Problem: a model, a loss and a batch, checked once and never touched again."""
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from diag import checks
+from diag.blocks import Block, Member
+
+__all__ = ["Block", "Problem"]
+
+W_BAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def hook_free_copy(model: nn.Module) -> nn.Module:
+    """Deep copy without hooks and .grad; hooks are not copied either (they may hold anything)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in HOOKS:
+            if (hooks := getattr(module, name, None)) is not None:
+                memo[id(hooks)] = OrderedDict()
+    with torch.no_grad():
+        return copy.deepcopy(model, memo)
+
+
+class Problem:
+    """A model, a loss and a batch whose curvature is asked for.
+
+    loss(outputs, targets) must be the mean over the batch of per-example losses; this is checked
+    numerically. The work is done on a hook-free copy in eval mode; the model given keeps its
+    parameters, .grad, buffers, hooks and mode, and the global random state stays as it was.
+
+    dtype: of the copy and the data (float64 recommended for truths); None keeps the model's.
+    likelihood: "categorical", "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None
+    finds it from the loss's gradient.
+    remember_bytes: how much of what was computed (truths) is kept for the next question.
+
+    Raises: ValueError for an empty batch, non-finite values, a random model, a loss that is not a
+    mean over examples, a model without trainable parameters; the message names the culprit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: checks.Loss,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        likelihood: str | None = None,
+        remember_bytes: int = 2**30,
+    ) -> None:
+        checks.check_batch(inputs, targets)
+        checks.check_hooks(model)
+        self.model = hook_free_copy(model).to(dtype=dtype).eval()
+        self.loss = copy.deepcopy(loss).to(dtype=dtype) if isinstance(loss, nn.Module) else loss
+        self.inputs, self.targets = (_cast(t.detach(), dtype) for t in (inputs, targets))
+        self.likelihood = likelihood
+        self.notes: list[str] = []
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._room = remember_bytes
+        self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        checks.check_parameters(self.model)
+        with torch.random.fork_rng(_devices(self.inputs)):
+            checks.check_forward(self.model, self.loss, self.inputs, self.targets)
+            checks.check_mean(self.model, self.loss, self.inputs, self.targets)
+            if model.training:
+                self._note_mode(model, dtype)
+        self._gradients = self._all_gradients()
+
+    def _note_mode(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        """Warn and record when dropout or batch statistics make the training loss another one."""
+        as_trained = hook_free_copy(model).to(dtype=dtype).train()
+        with torch.no_grad():
+            training = self.loss(as_trained(self.inputs), self.targets).item()
+            evaluation = self.loss(self.model(self.inputs), self.targets).item()
+        if abs(training - evaluation) > 1e-6 * (1 + abs(evaluation)):
+            note = (
+                f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it is "
+                f"{training:.6g} (dropout or batch statistics)"
+            )
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=3)
+
+    def _all_gradients(self) -> dict[str, Tensor | None]:
+        parameters = dict(self.model.named_parameters())
+        wanted = [parameters[name] for name in self.trainable]
+        with torch.enable_grad():
+            value = self.loss(self.model(self.inputs), self.targets)
+            found = torch.autograd.grad(value, wanted, allow_unused=True)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        return dict(zip(self.trainable, found, strict=True))
+
+    @property
+    def n(self) -> int:
+        """Examples in the batch."""
+        return len(self.inputs)
+
+    def gradient(self, block: Block) -> Tensor:
+        """Gradient of the batch-mean loss with respect to the block, [d]."""
+        return block.join({name: self._gradients[name] for name in block.parameters})  # type: ignore[misc]
+
+    def outputs(self, block: Block, v: Tensor) -> Tensor:
+        """Model outputs [n, ...] at the parameters plus `v` [d] in the block; differentiable."""
+        shifts = block.split(v)
+        parameters = {n: self.model.get_parameter(n) + shift for n, shift in shifts.items()}
+        return functional_call(self.model, parameters, (self.inputs,))
+
+    def total_loss(self, outputs: Tensor) -> Tensor:
+        """Σ_n of the per-example losses, as a function of the outputs."""
+        return self.n * self.loss(outputs, self.targets)
+
+    def blocks(
+        self, by: str = "layer", groups: Mapping[str, Sequence[str]] | None = None
+    ) -> list[Block]:
+        """All blocks, by "layer" (module), "tensor", "unit" (output neuron) or "group".
+
+        groups: for by="group", {name: module names}; a group holds those modules' layers.
+
+        Raises: ValueError for an unknown `by` or a group of unknown layers.
+        """
+        if by == "layer":
+            return list(self._layers().values())
+        if by == "tensor":
+            return [self._tensor(name) for name in self.trainable if self._used(name)]
+        if by == "unit":
+            return [unit for layer in self._layers().values() for unit in _units(layer)]
+        if by == "group":
+            if not groups:
+                raise ValueError('by="group" needs groups={name: [module names]}')
+            return [self.group(name, modules) for name, modules in groups.items()]
+        raise ValueError(f"no blocks by '{by}'; known: layer, tensor, unit, group")
+
+    def group(self, name: str, modules: Sequence[str]) -> Block:
+        """One block of all layers inside the named modules."""
+        members: list[Member] = []
+        for module in modules:
+            inside = [
+                b.members[0]
+                for n, b in self._layers().items()
+                if n == module or n.startswith(f"{module}.") or module == ""
+            ]
+            if not inside:
+                self._unknown(module)
+            members += [member for member in inside if member not in members]
+        return Block(name, tuple(members))
+
+    def block(self, name: str) -> Block:
+        """Return the layer "encoder.0", tensor "encoder.0.weight" or unit "encoder.0[3]".
+
+        Raises: ValueError for a name the model lacks, a frozen or an unused layer.
+        """
+        if name in (layers := self._layers()):
+            return layers[name]
+        if name in self.trainable and self._used(name):
+            return self._tensor(name)
+        stem = name.partition("[")[0]
+        if stem != name and stem in layers:
+            units = {unit.name: unit for unit in _units(layers[stem])}
+            if name in units:
+                return units[name]
+        return self._unknown(name)
+
+    def _unknown(self, name: str) -> Block:
+        modules, stem = dict(self.model.named_modules()), name.partition("[")[0]
+        own = [n for n, _ in self.model.named_parameters() if n == stem or _owner(n) == stem]
+        if stem in modules and own and not set(own) & set(self.trainable):
+            raise ValueError(
+                f"layer '{stem}' is frozen: {', '.join(own)} have requires_grad=False; "
+                f"unfreeze it before measuring its curvature"
+            )
+        if own and stem == name:
+            raise ValueError(f"layer '{stem}' is unused: the loss does not depend on {own}")
+        raise ValueError(f"no block '{name}'; known: {list(self._layers())}")
+
+    def _used(self, parameter: str) -> bool:
+        return self._gradients[parameter] is not None
+
+    def _layers(self) -> dict[str, Block]:
+        owners: dict[str, list[str]] = {}
+        for name in self.trainable:
+            if self._used(name):
+                owners.setdefault(_owner(name), []).append(name)
+        return {o: Block(o, (self._member(o, names),)) for o, names in owners.items()}
+
+    def _tensor(self, name: str) -> Block:
+        return Block(name, (self._member(_owner(name), [name]),))
+
+    def _member(self, module: str, names: Sequence[str]) -> Member:
+        shapes = tuple(tuple(self.model.get_parameter(n).shape) for n in names)
+        local = [n.rpartition(".")[2] for n in names]
+        linear = isinstance(self.model.get_submodule(module), W_BAR_LAYERS)
+        w_bar = linear and local in (["weight"], ["weight", "bias"], ["bias"])
+        return Member(module, tuple(names), shapes, w_bar)
+
+    def remember(self, key: Any, compute: Callable[[], Any], size: int) -> Any:
+        """Return what was computed for `key`, computing it now if it is not kept.
+
+        size: bytes it takes; the oldest results leave when the room is full.
+        """
+        if key in self._kept:
+            return self._kept[key][0]
+        found = compute()
+        self._kept[key] = (found, size)
+        while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > self._room:
+            self._kept.popitem(last=False)
+        return found
+
+
+def _owner(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _units(layer: Block) -> list[Block]:
+    """One block per output neuron of a layer with [W, b]; a layer without stays whole."""
+    member = layer.members[0]
+    if not member.w_bar:
+        return [layer]
+    return [
+        Block(
+            f"{layer.name}[{j}]",
+            (Member(member.module, member.parameters, member.shapes, True, (j, j + 1)),),
+        )
+        for j in range(member.shapes[0][0])
+    ]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _devices(inputs: Tensor) -> list[int]:
+    """CUDA devices whose random state the checks might move."""
+    return [inputs.get_device()] if inputs.is_cuda else []

@@ -1,0 +1,185 @@
+"""The `kronscope` command."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Exact curvature of neural networks, and how far approximations are from it.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+console = Console()
+
+Results = Annotated[Path, typer.Option(help="Folder for results.")]
+Seed = Annotated[int, typer.Option(help="Seed of initialisation and batch order.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def main() -> None:
+    """Entry point: errors of the user's making are shown as one line, not as a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
+    no_dashboard: Annotated[
+        bool, typer.Option("--no-dashboard", help="Stop after the report.")
+    ] = False,
+    results: Results = Path("results"),
+    port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8501,
+) -> None:
+    """Run the main study on the built-in digits, write its report and open the dashboard."""
+    run_study("error_along_training", tiny, results)
+    if not no_dashboard:
+        dashboard(results, port)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Name of the study, such as error_along_training.")],
+    tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
+    problem: Annotated[str, typer.Option(help="Training problem.")] = "digits-autoencoder",
+    seed: Seed = 0,
+    results: Results = Path("results"),
+) -> None:
+    """Run a study and write its report."""
+    run_study(name, tiny, results, problem=problem, seed=seed)
+
+
+def run_study(name: str, tiny: bool, results: Path, **changes: Any) -> Path:
+    """Run the study with progress bars, write its report, and say where it is."""
+    from dataclasses import replace
+
+    from studies import STUDIES, report
+    from studies.progress import bars
+
+    if name not in STUDIES:
+        raise ValueError(f"no study '{name}'; known: {list(STUDIES)}")
+    module = importlib.import_module(f"studies.{name}")
+    grid = replace(module.TINY if tiny else module.Grid(), **changes)
+    with bars(console) as progress:
+        run = module.run(grid, results, progress)
+    console.print(f"report: [bold]{report.write_report(run)}[/]", soft_wrap=True)
+    return run
+
+
+@app.command("problems")
+def list_problems() -> None:
+    """List the training problems."""
+    from studies.problems import PROBLEMS
+
+    table = Table("problem", "batch", "epochs", "optimizers", "what")
+    for name, problem in sorted(PROBLEMS.items()):
+        row = (str(problem.batch_size), str(problem.epochs), ", ".join(problem.optimizers))
+        table.add_row(name, *row, problem.summary)
+    console.print(table)
+
+
+@app.command()
+def train(
+    problem: Annotated[str, typer.Argument(help="Training problem.")],
+    optimizer: Annotated[str, typer.Option(help="kbfgs, kbfgs_l, kfac, adam or sgd.")] = "kbfgs",
+    epochs: Annotated[int, typer.Option(help="Epochs; 0 takes the problem's.")] = 0,
+    seed: Seed = 0,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Damping λ.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Batch size; 0 takes the problem's.")] = 0,
+    device: Device = "cpu",
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Train a problem; records and a checkpoint after every epoch."""
+    from studies import problems, runs, training
+    from studies.progress import bars
+
+    given = {"lr": lr, "damping": damping}
+    settings = training.Settings(
+        problems.get(problem),
+        optimizer,
+        epochs or problems.get(problem).epochs,
+        seed,
+        batch_size,
+        device,
+        {name: value for name, value in given.items() if value is not None},
+    )
+    with bars(console) as progress:
+        outcome = runs.train(settings, results, progress, resume)
+    console.print(runs.table(outcome.frame))
+    console.print(f"run: [bold]{outcome.folder}[/]", soft_wrap=True)
+    if outcome.diverged:
+        console.print(f"[bold red]{outcome.diverged}[/]")
+        raise typer.Exit(3)
+
+
+@app.command()
+def measure(
+    problem: Annotated[str, typer.Argument(help="Training problem.")],
+    block: Annotated[str, typer.Option(help="Layer; all of them unless given.")] = "",
+    truth: Annotated[str, typer.Option(help="hessian or ggn.")] = "ggn",
+    examples: Annotated[int, typer.Option(help="Training examples to measure on.")] = 256,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint of `train`; else the initial parameters.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure the approximations of a problem's blocks against the exact ones."""
+    from studies.runs import measure_table
+
+    console.print(measure_table(problem, block, truth, examples, checkpoint, seed))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, results/<run>.")],
+) -> None:
+    """Write the report of a run again."""
+    from studies.report import write_report
+
+    if not run.is_dir():
+        raise ValueError(f"no run folder {run}; runs are the folders below results/")
+    console.print(f"report: [bold]{write_report(run)}[/]", soft_wrap=True)
+
+
+@app.command()
+def dashboard(
+    results: Results = Path("results"),
+    port: Annotated[int, typer.Option(help="Port to serve on.")] = 8501,
+) -> None:
+    """Serve the dashboard over a results folder until interrupted."""
+    page = importlib.util.find_spec("app.main")
+    if page is None or page.origin is None or importlib.util.find_spec("streamlit") is None:
+        raise ValueError("the dashboard needs the extra 'app': pip install 'kronscope[app]'")
+    console.print(f"dashboard: [bold]http://localhost:{port}[/] (stop with Ctrl-C)")
+    flags = ["--server.headless=true", f"--server.port={port}", "--browser.gatherUsageStats=false"]
+    command = [sys.executable, "-m", "streamlit", "run", page.origin, *flags]
+    try:
+        subprocess.run(
+            [*command, "--", "--results", str(results)], check=False, env=os.environ.copy()
+        )
+    except KeyboardInterrupt:
+        console.print("dashboard stopped")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="exact: the dense block against torch.func.hessian.")],
+) -> None:
+    """Time against peers, as ratios measured in one run."""
+    from studies.bench import BENCHES
+
+    if name not in BENCHES:
+        raise ValueError(f"no bench '{name}'; known: {list(BENCHES)}")
+    console.print(BENCHES[name]())

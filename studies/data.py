@@ -1,0 +1,92 @@
+"""Data sets: real files from $KRONSCOPE_DATA, else scikit-learn's own or its fetchers."""
+
+import gzip
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IDX_TYPES = {8: np.uint8}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets, float32 in [0, 1]: train [n, ...] and test [m, ...]."""
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+
+
+def reconstruction(train: np.ndarray, test: np.ndarray) -> Data:
+    """Data whose targets are the inputs."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in (train, test))
+    return Data(x, x, y, y)
+
+
+def digits() -> Data:
+    """scikit-learn's 1,797 digits, 8x8 in [0, 1], shuffled once: 1,500 to train, 297 to test."""
+    from sklearn.datasets import load_digits
+
+    pixels = load_digits().data / 16
+    order = np.random.default_rng(0).permutation(len(pixels))
+    return reconstruction(pixels[order[:1500]], pixels[order[1500:]])
+
+
+def mnist() -> Data:
+    """MNIST as rows of 784 in [0, 1]: 60,000 to train, 10,000 to test.
+
+    Read from $KRONSCOPE_DATA/mnist/*.gz where that is set, else by scikit-learn from OpenML (kept
+    in scikit-learn's own cache).
+
+    Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
+    """
+    root = os.environ.get("KRONSCOPE_DATA")
+    if root is None:
+        return _fetched_mnist()
+    folder = Path(root) / "mnist"
+    train = read_idx(folder / "train-images-idx3-ubyte.gz", (60000, 28, 28))
+    test = read_idx(folder / "t10k-images-idx3-ubyte.gz", (10000, 28, 28))
+    return reconstruction(train.reshape(60000, -1) / 255, test.reshape(10000, -1) / 255)
+
+
+def _fetched_mnist() -> Data:
+    from sklearn.datasets import fetch_openml
+
+    try:
+        pixels = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff").data / 255
+    except OSError as error:
+        raise FileNotFoundError(
+            "MNIST is neither in $KRONSCOPE_DATA/mnist (not set) nor could it be fetched from "
+            f"OpenML ({error}); set KRONSCOPE_DATA to a folder with mnist/*.gz or go online"
+        ) from error
+    return reconstruction(pixels[:60000], pixels[60000:])
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a gzipped idx file of unsigned bytes.
+
+    Raises: FileNotFoundError or ValueError naming the file, the shape expected and what was found.
+    """
+    expected = f"gzipped idx file of uint8 {shape}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a {expected}; see $KRONSCOPE_DATA")
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); expected a {expected}; get it again"
+        ) from error
+    zeros, kind, ndim = struct.unpack(">HBB", content[:4])
+    if zeros != 0 or kind not in IDX_TYPES or ndim != len(shape):
+        raise ValueError(f"{path} has header {content[:4]!r}; expected a {expected}")
+    found = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])
+    body = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim)
+    if found != shape or body.size != int(np.prod(shape)):
+        raise ValueError(f"{path} holds {found}, {body.size} bytes; expected a {expected}")
+    return body.reshape(shape)

@@ -1,0 +1,138 @@
+"""Hold approximations against the exact blocks of a model: rows for the records."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from diag import Estimate, Operator, Problem, dense, exact, live
+from diag.problem import Block
+from diag.registry import Metric, approximation, metric
+from studies.records import reduce_matrix
+from studies.training import State
+
+# built from the truth they are compared with, so that only their structure costs;
+# KFAC is what it is, a GGN method, whatever it is compared with
+OF_THE_TRUTH = ("diagonal", "mini_block", "best_kronecker")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured each time."""
+
+    truths: Sequence[str] = ("hessian", "ggn")
+    approximations: Sequence[str] = ("kfac", "diagonal", "mini_block", "best_kronecker")
+    metrics: Sequence[str] = (
+        "relative_error",
+        "relative_error_best_scale",
+        "cosine",
+        "excess_over_best_kronecker",
+        "preconditioned_condition",
+        "step_cosine",
+    )
+    damping: float = 0.1
+    examples: int = 256
+
+
+def live_curvatures(name: str, state: State) -> dict[str, dict[str, Operator]]:
+    """{"<name>_live": {block: operator}} where the optimizer shows its state, else {}."""
+    if not hasattr(state.optimizer, "preconditioner"):
+        return {}
+    return {f"{name}_live": live.curvatures(state.optimizer)}
+
+
+def measure(
+    problem: Problem,
+    plan: Plan,
+    lives: Mapping[str, Mapping[str, Operator]],
+    blocks: Sequence[Block] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows (block, size, truth, approximation, damping, metric, value, low, high, n).
+
+    blocks: those to measure, all layers unless given.
+    """
+    for block in problem.blocks() if blocks is None else blocks:
+        for of in plan.truths:
+            truth = exact.truth(problem, block, of)
+            floor = metric["noise_floor"].function(truth)
+            yield _row(block, of, "", "noise_floor", math.nan, floor)
+            for name, operator in operators(problem, block, of, plan, lives).items():
+                for entry in (metric[m] for m in plan.metrics):
+                    keywords = _keywords(entry, problem, block, plan.damping, name in lives)
+                    found = entry.function(truth, operator, **keywords)
+                    damping = keywords.get("damping", math.nan)
+                    yield _row(block, of, name, entry.name, damping, found)
+
+
+def operators(
+    problem: Problem,
+    block: Block,
+    of: str,
+    plan: Plan,
+    lives: Mapping[str, Mapping[str, Operator]],
+) -> dict[str, Operator]:
+    """The approximations of one block: those built from data, then those read live."""
+    found: dict[str, Operator] = {}
+    for name in plan.approximations:
+        entry = approximation[name]
+        target = of if name in OF_THE_TRUTH else entry.of
+        found[name] = entry.function(problem, block, of=target)
+    for name, blocks in lives.items():
+        if block.name in blocks:
+            found[name] = blocks[block.name]
+    return found
+
+
+def _keywords(
+    entry: Metric, problem: Problem, block: Block, damping: float, is_live: bool
+) -> dict[str, Any]:
+    """The keywords a metric needs; a live curvature has its damping inside."""
+    known = {"damping": damping, "gradient": problem.gradient(block)}
+    keywords = {name: known[name] for name in entry.needs}
+    if is_live and "damping" in keywords:
+        keywords["approximation_damping"] = 0.0
+    return keywords
+
+
+def _row(
+    block: Block, truth: str, name: str, metric_name: str, damping: float, found: Estimate
+) -> dict[str, Any]:
+    return {
+        "block": block.name,
+        "size": block.d,
+        "truth": truth,
+        "approximation": name,
+        "damping": damping,
+        "metric": metric_name,
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+    }
+
+
+def matrices(
+    problem: Problem, block: Block, plan: Plan, lives: Mapping[str, Mapping[str, Operator]]
+) -> dict[str, np.ndarray]:
+    """Dense truths and approximations of one block, reduced for the block inspector.
+
+    Approximations are those of the GGN.
+    """
+    found: dict[str, Operator] = {of: exact.truth(problem, block, of) for of in plan.truths}
+    found |= operators(problem, block, "ggn", plan, lives)
+    return {name: reduce_matrix(dense(op).cpu().numpy()) for name, op in found.items()}
+
+
+def definitions(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Formula, range, best value and reference of each metric, for the run's header."""
+    return {
+        name: {
+            "formula": metric[name].formula,
+            "range": metric[name].range,
+            "best": metric[name].best,
+            "reference": metric[name].reference,
+        }
+        for name in names
+    }

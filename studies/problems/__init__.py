@@ -1,0 +1,54 @@
+"""Training problems: one family per file, this folder is the registry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from torch import Tensor, nn
+
+from studies.data import Data
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingProblem:
+    """A model, its data and the settings it is trained with.
+
+    likelihood: of which the loss is the negative logarithm. optimizers: recommended
+    hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names.
+    measure_damping: λ of the damped metrics.
+    """
+
+    name: str
+    summary: str
+    model: Callable[[], nn.Module]
+    loss: Loss
+    likelihood: str
+    data: Callable[[], Data]
+    batch_size: int
+    epochs: int
+    measure_damping: float
+    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+PROBLEMS: dict[str, TrainingProblem] = {}
+
+
+def register(problem: TrainingProblem) -> TrainingProblem:
+    """Add a problem to the registry under its name."""
+    PROBLEMS[problem.name] = problem
+    return problem
+
+
+def get(name: str) -> TrainingProblem:
+    """Return the problem of this name. Raises: ValueError listing the known names."""
+    if name not in PROBLEMS:
+        raise ValueError(f"no problem '{name}'; known: {sorted(PROBLEMS)}")
+    return PROBLEMS[name]
+
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,72 @@
+"""Autoencoders: the digits default that needs no download, and the papers' MNIST one."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from studies import data
+from studies.problems import TrainingProblem, register
+
+
+def summed_logistic_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logistic loss summed over the pixels, averaged over the batch (arXiv:2006.08877).
+
+    The negative log-likelihood of independent Bernoulli pixels; targets in [0, 1].
+    """
+    return binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+
+
+def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Mirror-symmetric Linear layers; the code (the narrowest) and the output are linear."""
+    code = min(sizes)
+    layers: list[nn.Module] = []
+    for place, (inward, outward) in enumerate(pairwise(sizes)):
+        layers.append(nn.Linear(inward, outward))
+        if outward != code and place < len(sizes) - 2:
+            layers.append(activation())
+    return nn.Sequential(*layers)
+
+
+register(
+    TrainingProblem(
+        name="digits-autoencoder",
+        summary="1,797 real 8x8 digits of scikit-learn, 64-48-24-8-24-48-64, tanh; no download",
+        model=lambda: autoencoder((64, 48, 24, 8, 24, 48, 64), nn.Tanh),
+        loss=summed_logistic_loss,
+        likelihood="bernoulli",
+        data=data.digits,
+        batch_size=150,
+        epochs=60,
+        measure_damping=0.1,
+        optimizers={
+            "kbfgs": {"lr": 0.3, "damping": 0.3},
+            "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
+            "kfac": {"lr": 1.0, "damping": 0.3},
+            "adam": {"lr": 0.003},
+            "sgd": {"lr": 0.01, "momentum": 0.9},
+        },
+    )
+)
+
+register(
+    TrainingProblem(
+        name="mnist-autoencoder",
+        summary="MNIST 28x28, 784-1000-500-250-30-250-500-1000-784, ReLU; K-BFGS paper",
+        model=lambda: autoencoder((784, 1000, 500, 250, 30, 250, 500, 1000, 784), nn.ReLU),
+        loss=summed_logistic_loss,
+        likelihood="bernoulli",
+        data=data.mnist,
+        batch_size=1000,
+        epochs=20,
+        measure_damping=0.3,
+        optimizers={
+            "kbfgs": {"lr": 0.3, "damping": 0.3, "weight_decay": 1e-5},
+            "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, "weight_decay": 1e-5},
+            "kfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
+            "adam": {"lr": 1e-4, "eps": 1e-4},
+            "sgd": {"lr": 3e-3, "momentum": 0.9},
+        },
+    )
+)

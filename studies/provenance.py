@@ -1,0 +1,50 @@
+"""The header of a run: versions, device, commit, configuration."""
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("kronscope", "torch", "backpack-for-pytorch", "numpy", "scipy", "pandas", "seaborn")
+
+
+def header(study: str, problem: str, device: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to run the same again."""
+    return {
+        "study": study,
+        "problem": problem,
+        "status": "running",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": f"{device} ({platform.machine()}, {platform.system()})",
+        "commit": _commit(),
+        "config": dict(config),
+        "metrics": {},
+        "seconds": 0.0,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The source's commit; empty where it is not a git checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()

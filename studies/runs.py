@@ -1,0 +1,136 @@
+"""Single training runs and single measurements, for the command line."""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from diag import Problem
+from studies import measuring, problems, provenance, records, training
+from studies.snapshots import loss_row
+
+NAME = "train"
+CHECKPOINT = "checkpoint.pt"
+LAST_FINITE = "last-finite.pt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a training run is kept, its records, and why it ended early if it did."""
+
+    folder: Path
+    frame: pd.DataFrame
+    diverged: str = ""
+
+
+def train(
+    settings: training.Settings, results: Path, progress: Progress, resume: Path | None = None
+) -> Outcome:
+    """Train, writing losses and a checkpoint after every epoch; evaluation time is not counted.
+
+    resume: the folder of an earlier run of the same settings, which then goes on in place.
+    A run that diverges keeps its records; the last parameters with a finite loss are in
+    last-finite.pt and the header's status says so.
+    """
+    folder = resume or records.new_run(results, NAME)
+    header = records.read_header(folder) if resume else _header(settings)
+    records.write_header(folder, header | {"status": "running"})
+    diverged, begun = "", time.perf_counter()
+    try:
+        for state in _epochs(settings, resume, progress):
+            if not (resume and state.step == _last_step(folder)):
+                records.append(folder, _rows(folder, settings, state))
+            training.save(state, folder / CHECKPOINT)
+    except training.DivergedError as error:
+        diverged = str(error)
+        training.save_parameters(error.parameters, folder / LAST_FINITE)
+    except BaseException as error:
+        records.write_header(folder, header | {"status": f"failed: {type(error).__name__}"})
+        raise
+    status = f"diverged: {diverged}" if diverged else "finished"
+    seconds = header["seconds"] + time.perf_counter() - begun
+    records.write_header(folder, header | {"status": status, "seconds": seconds})
+    return Outcome(folder, records.read(folder), diverged)
+
+
+def _header(settings: training.Settings) -> dict[str, Any]:
+    config = dataclasses.asdict(dataclasses.replace(settings, problem=None))  # type: ignore[arg-type]
+    return provenance.header(NAME, settings.problem.name, settings.device, config)
+
+
+def _epochs(
+    settings: training.Settings, resume: Path | None, progress: Progress
+) -> Any:  # Iterator[State]
+    """The states at the ends of epochs, the start included."""
+    task = progress.add_task(f"training {settings.optimizer}", total=None)
+    for state in training.steps(settings, resume / CHECKPOINT if resume else None):
+        total = settings.epochs * state.steps_per_epoch
+        progress.update(task, total=total, completed=state.step)
+        if state.step % state.steps_per_epoch == 0:
+            yield state
+
+
+def _last_step(folder: Path) -> int:
+    frame = records.read(folder)
+    return -1 if frame.empty else int(frame["step"].max())
+
+
+def _rows(folder: Path, settings: training.Settings, state: training.State) -> list[dict[str, Any]]:
+    shared = {
+        "run": folder.name,
+        "study": NAME,
+        "problem": settings.problem.name,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "step": state.step,
+        "epoch": state.epoch,
+        "seconds": state.seconds,
+    }
+    losses = training.evaluate(state, settings.problem)
+    return [{**shared, **loss_row(name, value)} for name, value in losses.items()]
+
+
+def table(frame: pd.DataFrame) -> Table:
+    """Losses by epoch as a table."""
+    shown = Table("epoch", "seconds", "train loss", "test loss")
+    wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
+    for row in wide.reset_index().to_dict("records"):
+        losses = (f"{row['train_loss']:.4f}", f"{row['test_loss']:.4f}")
+        shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *losses)
+    return shown
+
+
+def measure_table(
+    problem: str, block: str, truth: str, examples: int, checkpoint: Path | None, seed: int
+) -> Table:
+    """Measure a problem's blocks at its initial or checkpointed parameters.
+
+    Raises: ValueError for an unknown problem, block, truth or checkpoint.
+    """
+    setting = problems.get(problem)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = setting.model()
+    if checkpoint is not None:
+        if not checkpoint.is_file():
+            raise ValueError(f"no checkpoint {checkpoint}; `kronscope train` writes one")
+        model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
+    data = setting.data()
+    inputs, targets = data.train_inputs[:examples], data.train_targets[:examples]
+    found = Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
+    plan = measuring.Plan(truths=(truth,), damping=setting.measure_damping)
+    blocks = [found.block(block)] if block else found.blocks()
+    shown = Table("block", "d", "approximation", "metric", "value", "95 % interval", title=truth)
+    for row in measuring.measure(found, plan, {}, blocks):
+        interval = "" if math.isnan(row["low"]) else f"{row['low']:.4g} … {row['high']:.4g}"
+        name = row["approximation"] or "exact"
+        place = (row["block"], f"{row['size']:,}", name, row["metric"])
+        shown.add_row(*place, f"{row['value']:.4g}", interval)
+    return shown

@@ -1,0 +1,120 @@
+"""Measure while training goes on: snapshots are measured by a pool of worker processes.
+
+Training yields its state; what is needed to measure it (the parameters and the live curvatures) is
+copied out, so measuring never disturbs the run, and the copies are measured in parallel with one
+thread each, which suits matrices of this size better than one process with all threads.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from loky import get_reusable_executor
+from torch import Tensor
+
+from diag import Operator, Problem
+from studies import measuring, problems
+from studies.data import Data
+from studies.training import Settings, State, evaluate
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one step: what measuring needs, detached from the run."""
+
+    settings_key: dict[str, Any]  # run-independent columns of the rows: problem, optimizer, ...
+    parameters: dict[str, Tensor]
+    lives: dict[str, dict[str, Operator]]
+    losses: dict[str, float]
+    plan: measuring.Plan
+    keep_matrices: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came back: rows without run and study, and matrices by block."""
+
+    rows: list[dict[str, Any]]
+    matrices: dict[str, dict[str, np.ndarray]]
+    sizes: dict[str, int]
+    key: dict[str, Any]
+
+
+def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: bool) -> Snapshot:
+    """Copy out what measuring needs."""
+    key = {
+        "problem": settings.problem.name,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "step": state.step,
+        "epoch": state.epoch,
+        "seconds": state.seconds,
+    }
+    parameters = {n: t.detach().cpu().clone() for n, t in state.model.state_dict().items()}
+    lives = measuring.live_curvatures(settings.optimizer, state)
+    return Snapshot(key, parameters, lives, evaluate(state, settings.problem), plan, keep_matrices)
+
+
+def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measured]:
+    """Measure snapshots as they come, in `workers` processes; results in order of completion.
+
+    Taking the next snapshot waits while more than four per worker are queued.
+    """
+    pool = get_reusable_executor(max_workers=workers)
+    pending: set[Future] = set()
+    try:
+        for snapshot in snapshots:
+            pending.add(pool.submit(measure, snapshot))
+            full = len(pending) > 4 * workers
+            done, pending = wait(pending, None if full else 0, FIRST_COMPLETED)
+            yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(pending))
+    finally:
+        for future in pending:  # nobody waits for these after an error
+            future.cancel()
+
+
+def measure(snapshot: Snapshot) -> Measured:
+    """All rows of one snapshot, computed with one thread."""
+    torch.set_num_threads(1)
+    setting = problems.get(snapshot.settings_key["problem"])
+    problem = rebuild(setting, snapshot)
+    rows = [loss_row(name, value) for name, value in snapshot.losses.items()]
+    rows += measuring.measure(problem, snapshot.plan, snapshot.lives)
+    pictures: dict[str, dict[str, np.ndarray]] = {}
+    if snapshot.keep_matrices:
+        for block in problem.blocks():
+            pictures[block.name] = measuring.matrices(problem, block, snapshot.plan, snapshot.lives)
+    sizes = {block.name: block.d for block in problem.blocks()}
+    complete = [{**snapshot.settings_key, **row} for row in rows]
+    return Measured(complete, pictures, sizes, snapshot.settings_key)
+
+
+def rebuild(setting: problems.TrainingProblem, snapshot: Snapshot) -> Problem:
+    """The Problem of the snapshot's parameters on the first training examples, in float64."""
+    model = setting.model()
+    model.load_state_dict(snapshot.parameters)
+    data: Data = setting.data()
+    rows = slice(snapshot.plan.examples)
+    inputs, targets = data.train_inputs[rows], data.train_targets[rows]
+    return Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
+
+
+def loss_row(name: str, value: float) -> dict[str, Any]:
+    """A row about the whole model."""
+    return {
+        "block": "",
+        "size": 0,
+        "truth": "",
+        "approximation": "",
+        "damping": math.nan,
+        "metric": name,
+        "value": value,
+        "low": math.nan,
+        "high": math.nan,
+        "n": 0,
+    }

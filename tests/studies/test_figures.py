@@ -1,0 +1,210 @@
+"""Figures say what they show: axes, panels, legends, colours; odd numbers do not upset them."""
+
+import io
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from studies import figures, records
+
+SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
+METRICS = sorted(set(SYNTHETIC["METRICS"]) - {"noise_floor"})
+
+
+@pytest.fixture(scope="module")
+def frame():
+    return records.frame_of(SYNTHETIC["rows"](steps=(0, 50, 100)))
+
+
+@pytest.fixture(scope="module")
+def small(frame):
+    """Two layers of six."""
+    return frame[frame["block"].isin(["", "0", "10"])]
+
+
+def rendered(figure):
+    """Render at low resolution: what cannot be laid out warns, and warnings are errors."""
+    figure.savefig(io.BytesIO(), format="png", dpi=30)
+    return figure
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def line_colours(axes):
+    """Colours of the lines of a panel, by marker (markers differ between names)."""
+    return {line.get_marker(): to_hex(line.get_color()) for line in axes.lines}
+
+
+def test_loss_curves_have_a_panel_per_loss_and_a_line_per_optimizer(frame):
+    figure = rendered(figures.loss_curves(frame))
+    assert [axes.get_title() for axes in figure.axes] == ["train loss", "test loss"]
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
+    assert legend(figure) == ["adam", "kbfgs", "kfac"]
+    assert figure.axes[0].get_xlabel() == "step"
+    assert figure.get_supylabel() == "loss (mean per example)"
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_loss_curves_do_not_lean_on_an_interval_or_a_finite_loss(frame):
+    rows = frame.copy()
+    rows.loc[(rows["optimizer"] == "adam") & (rows["step"] == 100), "value"] = np.inf
+    assert "infinite" in legend(rendered(figures.loss_curves(rows)))
+
+
+def test_error_along_training_has_a_panel_per_layer_in_natural_order(frame):
+    figure = figures.error_along_training(frame, "relative_error", "ggn", "kbfgs")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "layer 0 · d = 3,120"
+    assert titles[-2:] == ["layer 8 · d = 1,200", "layer 10 · d = 3,136"]
+    assert len(titles) == 6
+    names = ["best_kronecker", "diagonal", "kbfgs_live", "kfac", "mini_block", "noise floor"]
+    assert legend(figure) == names
+    assert [len(axes.lines) for axes in figure.axes] == [len(names)] * 6
+    assert [len(axes.collections) for axes in figure.axes] == [len(names)] * 6  # bands
+    assert figure.get_supylabel() == "relative Frobenius error"
+    assert figure.get_suptitle() == "Trained with kbfgs, compared with the exact GGN"
+    assert {axes.get_ylim() for axes in figure.axes} == {figure.axes[0].get_ylim()}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_can_be_drawn(small, metric):
+    along = rendered(figures.error_along_training(small, metric, "hessian", "kbfgs"))
+    assert len(along.axes) == 2
+    blocks = rendered(figures.error_by_block(small, metric, "hessian"))
+    assert len(blocks.axes) == 3
+    damped = metric in ("step_cosine", "preconditioned_condition")
+    for figure in (along, blocks):
+        label = figures.label(metric) + (" (λ = 0.3)" if damped else "")
+        assert figure.get_supylabel() == label
+
+
+def test_noise_is_drawn_only_where_it_has_the_unit(small):
+    assert "noise floor" in legend(figures.error_by_block(small, "relative_error", "ggn"))
+    assert "noise floor" not in legend(figures.error_by_block(small, "cosine", "ggn"))
+    assert "noise floor" not in legend(
+        figures.error_along_training(small, "step_cosine", "ggn", "adam")
+    )
+
+
+def test_a_name_keeps_its_colour_in_all_figures_of_a_run(small):
+    found = [
+        line_colours(figures.error_along_training(small, metric, "ggn", optimizer).axes[0])
+        for metric in ("relative_error", "cosine")
+        for optimizer in ("adam", "kbfgs", "kfac")
+    ]
+    found.append(line_colours(figures.error_by_block(small, "cosine", "ggn").axes[0]))
+    for colours in found:
+        common = colours.keys() & found[0].keys() - {"None"}
+        assert len(common) >= 4
+        assert all(colours[marker] == found[0][marker] for marker in common)
+
+
+def test_looks_depend_on_the_set_of_names_and_differ_without_colour():
+    names = [f"method {i}" for i in range(20)]
+    looks = figures.looks(names)
+    assert looks == figures.looks(reversed(names))
+    greys = {(look["marker"], str(look.get("linestyle"))) for look in looks.values()}
+    assert len(greys) == 21  # with the best Kronecker
+    assert looks["best_kronecker"]["color"] == "black"
+
+
+def test_a_single_step_shows_points_with_intervals_and_the_noise(small):
+    one = small[small["step"] == 0]
+    figure = rendered(figures.error_along_training(one, "relative_error", "ggn", "kbfgs"))
+    assert figure.axes[0].get_xticks().tolist() == [0]
+    (floor,) = (
+        line for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 1]
+    )  # across the panel
+    assert floor.get_linestyle() == "--"
+
+
+def test_infinite_values_are_marked_and_named(small):
+    figure = rendered(figures.error_by_block(small, "preconditioned_condition", "hessian"))
+    assert legend(figure)[-1] == "infinite"
+    marked = [line for line in figure.axes[1].lines if line.get_marker() == r"$\infty$"]
+    assert len(marked) == 1
+    everywhere = small.assign(value=np.inf, low=np.nan, high=np.nan)
+    rendered(figures.error_along_training(everywhere, "relative_error", "ggn", "kbfgs"))
+
+
+def test_seeds_give_a_median_and_a_range():
+    seeds = records.frame_of(
+        SYNTHETIC["row"](optimizer="adam", step=step, seed=seed, metric="a_loss", value=seed + 1.0)
+        for step in (0, 1)
+        for seed in (0, 1, 4)
+    )
+    axes = figures.loss_curves(seeds).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == [2, 2]
+    heights = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (1, 5)
+
+
+def test_names_nobody_has_heard_of_appear(small):
+    rows = small.replace({"kfac": "new_method", "relative_error": "new_metric"})
+    figure = rendered(figures.error_along_training(rows, "new_metric", "ggn", "adam"))
+    assert "new_method" in legend(figure)
+    assert figure.get_supylabel() == "new metric"
+
+
+def test_errors_name_what_there_is(frame):
+    with pytest.raises(ValueError, match=r"no records with metric 'cosin'; known: \['cosine'"):
+        figures.error_by_block(frame, "cosin", "ggn")
+    with pytest.raises(ValueError, match="no records with optimizer 'sgd'"):
+        figures.error_along_training(frame, "cosine", "ggn", "sgd")
+    for draw in (figures.loss_curves, lambda f: figures.error_by_block(f, "cosine", "ggn")):
+        with pytest.raises(ValueError, match="no records"):
+            draw(records.frame_of([]))
+
+
+def test_triptych_has_one_symmetric_scale():
+    exact = np.diag([5.0, -0.01, 0.0])
+    figure = rendered(figures.matrix_triptych(exact, 2 * exact, ("ggn", "kfac"), 3))
+    panels = figure.axes[:3]
+    assert [axes.get_title() for axes in panels] == ["exact GGN", "kfac", "kfac − exact"]
+    norms = {id(axes.images[0].norm) for axes in panels}
+    assert len(norms) == 1
+    norm = panels[0].images[0].norm
+    assert (norm.vmin, norm.vmax) == (-10, 10)
+    np.testing.assert_array_equal(panels[2].images[0].get_array(), exact)
+    assert figure.get_supxlabel() == "d = 3, every entry shown"
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_triptych_of_odd_matrices(value):
+    odd = np.full((4, 4), value)
+    figure = rendered(figures.matrix_triptych(np.zeros((4, 4)), odd, ("hessian", "new"), 1000))
+    assert "d = 1,000 reduced to 4 × 4" in figure.get_supxlabel()
+
+
+def test_triptych_refuses_different_shapes():
+    with pytest.raises(ValueError, match="shapes differ"):
+        figures.matrix_triptych(np.eye(2), np.eye(3), ("ggn", "kfac"), 2)
+
+
+def test_verdicts_are_computed_from_the_numbers():
+    numbers = {"kfac": 0.6, "diagonal": 0.9, "best_kronecker": 0.5, "kbfgs_live": 2.0}
+    place = {"optimizer": "kbfgs", "step": 7, "block": "0", "truth": "ggn"}
+    row = SYNTHETIC["row"]
+    rows = [row(**place, metric="noise_floor", value=0.3)]
+    for name, error in numbers.items():
+        rows.append(row(**place, metric="relative_error", approximation=name, value=error))
+        rows.append(row(**place, metric="step_cosine", approximation=name, value=1 - error / 4))
+    rows.append(row(**place | {"step": 3}, metric="relative_error", approximation="old", value=0.1))
+    assert figures.verdicts(records.frame_of(rows)) == {
+        "Exact GGN, kbfgs at step 7": "kfac is closest, with a relative error of 0.600 (median "
+        "over the layers), 1.20 times that of the best possible Kronecker product and 2.0 times "
+        "the sampling noise of the exact block itself (0.300); what the optimizer itself holds "
+        "(kbfgs_live) is at 2.00; the step nearest to the exact one is kfac's "
+        "(median cosine 0.850)."
+    }
+
+
+def test_verdicts_need_errors(frame):
+    assert figures.verdicts(records.frame_of([])) == {}
+    assert figures.verdicts(frame[frame["metric"] == "cosine"]) == {}
+    assert len(figures.verdicts(frame[frame["metric"] == "relative_error"])) == 6
