@@ -218,8 +218,13 @@ class Problem:
             return self._kept[key][0]
         found = compute()
         self._kept[key] = (found, size)
-        while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > self._room:
-            self._kept.popitem(last=False)
+        others = [(k, s) for k, (_, s) in self._kept.items() if s and k != key]
+        excess = size + sum(s for _, s in others) - self._room
+        for old, freed in others if size else []:
+            if excess <= 0:
+                break
+            del self._kept[old]
+            excess -= freed
         return found
 
 

@@ -176,4 +176,8 @@ def _(operator: Inverse, damping: float) -> Callable[[Tensor], Tensor]:
 @to_dense.register
 def _(operator: Inverse) -> Tensor:
     inverted = inverse(operator.base)
-    return torch.linalg.inv(to_dense(operator.base)) if inverted is operator else to_dense(inverted)
+    return (
+        torch.linalg.inv(dense(operator.base))
+        if isinstance(inverted, Inverse)
+        else to_dense(inverted)
+    )

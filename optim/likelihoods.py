@@ -1,0 +1,82 @@
+"""Distributions over labels that a model's outputs stand for: sample, and score.
+
+The score is d(-log p(label | output)) / d output for each example, not divided by the batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+
+class Likelihood(NamedTuple):
+    """sample(output, generator) -> labels; score(output, labels) -> like output."""
+
+    sample: Callable[[Tensor, Generator], Tensor]
+    score: Callable[[Tensor, Tensor], Tensor]
+
+
+def sample_categorical(output: Tensor, generator: Generator) -> Tensor:
+    """One class index [m, ...] per example from softmax over dimension 1 of [m, c, ...]."""
+    p = output.softmax(1)
+    # the race of exponential clocks that torch.multinomial runs, which however refuses NaN
+    # (and on a GPU aborts the process); here NaN gives some label and a NaN score
+    clocks = torch.empty_like(p).exponential_(generator=generator)
+    return (p / clocks).argmax(1)
+
+
+def score_categorical(output: Tensor, labels: Tensor) -> Tensor:
+    """softmax(output) - onehot(labels), the gradient of the cross-entropy summed over positions.
+
+    By hand, two equally likely classes:
+        >>> score_categorical(torch.zeros(1, 2), torch.tensor([0])).tolist()
+        [[-0.5, 0.5]]
+    """
+    onehot = F.one_hot(labels, output.shape[1]).movedim(-1, 1)
+    return output.softmax(1) - onehot.to(output.dtype)
+
+
+def sample_bernoulli(output: Tensor, generator: Generator) -> Tensor:
+    """0 or 1 per entry of the logits, with P(1) = sigmoid(logit)."""
+    p = output.sigmoid()
+    uniform = torch.empty_like(p).uniform_(generator=generator)
+    return (uniform < p).to(p.dtype)  # torch.bernoulli refuses NaN
+
+
+def score_bernoulli(output: Tensor, labels: Tensor) -> Tensor:
+    """sigmoid(output) - labels: binary cross-entropy with logits, summed over entries."""
+    return output.sigmoid() - labels
+
+
+def sample_gaussian(output: Tensor, generator: Generator) -> Tensor:
+    """Normal(output, 1) per entry, the model behind the loss ½ ‖output - label‖²."""
+    noise = torch.empty_like(output).normal_(generator=generator)
+    return output + noise
+
+
+def score_gaussian(output: Tensor, labels: Tensor) -> Tensor:
+    """Output minus labels, the gradient of ½ ‖output - labels‖².
+
+    The loss without the ½ has twice this Fisher matrix (2 I at the output): put the ½ in the
+    loss, or double the damping and halve the learning rate in your mind.
+    """
+    return output - labels
+
+
+LIKELIHOODS = {
+    "categorical": Likelihood(sample_categorical, score_categorical),
+    "bernoulli": Likelihood(sample_bernoulli, score_bernoulli),
+    "gaussian": Likelihood(sample_gaussian, score_gaussian),
+}
+
+
+def sampled_score(name: str, output: Tensor, generator: Generator) -> Tensor:
+    """Score of one label per example drawn from the model's own distribution.
+
+    Returns: like output, in at least float32.
+    """
+    likelihood = LIKELIHOODS[name]
+    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+    return likelihood.score(output, likelihood.sample(output, generator))

@@ -1,0 +1,68 @@
+"""Running the user's closure an extra time without leaving a trace."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+RandomState = dict[torch.device, Tensor]
+
+
+def random_state(model: nn.Module) -> RandomState:
+    """State of PyTorch's generators: the CPU's and those of the CUDA devices the model is on."""
+    states = {torch.device("cpu"): torch.get_rng_state()}
+    for device in {p.device for p in model.parameters() if p.device.type == "cuda"}:
+        states[device] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: RandomState) -> None:
+    """Put the generators back into a state that `random_state` read."""
+    for device, state in states.items():
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)
+
+
+@contextmanager
+def replayed(model: nn.Module, states: RandomState) -> Iterator[None]:
+    """Inside, random numbers repeat from `states` (same dropout masks); after, as before."""
+    now = random_state(model)
+    set_random_state(states)
+    try:
+        yield
+    finally:
+        set_random_state(now)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave every .grad and every buffer of the model (BatchNorm's statistics) as found.
+
+    Inside, all .grad are None, so that a closure's zero_grad(set_to_none=False) has nothing
+    to overwrite.
+    """
+    grads = [(p, p.grad) for p in model.parameters()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    for parameter, _ in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                setattr(module, name, buffer.copy_(value))
+
+
+def run(closure: Callable[[], Tensor]) -> Tensor:
+    """The closure's result, with gradients enabled around it."""
+    with torch.enable_grad():
+        return closure()

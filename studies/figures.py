@@ -1,0 +1,398 @@
+"""Figures and verdicts: pure functions from a run's records to a matplotlib Figure, or to words.
+
+Each takes the records of a whole run and filters for itself, so that a name keeps its colour in
+all figures of the run. What is drawn is found in the data: an approximation or a metric nobody
+has heard of appears by itself.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator
+
+Look = dict[str, Any]  # keyword arguments of a matplotlib line
+
+LABELS = {  # where blanks for underscores are not enough
+    "relative_error": "relative Frobenius error",
+    "relative_error_best_scale": "relative error at the best scale",
+    "cosine": "matrix cosine",
+    "excess_over_best_kronecker": "relative error − best Kronecker's",
+    "preconditioned_condition": "preconditioned condition number",
+    "step_cosine": "cosine with the exact step",
+    "ggn": "GGN",
+    "hessian": "Hessian",
+}
+BOUND, NOISE = "best_kronecker", "noise_floor"
+IN_UNITS_OF_NOISE = ("relative_error", "relative_error_best_scale")  # relative to ||C||, as noise
+COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3, 4, 9, 5, 6)]  # not grey, yellow
+MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", (0, (5, 1)), (0, (1, 1)), "-.")
+NOISE_LOOK: Look = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
+ROUNDING = 1e-10  # the metrics are relative: below this, float64 sums no longer tell
+LINEAR = ("cosine", "step_cosine")  # other scales are chosen by the data
+ZERO_LOOK: Look = {"color": "0.3", "marker": "$0$", "linestyle": "", "markersize": 7}
+INFINITE_LOOK: Look = {"color": "0.3", "marker": r"$\infty$", "linestyle": "", "markersize": 9}
+
+
+def label(name: str) -> str:
+    """Return how a metric or a truth is called in print."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Return three significant digits; infinity, zero and nothing as such."""
+    if np.isnan(value):
+        return "–"
+    if abs(value) <= ROUNDING:
+        return "0" if value == 0 else "≈ 0"
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names: those of LABELS first, in its order, then the others by alphabet."""
+    known = list(LABELS)
+    return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 10 after layer 2."""
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.findall(r"\d+|\D+", name)]
+
+
+def layer(block: str, size: int) -> str:
+    """Return a panel's title, such as 'layer 0 · d = 3,120'."""
+    return f"layer {block} · d = {size:,}"
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Return colour, marker and line of each name; the best Kronecker is black.
+
+    Depends on the set of names, not on their order. Marker and line differ too, so that figures
+    can be read in grey.
+    """
+    found: dict[str, Look] = {BOUND: {"color": "black", "marker": "d", "linewidth": 1.6}}
+    for i, name in enumerate(sorted(set(names) - {BOUND, ""})):
+        marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
+        colour = COLOURS[i % len(COLOURS)]
+        found[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.4}
+    return found
+
+
+def select(frame: pd.DataFrame, **wanted: str | int | float | None) -> pd.DataFrame:
+    """Return the rows whose columns equal `wanted`; None leaves a column free.
+
+    Raises: ValueError where none is left, saying which values there are instead.
+    """
+    for column, value in wanted.items():
+        if value is not None:
+            known = sorted(frame[column].unique())
+            frame = frame[frame[column] == value]
+            if frame.empty:
+                raise ValueError(f"no records with {column} {value!r}; known: {known}")
+    if frame.empty:
+        raise ValueError("no records to draw")
+    return frame
+
+
+def last(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return each optimizer's rows at the last step it has."""
+    return frame[frame["step"] == frame.groupby("optimizer")["step"].transform("max")]
+
+
+def loss_curves(frame: pd.DataFrame) -> Figure:
+    """Losses of the whole model against the step: a panel per loss, a line per optimizer.
+
+    Columns: metric (those that end in _loss), optimizer, step, value. Of several seeds, the median
+    and the range.
+    Raises: ValueError without such rows.
+    """
+    rows = select(frame[frame["metric"].str.endswith("_loss")], block="")
+    metrics = sorted(rows["metric"].unique(), reverse=True)  # training before test
+    styles = looks(frame["optimizer"])
+    shown = {name: styles[name] for name in sorted(rows["optimizer"].unique())}
+    figure, panels = _panels(len(metrics))
+    _scale(panels[0], rows["value"])
+    for axes, metric in zip(panels, metrics, strict=True):
+        own = rows[rows["metric"] == metric]
+        for rank, name in enumerate(shown):
+            _line(axes, own[own["optimizer"] == name], shown[name], rank)
+        _dress(axes, label(metric))
+    return _finish(figure, shown, rows, "step", "loss (mean per example)")
+
+
+def error_along_training(
+    frame: pd.DataFrame, metric: str, truth: str, optimizer: str, damping: float | None = None
+) -> Figure:
+    """One panel per block: the metric against the step, a line with interval per approximation.
+
+    Columns: all but seconds. The noise floor is drawn where it has the metric's unit; infinite
+    values are marked at the upper edge. Of several seeds, the median and the range.
+    Raises: ValueError without rows for this choice.
+    """
+    rows = select(frame, metric=metric, truth=truth, optimizer=optimizer, damping=damping)
+    floor = _noise(frame[frame["optimizer"] == optimizer], metric, truth)
+    styles, blocks = looks(frame["approximation"]), sorted(rows["block"].unique(), key=natural)
+    shown = {name: styles[name] for name in sorted(rows["approximation"].unique())}
+    figure, panels = _panels(len(blocks))
+    _scale(panels[0], pd.concat([rows["value"], floor["value"]]), metric)
+    for axes, block in zip(panels, blocks, strict=True):
+        own = rows[rows["block"] == block]
+        _line(axes, floor[floor["block"] == block], NOISE_LOOK)
+        for rank, name in enumerate(shown):
+            _line(axes, own[own["approximation"] == name], shown[name], rank)
+        _dress(axes, layer(block, own["size"].iloc[0]))
+    shown |= {} if floor.empty else {"noise floor": NOISE_LOOK}
+    figure.suptitle(f"Trained with {optimizer}, compared with the exact {label(truth)}")
+    return _finish(figure, shown, rows, "step", label(metric))
+
+
+def error_by_block(
+    frame: pd.DataFrame, metric: str, truth: str, damping: float | None = None
+) -> Figure:
+    """One panel per optimizer: the metric at its last measured step, block by block.
+
+    Columns: all but seconds. A dot with its interval per approximation; noise floor, infinite
+    values and seeds as in `error_along_training`.
+    Raises: ValueError without rows for this choice.
+    """
+    rows = last(select(frame, metric=metric, truth=truth, damping=damping))
+    floor = last(_noise(frame, metric, truth))
+    styles, blocks = looks(frame["approximation"]), sorted(rows["block"].unique(), key=natural)
+    shown = {n: {**styles[n], "linestyle": ""} for n in sorted(rows["approximation"].unique())}
+    middle, shifts = np.arange(len(blocks)), np.linspace(-0.3, 0.3, len(shown))
+    figure, panels = _panels(rows["optimizer"].nunique())
+    _scale(panels[0], pd.concat([rows["value"], floor["value"]]), metric)
+    for axes, (optimizer, own) in zip(panels, rows.groupby("optimizer"), strict=True):
+        heights = _summary(floor[floor["optimizer"] == optimizer], "block").reindex(blocks)
+        axes.hlines(heights["value"], middle - 0.42, middle + 0.42, **NOISE_LOOK)
+        for shift, name in zip(shifts, shown, strict=True):
+            points = _summary(own[own["approximation"] == name], "block").reindex(blocks)
+            _dots(axes, middle + shift, points, shown[name])
+        axes.set_xticks(middle, blocks)
+        _dress(axes, f"{optimizer}, step {own['step'].max():,}")
+        axes.grid(visible=False, axis="x")
+    shown |= {} if floor.empty else {"noise floor": NOISE_LOOK}
+    figure.suptitle(f"Last measurement, compared with the exact {label(truth)}")
+    return _finish(figure, shown, rows, "layer", label(metric))
+
+
+def matrix_triptych(
+    exact: np.ndarray, approximation: np.ndarray, names: tuple[str, str], size: int
+) -> Figure:
+    """Exact matrix, approximation and difference on one symmetric logarithmic colour scale.
+
+    names: of the exact matrix and of the approximation. size: d, larger than the matrices where
+    those were reduced; the figure then says how.
+    Raises: ValueError for matrices of different shapes.
+    """
+    if exact.shape != approximation.shape:
+        raise ValueError(f"shapes differ: {exact.shape} and {approximation.shape}")
+    pictures = {f"exact {label(names[0])}": exact, names[1]: approximation}
+    pictures[f"{names[1]} − exact"] = approximation - exact
+    finite = np.abs(np.stack(list(pictures.values())))
+    top = 10.0 ** math.ceil(math.log10(finite[np.isfinite(finite)].max(initial=0.0) or 1.0))
+    norm = SymLogNorm(top * 1e-3, vmin=-top, vmax=top)  # three decades either side of zero
+    colours = sns.color_palette("vlag", as_cmap=True).with_extremes(bad="0.5")
+    figure = Figure(figsize=(12, 4.1), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, (title, picture) in zip(panels, pictures.items(), strict=True):
+        axes.imshow(picture, cmap=colours, norm=norm, interpolation="none")
+        axes.set(title=title, xticks=[], yticks=[])
+    ticks = [sign * top * 10.0**-k for sign in (-1, 1) for k in range(4)] + [0.0]
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, ticks=sorted(ticks))
+    bar.ax.set_yticklabels([f"{tick:g}" for tick in sorted(ticks)])
+    bar.set_label(f"entry (linear within ±{top * 1e-3:g})")
+    figure.supxlabel(_what_cells_show(len(exact), size), fontsize="medium")
+    return figure
+
+
+def medians(frame: pd.DataFrame, truth: str) -> pd.DataFrame:
+    """Median over the layers of each metric at each optimizer's last step.
+
+    Index optimizer, approximation; a column per metric. The noise floor has approximation "".
+    Several seeds or dampings go into the same median.
+    """
+    rows = last(frame[(frame["truth"] == truth) & (frame["block"] != "")])
+    table = rows.pivot_table("value", ["optimizer", "approximation"], "metric", "median")
+    return table[in_order(table.columns)]
+
+
+def verdicts(frame: pd.DataFrame) -> dict[str, str]:
+    """Say per truth and optimizer which approximation is closest, and how close it is.
+
+    Uses relative_error, step_cosine and noise_floor at the last step, as medians over layers;
+    pairs without a relative error are left out. Keys say the optimizer, its step and the truth.
+    """
+    found = {}
+    for truth in sorted(set(frame["truth"]) - {""}):
+        table = medians(frame, truth)
+        steps = frame[frame["truth"] == truth].groupby("optimizer")["step"].max()
+        for optimizer in table.index.unique("optimizer"):
+            own = table.loc[optimizer]
+            errors = own.get("relative_error", pd.Series(dtype=float))
+            errors = errors.drop([BOUND, ""], errors="ignore")
+            if np.isfinite(errors).any():
+                place = f"Exact {label(truth)}, {optimizer} at step {steps[optimizer]:,}"
+                found[place] = _verdict(own, errors)
+    return found
+
+
+def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
+    """Say which of `errors` is least and hold it against the bound, the noise and the step."""
+    error, said = errors.min(), f"{errors.idxmin()} is closest"
+    said += f", with a relative error of {number(error)} (median over the layers)"
+    bound = own["relative_error"].get(BOUND, np.nan)
+    if bound > 0:
+        said += f", {number(error / bound)} times that of the best possible Kronecker product"
+    floor = own[NOISE].get("", np.nan) if NOISE in own else np.nan
+    if np.isfinite(floor):
+        where = "within" if error <= floor else f"{error / floor:.1f} times"
+        said += f" and {where} the sampling noise of the exact block itself ({number(floor)})"
+    for name in errors.index[errors.index.str.endswith("_live") & (errors > error)]:
+        said += f"; what the optimizer itself holds ({name}) is at {number(errors[name])}"
+    cosines = own.get("step_cosine", pd.Series(dtype=float)).drop(BOUND, errors="ignore").dropna()
+    if not cosines.empty:
+        said += f"; the step nearest to the exact one is {cosines.idxmax()}'s"
+        said += f" (median cosine {cosines.max():.3f})"
+    return said + "."
+
+
+def _noise(frame: pd.DataFrame, metric: str, truth: str) -> pd.DataFrame:
+    """Noise-floor rows; none where the metric has another unit."""
+    comparable = metric in IN_UNITS_OF_NOISE
+    return frame[(frame["metric"] == NOISE) & (frame["truth"] == truth) & comparable]
+
+
+def _summary(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Median value and widest interval per step or block; a range where there are seeds."""
+    whole = rows.assign(
+        low=rows["low"].fillna(rows["value"]), high=rows["high"].fillna(rows["value"])
+    )
+    return whole.groupby(by).agg({"value": "median", "low": "min", "high": "max"})
+
+
+def _line(axes: Axes, rows: pd.DataFrame, look: Look, rank: int = 0) -> None:
+    """Draw value against step with its interval as a band; a gap where the value is infinite."""
+    points = _summary(rows, "step")
+    steps, finite = points.index.to_numpy(), points.where(np.isfinite(points))
+    axes.plot(steps, finite["value"], **look, markersize=4, markevery=max(1, len(steps) // 8))
+    colour = look["color"]
+    axes.fill_between(steps, finite["low"], finite["high"], color=colour, alpha=0.15, linewidth=0)
+    if len(steps) == 1:  # neither a band nor a line without markers could be seen
+        axes.vlines(steps, finite["low"], finite["high"], color=colour)
+        if "marker" not in look:
+            axes.axhline(finite["value"].iloc[0], **look)
+    _marks(axes, steps, points["value"].to_numpy(), colour, rank)
+
+
+def _dots(axes: Axes, x: np.ndarray, points: pd.DataFrame, look: Look) -> None:
+    """Draw value and interval at the places x."""
+    finite = points.where(np.isfinite(points))
+    axes.vlines(x, finite["low"], finite["high"], color=look["color"], linewidth=1.2)
+    axes.plot(x, finite["value"], **look, markersize=5)
+    _marks(axes, x, points["value"].to_numpy(), look["color"])
+
+
+def _marks(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, rank: int = 0) -> None:
+    """Mark infinite values at the upper edge and what a logarithm cannot show at the lower one.
+
+    rank: moves the marks of different names apart.
+    """
+    zero = (np.abs(values) <= ROUNDING) & (axes.get_yscale() == "log")
+    edges = ((np.isinf(values), INFINITE_LOOK, 1 - 0.07 * rank), (zero, ZERO_LOOK, 0.07 * rank))
+    for found, look, height in edges:
+        if found.any():  # an empty line that is not clipped upsets the layout
+            own = {**look, "color": colour, "transform": axes.get_xaxis_transform()}
+            axes.plot(x[found], np.full(found.sum(), height), **own, clip_on=False, zorder=3)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """`count` panels with common axes, at most three in a row."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.5, 3.7 * columns), 2.6 * rows + 1.3), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    for axes in panels[max(0, count - columns) : count]:  # the lowest of each column
+        axes.xaxis.set_tick_params(labelbottom=True)
+    return figure, list(panels[:count])
+
+
+def _dress(axes: Axes, title: str) -> None:
+    """Title, light grid, no box."""
+    axes.set_title(title, fontsize="medium")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    sns.despine(ax=axes)
+
+
+def _scale(axes: Axes, values: pd.Series, metric: str = "") -> None:
+    """Choose the scale of the common y axis, before anything is drawn.
+
+    Logarithmic where positive values span more than a decade; symmetric logarithmic where signs
+    mix beyond [-2, 2]; else linear, as always for cosines.
+    """
+    sizes = values[np.isfinite(values) & (values.abs() > ROUNDING)]
+    if metric in LINEAR or sizes.empty:
+        return
+    if sizes.min() > 0 and sizes.max() > 10 * sizes.min():
+        axes.set_yscale("log")
+        axes.set_ylim(sizes.min() / 1.6, sizes.max() * 1.6)  # intervals may reach down to 0
+        axes.yaxis.set_minor_formatter(LogFormatter())
+    elif sizes.min() < 0 and sizes.abs().max() > 2:
+        axes.set_yscale("symlog", linthresh=0.1)
+    else:
+        return
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _finish(
+    figure: Figure, shown: Mapping[str, Look], rows: pd.DataFrame, x: str, y: str
+) -> Figure:
+    """Name the common axes and put one legend below the panels."""
+    dampings = sorted(rows["damping"].dropna().unique())
+    y += f" (λ = {', '.join(f'{d:g}' for d in dampings)})" if dampings else ""
+    figure.supylabel(y, fontsize="medium")
+    if np.isinf(rows["value"]).any():
+        shown = {**shown, "infinite": INFINITE_LOOK}
+    if figure.axes[0].get_yscale() == "log" and (rows["value"].abs() <= ROUNDING).any():
+        shown = {**shown, "zero but for rounding": ZERO_LOOK}
+    handles = [Line2D([], [], label=name, **look) for name, look in shown.items()]
+    lines = math.ceil(len(handles) / (figure.get_figwidth() // 1.75))
+    columns = math.ceil(len(handles) / lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for axes in figure.axes:
+        if axes.xaxis.get_tick_params()["labelbottom"]:
+            axes.set_xlabel(x)
+        if x == "step":
+            _whole_steps(axes, rows["step"])
+    return figure
+
+
+def _whole_steps(axes: Axes, steps: pd.Series) -> None:
+    """Ticks at the measured steps while they are few, else at round whole numbers."""
+    few = steps.nunique() <= 5
+    ticks = FixedLocator(sorted(steps.unique())) if few else MaxNLocator(5, integer=True)
+    axes.xaxis.set_major_locator(ticks)
+
+
+def _what_cells_show(pixels: int, size: int) -> str:
+    """Caption of the triptych."""
+    if pixels >= size:
+        return f"d = {size:,}, every entry shown"
+    return (
+        f"d = {size:,} reduced to {pixels} × {pixels}: each cell shows its entry of largest "
+        "magnitude, and the difference is that of the reduced pictures"
+    )

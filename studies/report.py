@@ -1,0 +1,160 @@
+"""The report of one run: verdicts, tables and figures in one self-contained HTML file."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+
+from studies import figures, records
+
+MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
+
+CAPTIONS = {
+    "loss": "Loss of the whole model on training and test data.",
+    MAIN: "Error of each approximation along training with {optimizer}, measured against the exact "
+    "{truth} of each layer. Bands are the intervals of the estimates. Black is the best that any "
+    "Kronecker product can do; dashed grey is how far two halves of the sample differ.",
+    STEP: "Cosine between the damped step of each approximation and that of the exact {truth}, "
+    "layer by layer at the last measured step; 1 is the same direction.",
+    "matrix": "Layer {block} after {step} steps of {optimizer}: the exact {truth}, the "
+    "approximation {name} and their difference, on one symmetric logarithmic colour scale.",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its file name (without .png) and its caption."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    def png(self) -> bytes:
+        """Return the figure as PNG."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
+
+
+def write_report(run: Path) -> Path:
+    """Write run/report.html and its figures as run/figures/*.png; returns the report's path.
+
+    Works on a run that has just started, or whose header or parts are damaged: the report then
+    holds what there is and says what is missing.
+    Raises: FileNotFoundError where there is no such folder.
+    """
+    run = Path(run)
+    if not run.is_dir():
+        raise FileNotFoundError(f"no run folder {run}; `kronscope demo` makes one")
+    frame, header = records.read(run), records.read_header(run)
+    shown = []
+    for picture in pictures(frame, run):
+        png = picture.png()
+        records.write_atomically(run / "figures" / f"{picture.name}.png", png)
+        shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["label"] = figures.label
+    html = environment.get_template("report.html.j2").render(
+        run=run.name,
+        header=header,
+        damaged=frame.attrs["damaged"],
+        count=len(frame),
+        verdicts=figures.verdicts(frame),
+        losses=losses(frame),
+        tables=[table(frame, truth, header) for truth in truths(frame)],
+        pictures=shown,
+    )
+    return records.write_atomically(run / "report.html", html.encode())
+
+
+def truths(frame: pd.DataFrame) -> list[str]:
+    """Return the exact matrices that the run was compared with."""
+    return sorted(set(frame["truth"]) - {""})
+
+
+def losses(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Return optimizer -> loss name -> its value at the last step, in print."""
+    rows = figures.last(frame[frame["metric"].str.endswith("_loss")])
+    found: dict[str, dict[str, str]] = {}
+    for (optimizer, metric), own in rows.groupby(["optimizer", "metric"]):
+        place = found.setdefault(str(optimizer), {"step": f"{own['step'].max():,}"})
+        place[figures.label(str(metric))] = figures.number(own["value"].median())
+    return found
+
+
+def table(frame: pd.DataFrame, truth: str, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the medians of `figures.medians` in print, with the best of each column marked.
+
+    A cell is (text, is best). Marked is, per optimizer, the value nearest to what the header calls
+    the metric's best; the best Kronecker, being a bound, does not compete.
+    """
+    values = figures.medians(frame, truth)
+    metrics = [m for m in values.columns if m != figures.NOISE]
+    rows = []
+    for optimizer, own in values.groupby(level="optimizer"):
+        own = own.droplevel("optimizer")
+        rivals = own.drop([figures.BOUND, ""], errors="ignore")
+        best = {metric: _nearest(rivals[metric], header, metric) for metric in metrics}
+        for name in (n for n in own.index if n):
+            cells = [(figures.number(own.loc[name, m]), best[m] == name) for m in metrics]
+            rows.append({"optimizer": optimizer, "approximation": name, "cells": cells})
+    title = figures.label(truth)
+    return {"truth": title, "metrics": [figures.label(m) for m in metrics], "rows": rows}
+
+
+def _nearest(values: pd.Series, header: Mapping[str, Any], metric: str) -> str | None:
+    """Name of the value nearest to the metric's best; None where the header gives no number."""
+    best = re.match(r"\s*([-+]?\d+(\.\d+)?)", str(_definition(header, metric).get("best", "")))
+    finite = values[np.isfinite(values)]
+    if best is None or finite.empty:
+        return None
+    return str((finite - float(best[1])).abs().idxmin())
+
+
+def _definition(header: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """What the header says of a metric."""
+    return dict(header.get("metrics", {}).get(metric, {}))
+
+
+def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
+    """Yield the report's figures, as many as the records allow."""
+    if frame["metric"].str.endswith("_loss").any():
+        yield Picture("loss", CAPTIONS["loss"], figures.loss_curves(frame))
+    for truth in truths(frame):
+        own = frame[frame["truth"] == truth]
+        for optimizer in sorted(own.loc[own["metric"] == MAIN, "optimizer"].unique()):
+            caption = CAPTIONS[MAIN].format(truth=figures.label(truth), optimizer=optimizer)
+            drawn = figures.error_along_training(frame, MAIN, truth, optimizer)
+            yield Picture(f"{MAIN}-{truth}-{optimizer}", caption, drawn)
+        if (own["metric"] == STEP).any():
+            caption = CAPTIONS[STEP].format(truth=figures.label(truth))
+            yield Picture(f"{STEP}-{truth}", caption, figures.error_by_block(frame, STEP, truth))
+    yield from _matrices(run)
+
+
+def _matrices(run: Path) -> Iterator[Picture]:
+    """Yield, per optimizer, the smallest stored block at its last step with one approximation.
+
+    The one that the optimizer itself holds is preferred, then KFAC.
+    """
+    index = figures.last(records.list_matrices(run)).sort_values("size")
+    for _, place in index.groupby("optimizer").head(1).iterrows():
+        found = records.load_matrices(place["path"])
+        truth = next((name for name in ("ggn", "hessian") if name in found), None)
+        live = [name for name in found if name.endswith("_live")]
+        name = next((name for name in (*live, "kfac") if name in found), None)
+        if truth and name:
+            where = {column: place[column] for column in ("block", "step", "optimizer")}
+            caption = CAPTIONS["matrix"].format(truth=figures.label(truth), name=name, **where)
+            names, size = (truth, name), int(place["size"])
+            drawn = figures.matrix_triptych(found[truth], found[name], names, size)
+            yield Picture(f"matrices-{place['optimizer']}", caption, drawn)
