@@ -75,11 +75,17 @@ def _products(problem: Problem, outputs: Outputs, zero: Tensor, of: str) -> Outp
     if of == "hessian":
         # reverse over reverse: the matrix is symmetric, so a pull-back multiplies with it; twice as
         # fast here as forward over reverse, and every loss has the formulas for it
-        bend: Callable = vjp(grad(lambda v: problem.total_loss(outputs(v))), zero)[1]
-        return lambda v: bend(v)[0]
+        hessian: Outputs = _transposed(grad(lambda v: problem.total_loss(outputs(v))), zero)
+        return hessian
     z, pull = vjp(outputs, zero)[:2]
     bend = _output_curvature(problem, z.detach(), of)
     return lambda v: pull(bend(jvp(outputs, (zero,), (v,))[1]))[0]
+
+
+def _transposed(function: Outputs, at: Tensor) -> Outputs:
+    """U -> Jᵀ u for the Jacobian J of a function of one tensor."""
+    pull = vjp(function, at)[1]
+    return lambda u: pull(u)[0]
 
 
 def _output_curvature(problem: Problem, z: Tensor, of: str) -> Outputs:
@@ -87,8 +93,7 @@ def _output_curvature(problem: Problem, z: Tensor, of: str) -> Outputs:
     if of == "fisher":
         likelihood, scale = likelihood_of(problem)
         return lambda u: scale * likelihood.fisher(z, u)
-    pull: Callable = vjp(grad(problem.total_loss), z)[1]
-    return lambda u: pull(u)[0]
+    return _transposed(grad(problem.total_loss), z)
 
 
 def _scores(problem: Problem, of: str, samples: int, generator: torch.Generator | None) -> Tensor:

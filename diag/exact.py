@@ -135,4 +135,4 @@ def _compute(
 
 def _symmetric(matrix: Tensor) -> Tensor:
     """Both triangles agree up to rounding; averaging makes them equal."""
-    return (matrix + matrix.mT) / 2
+    return ((matrix + matrix.mT) / 2).contiguous()

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diag.memory import empty
 from diag.operators import (
     BlockDiagonal,
     Diagonal,
@@ -184,23 +185,30 @@ def _(operator: SampleMean) -> Tensor:
     Both factors are symmetric, so a quarter of the arithmetic of [o², N] x [N, i²] is enough.
     """
     o, i = operator.factor_sizes
-    rows, columns = torch.triu_indices(o, o)
-    first, second = torch.triu_indices(i, i)
-    a = operator.a
-    halves = operator.C[:, rows, columns].T @ (a[:, first] * a[:, second])
-    tiles = halves.div_(operator.n).index_select(1, _positions(i).flatten()).reshape(-1, i, i)
-    matrix = a.new_empty(o, i, o, i)
+    rows, columns = torch.triu_indices(o, o, device=operator.a.device)
+    first, second = torch.triu_indices(i, i, device=operator.a.device)
+    products = _taken(operator.a, first).mul_(_taken(operator.a, second))
+    halves = empty(products, len(rows), len(first))
+    torch.mm(operator.C[:, rows, columns].T, products, out=halves).div_(operator.n)
+    tiles = _taken(halves, _positions(i, halves.device).flatten()).view(-1, i, i)
+    matrix = empty(tiles, o, i, o, i)
     view = matrix.transpose(1, 2)  # [o, o, i, i]
     view[rows, columns] = tiles
     view[columns, rows] = tiles  # each tile is symmetric: the one below needs no transpose
     return matrix.reshape(o * i, o * i)
 
 
-def _positions(k: int) -> Tensor:
+def _taken(matrix: Tensor, columns: Tensor) -> Tensor:
+    """matrix[:, columns], in memory from `empty`."""
+    found = empty(matrix, len(matrix), len(columns))
+    return torch.index_select(matrix, 1, columns, out=found)
+
+
+def _positions(k: int, device: torch.device) -> Tensor:
     """[k, k] -> place of entry (r, c) in the packed upper triangle."""
-    rows, columns = torch.triu_indices(k, k)
-    places = torch.empty(k, k, dtype=torch.long)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows))
+    rows, columns = torch.triu_indices(k, k, device=device)
+    places = torch.empty(k, k, dtype=torch.long, device=device)
+    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
     return places
 
 

@@ -51,12 +51,15 @@ def demo(
 def study(
     name: Annotated[str, typer.Argument(help="Name of the study, such as error_along_training.")],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
-    problem: Annotated[str, typer.Option(help="Training problem.")] = "digits-autoencoder",
+    problem: Annotated[
+        str | None, typer.Option(help="Training problem; the study's own unless given.")
+    ] = None,
     seed: Seed = 0,
     results: Results = Path("results"),
 ) -> None:
     """Run a study and write its report."""
-    run_study(name, tiny, results, problem=problem, seed=seed)
+    chosen = {"problem": problem} if problem else {}
+    run_study(name, tiny, results, seed=seed, **chosen)
 
 
 def run_study(name: str, tiny: bool, results: Path, **changes: Any) -> Path:
@@ -164,6 +167,7 @@ def dashboard(
         raise ValueError("the dashboard needs the extra 'app': pip install 'kronscope[app]'")
     console.print(f"dashboard: [bold]http://localhost:{port}[/] (stop with Ctrl-C)")
     flags = ["--server.headless=true", f"--server.port={port}", "--browser.gatherUsageStats=false"]
+    flags.append("--client.toolbarMode=viewer")
     command = [sys.executable, "-m", "streamlit", "run", page.origin, *flags]
     try:
         subprocess.run(

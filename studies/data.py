@@ -78,11 +78,11 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise FileNotFoundError(f"{path} is missing; expected a {expected}; see $KRONSCOPE_DATA")
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+        zeros, kind, ndim = struct.unpack_from(">HBB", content)
+    except (OSError, EOFError, struct.error) as error:
         raise ValueError(
             f"{path} is damaged ({error}); expected a {expected}; get it again"
         ) from error
-    zeros, kind, ndim = struct.unpack(">HBB", content[:4])
     if zeros != 0 or kind not in IDX_TYPES or ndim != len(shape):
         raise ValueError(f"{path} has header {content[:4]!r}; expected a {expected}")
     found = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])

@@ -32,14 +32,14 @@ class Grid:
     optimizers: Sequence[str] = ("kbfgs", "kfac", "adam")
     seed: int = 0
     epochs: int = 0  # 0: the problem's
-    points: int = 10
+    points: int = 9
     examples: int = 256
-    damped_every: int = 3
+    damped_every: int = 4
     workers: int = 2
     device: str = "cpu"
 
 
-TINY = Grid(epochs=4, points=2, examples=48, damped_every=1)
+TINY = Grid("digits-autoencoder-small", epochs=2, points=2, examples=32, damped_every=1)
 
 
 def run(grid: Grid, results: Path, progress: Progress) -> Path:
@@ -118,11 +118,5 @@ def measuring_steps(total: int, points: int) -> dict[int, int]:
 def _write(folder: Path, found: Measured) -> None:
     named = [{**row, "run": folder.name, "study": NAME} for row in found.rows]
     records.append(folder, ({c: row[c] for c in records.COLUMNS} for row in named))
-    for block, pictures in found.matrices.items():
-        key = {
-            "optimizer": found.key["optimizer"],
-            "step": found.key["step"],
-            "block": block,
-            "size": found.sizes[block],
-        }
+    for key, pictures in found.matrices:
         records.save_matrices(folder, key, pictures)

@@ -1,4 +1,4 @@
-"""Figures and verdicts: pure functions from a run's records to a matplotlib Figure, or to words.
+"""Figures: pure functions from a run's records to a matplotlib Figure.
 
 Each takes the records of a whole run and filters for itself, so that a name keeps its colour in
 all figures of the run. What is drawn is found in the data: an approximation or a metric nobody
@@ -20,49 +20,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator
 
+from studies.summaries import (
+    BOUND,
+    NOISE,
+    ROUNDING,
+    label,
+    last,
+)
+
 Look = dict[str, Any]  # keyword arguments of a matplotlib line
 
-LABELS = {  # where blanks for underscores are not enough
-    "relative_error": "relative Frobenius error",
-    "relative_error_best_scale": "relative error at the best scale",
-    "cosine": "matrix cosine",
-    "excess_over_best_kronecker": "relative error − best Kronecker's",
-    "preconditioned_condition": "preconditioned condition number",
-    "step_cosine": "cosine with the exact step",
-    "ggn": "GGN",
-    "hessian": "Hessian",
-}
-BOUND, NOISE = "best_kronecker", "noise_floor"
 IN_UNITS_OF_NOISE = ("relative_error", "relative_error_best_scale")  # relative to ||C||, as noise
 COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3, 4, 9, 5, 6)]  # not grey, yellow
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", (0, (5, 1)), (0, (1, 1)), "-.")
 NOISE_LOOK: Look = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
-ROUNDING = 1e-10  # the metrics are relative: below this, float64 sums no longer tell
 LINEAR = ("cosine", "step_cosine")  # other scales are chosen by the data
 ZERO_LOOK: Look = {"color": "0.3", "marker": "$0$", "linestyle": "", "markersize": 7}
 INFINITE_LOOK: Look = {"color": "0.3", "marker": r"$\infty$", "linestyle": "", "markersize": 9}
-
-
-def label(name: str) -> str:
-    """Return how a metric or a truth is called in print."""
-    return LABELS.get(name, name.replace("_", " "))
-
-
-def number(value: float) -> str:
-    """Return three significant digits; infinity, zero and nothing as such."""
-    if np.isnan(value):
-        return "–"
-    if abs(value) <= ROUNDING:
-        return "0" if value == 0 else "≈ 0"
-    if np.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:#.3g}".rstrip(".")
-
-
-def in_order(names: Iterable[str]) -> list[str]:
-    """Sort names: those of LABELS first, in its order, then the others by alphabet."""
-    known = list(LABELS)
-    return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), n))
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -105,11 +79,6 @@ def select(frame: pd.DataFrame, **wanted: str | int | float | None) -> pd.DataFr
     return frame
 
 
-def last(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return each optimizer's rows at the last step it has."""
-    return frame[frame["step"] == frame.groupby("optimizer")["step"].transform("max")]
-
-
 def loss_curves(frame: pd.DataFrame) -> Figure:
     """Losses of the whole model against the step: a panel per loss, a line per optimizer.
 
@@ -125,8 +94,8 @@ def loss_curves(frame: pd.DataFrame) -> Figure:
     _scale(panels[0], rows["value"])
     for axes, metric in zip(panels, metrics, strict=True):
         own = rows[rows["metric"] == metric]
-        for rank, name in enumerate(shown):
-            _line(axes, own[own["optimizer"] == name], shown[name], rank)
+        for name in shown:
+            _line(axes, own[own["optimizer"] == name], shown[name])
         _dress(axes, label(metric))
     return _finish(figure, shown, rows, "step", "loss (mean per example)")
 
@@ -149,8 +118,8 @@ def error_along_training(
     for axes, block in zip(panels, blocks, strict=True):
         own = rows[rows["block"] == block]
         _line(axes, floor[floor["block"] == block], NOISE_LOOK)
-        for rank, name in enumerate(shown):
-            _line(axes, own[own["approximation"] == name], shown[name], rank)
+        for name in shown:
+            _line(axes, own[own["approximation"] == name], shown[name])
         _dress(axes, layer(block, own["size"].iloc[0]))
     shown |= {} if floor.empty else {"noise floor": NOISE_LOOK}
     figure.suptitle(f"Trained with {optimizer}, compared with the exact {label(truth)}")
@@ -188,18 +157,19 @@ def error_by_block(
 
 
 def matrix_triptych(
-    exact: np.ndarray, approximation: np.ndarray, names: tuple[str, str], size: int
+    matrices: tuple[np.ndarray, np.ndarray, np.ndarray], names: tuple[str, str], size: int
 ) -> Figure:
     """Exact matrix, approximation and difference on one symmetric logarithmic colour scale.
 
-    names: of the exact matrix and of the approximation. size: d, larger than the matrices where
-    those were reduced; the figure then says how.
+    matrices: exact, approximation, approximation - exact, all [p, p]. names: of the first two.
+    size: d, larger than p where the matrices were reduced; the figure then says how.
     Raises: ValueError for matrices of different shapes.
     """
-    if exact.shape != approximation.shape:
-        raise ValueError(f"shapes differ: {exact.shape} and {approximation.shape}")
-    pictures = {f"exact {label(names[0])}": exact, names[1]: approximation}
-    pictures[f"{names[1]} − exact"] = approximation - exact
+    shapes = [matrix.shape for matrix in matrices]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"shapes differ: {shapes}")
+    titles = (f"exact {label(names[0])}", names[1], f"{names[1]} − exact")
+    pictures = dict(zip(titles, matrices, strict=True))
     finite = np.abs(np.stack(list(pictures.values())))
     top = 10.0 ** math.ceil(math.log10(finite[np.isfinite(finite)].max(initial=0.0) or 1.0))
     norm = SymLogNorm(top * 1e-3, vmin=-top, vmax=top)  # three decades either side of zero
@@ -213,59 +183,8 @@ def matrix_triptych(
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, ticks=sorted(ticks))
     bar.ax.set_yticklabels([f"{tick:g}" for tick in sorted(ticks)])
     bar.set_label(f"entry (linear within ±{top * 1e-3:g})")
-    figure.supxlabel(_what_cells_show(len(exact), size), fontsize="medium")
+    figure.supxlabel(_what_cells_show(len(matrices[0]), size), fontsize="medium")
     return figure
-
-
-def medians(frame: pd.DataFrame, truth: str) -> pd.DataFrame:
-    """Median over the layers of each metric at each optimizer's last step.
-
-    Index optimizer, approximation; a column per metric. The noise floor has approximation "".
-    Several seeds or dampings go into the same median.
-    """
-    rows = last(frame[(frame["truth"] == truth) & (frame["block"] != "")])
-    table = rows.pivot_table("value", ["optimizer", "approximation"], "metric", "median")
-    return table[in_order(table.columns)]
-
-
-def verdicts(frame: pd.DataFrame) -> dict[str, str]:
-    """Say per truth and optimizer which approximation is closest, and how close it is.
-
-    Uses relative_error, step_cosine and noise_floor at the last step, as medians over layers;
-    pairs without a relative error are left out. Keys say the optimizer, its step and the truth.
-    """
-    found = {}
-    for truth in sorted(set(frame["truth"]) - {""}):
-        table = medians(frame, truth)
-        steps = frame[frame["truth"] == truth].groupby("optimizer")["step"].max()
-        for optimizer in table.index.unique("optimizer"):
-            own = table.loc[optimizer]
-            errors = own.get("relative_error", pd.Series(dtype=float))
-            errors = errors.drop([BOUND, ""], errors="ignore")
-            if np.isfinite(errors).any():
-                place = f"Exact {label(truth)}, {optimizer} at step {steps[optimizer]:,}"
-                found[place] = _verdict(own, errors)
-    return found
-
-
-def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
-    """Say which of `errors` is least and hold it against the bound, the noise and the step."""
-    error, said = errors.min(), f"{errors.idxmin()} is closest"
-    said += f", with a relative error of {number(error)} (median over the layers)"
-    bound = own["relative_error"].get(BOUND, np.nan)
-    if bound > 0:
-        said += f", {number(error / bound)} times that of the best possible Kronecker product"
-    floor = own[NOISE].get("", np.nan) if NOISE in own else np.nan
-    if np.isfinite(floor):
-        where = "within" if error <= floor else f"{error / floor:.1f} times"
-        said += f" and {where} the sampling noise of the exact block itself ({number(floor)})"
-    for name in errors.index[errors.index.str.endswith("_live") & (errors > error)]:
-        said += f"; what the optimizer itself holds ({name}) is at {number(errors[name])}"
-    cosines = own.get("step_cosine", pd.Series(dtype=float)).drop(BOUND, errors="ignore").dropna()
-    if not cosines.empty:
-        said += f"; the step nearest to the exact one is {cosines.idxmax()}'s"
-        said += f" (median cosine {cosines.max():.3f})"
-    return said + "."
 
 
 def _noise(frame: pd.DataFrame, metric: str, truth: str) -> pd.DataFrame:
@@ -282,7 +201,7 @@ def _summary(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     return whole.groupby(by).agg({"value": "median", "low": "min", "high": "max"})
 
 
-def _line(axes: Axes, rows: pd.DataFrame, look: Look, rank: int = 0) -> None:
+def _line(axes: Axes, rows: pd.DataFrame, look: Look) -> None:
     """Draw value against step with its interval as a band; a gap where the value is infinite."""
     points = _summary(rows, "step")
     steps, finite = points.index.to_numpy(), points.where(np.isfinite(points))
@@ -293,7 +212,7 @@ def _line(axes: Axes, rows: pd.DataFrame, look: Look, rank: int = 0) -> None:
         axes.vlines(steps, finite["low"], finite["high"], color=colour)
         if "marker" not in look:
             axes.axhline(finite["value"].iloc[0], **look)
-    _marks(axes, steps, points["value"].to_numpy(), colour, rank)
+    _marks(axes, steps, points["value"].to_numpy(), colour)
 
 
 def _dots(axes: Axes, x: np.ndarray, points: pd.DataFrame, look: Look) -> None:
@@ -304,15 +223,16 @@ def _dots(axes: Axes, x: np.ndarray, points: pd.DataFrame, look: Look) -> None:
     _marks(axes, x, points["value"].to_numpy(), look["color"])
 
 
-def _marks(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, rank: int = 0) -> None:
+def _marks(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any) -> None:
     """Mark infinite values at the upper edge and what a logarithm cannot show at the lower one.
 
-    rank: moves the marks of different names apart.
+    Marks of further names are moved inwards, lest they hide each other.
     """
     zero = (np.abs(values) <= ROUNDING) & (axes.get_yscale() == "log")
-    edges = ((np.isinf(values), INFINITE_LOOK, 1 - 0.07 * rank), (zero, ZERO_LOOK, 0.07 * rank))
-    for found, look, height in edges:
+    edges = ((np.isinf(values), INFINITE_LOOK, 1, -0.06), (zero, ZERO_LOOK, 0, 0.06))
+    for found, look, edge, inwards in edges:
         if found.any():  # an empty line that is not clipped upsets the layout
+            height = edge + inwards * sum(li.get_marker() == look["marker"] for li in axes.lines)
             own = {**look, "color": colour, "transform": axes.get_xaxis_transform()}
             axes.plot(x[found], np.full(found.sum(), height), **own, clip_on=False, zorder=3)
 
@@ -392,7 +312,5 @@ def _what_cells_show(pixels: int, size: int) -> str:
     """Caption of the triptych."""
     if pixels >= size:
         return f"d = {size:,}, every entry shown"
-    return (
-        f"d = {size:,} reduced to {pixels} × {pixels}: each cell shows its entry of largest "
-        "magnitude, and the difference is that of the reduced pictures"
-    )
+    reduced = f"d = {size:,} reduced to {pixels} × {pixels}"
+    return f"{reduced}: each cell shows its entry of largest magnitude"

@@ -10,7 +10,7 @@ import numpy as np
 from diag import Estimate, Operator, Problem, dense, exact, live
 from diag.problem import Block
 from diag.registry import Metric, approximation, metric
-from studies.records import reduce_matrix
+from studies.records import difference_name, reduce_matrix
 from studies.training import State
 
 # built from the truth they are compared with, so that only their structure costs;
@@ -114,15 +114,20 @@ def _row(
 
 
 def matrices(
-    problem: Problem, block: Block, plan: Plan, lives: Mapping[str, Mapping[str, Operator]]
+    problem: Problem,
+    block: Block,
+    of: str,
+    plan: Plan,
+    lives: Mapping[str, Mapping[str, Operator]],
 ) -> dict[str, np.ndarray]:
-    """Dense truths and approximations of one block, reduced for the block inspector.
-
-    Approximations are those of the GGN.
-    """
-    found: dict[str, Operator] = {of: exact.truth(problem, block, of) for of in plan.truths}
-    found |= operators(problem, block, "ggn", plan, lives)
-    return {name: reduce_matrix(dense(op).cpu().numpy()) for name, op in found.items()}
+    """Dense truth, approximations and differences of one block, reduced for the block inspector."""
+    truth = dense(exact.truth(problem, block, of)).float().cpu().numpy()
+    found = {"exact": reduce_matrix(truth)}
+    for name, operator in operators(problem, block, of, plan, lives).items():
+        matrix = dense(operator).float().cpu().numpy()
+        found[name] = reduce_matrix(matrix)
+        found[difference_name(name)] = reduce_matrix(matrix - truth)
+    return found
 
 
 def definitions(names: Sequence[str]) -> dict[str, dict[str, str]]:

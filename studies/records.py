@@ -11,6 +11,7 @@ Every file is written under a temporary name and then moved into place, so a kil
 whole files only, and what it had already measured stays readable.
 """
 
+import io
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -43,6 +45,9 @@ COLUMNS: dict[str, str] = {
     "n": "int64",  # examples behind the number
     "seconds": "float64",  # training time so far, measuring and evaluation excluded
 }
+
+
+MATRIX_KEY = ("optimizer", "seed", "step", "block", "truth", "size")
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
@@ -76,7 +81,7 @@ def read_header(run: Path) -> dict[str, Any]:
     """Return the run's header; an empty one where the file is missing or damaged."""
     try:
         return dict(json.loads((run / "header.json").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return {}
 
 
@@ -124,37 +129,51 @@ def read(results: Path | str) -> pd.DataFrame:
 
 
 def runs(results: Path | str) -> list[Path]:
-    """Return the run folders below `results`, newest first."""
-    folders = [p.parent for p in Path(results).glob("*/header.json")]
-    return sorted(folders, key=lambda p: (p / "header.json").stat().st_mtime, reverse=True)
+    """Return the run folders below `results`, newest first, also those without a header."""
+    folders = {
+        p.parent for name in ("header.json", "records") for p in Path(results).glob(f"*/{name}")
+    }
+    return sorted(folders, key=lambda p: p.stat().st_mtime, reverse=True)
 
 
 def save_matrices(
     run: Path, key: Mapping[str, str | int], matrices: Mapping[str, np.ndarray]
 ) -> Path:
-    """Keep the matrices of one block at one step for the block inspector.
+    """Keep the matrices of one block against one truth at one step, for the block inspector.
 
-    key: optimizer, step, block, and size (d; larger than the stored matrices where those were
-    reduced by `reduce_matrix`). matrices: name -> [p, p].
+    key: the columns of MATRIX_KEY; size is d, larger than the matrices where those were reduced by
+    `reduce_matrix`. matrices: name -> [p, p]: "exact", each approximation under its name, and its
+    difference from the exact one under `difference_name`.
     """
     folder = run / "matrices"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key['optimizer']}-{key['step']}-{key['block']}.npz"
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npz")
-    with os.fdopen(handle, "wb") as file:
-        arrays: dict[str, Any] = {name: m.astype(np.float32) for name, m in matrices.items()}
-        np.savez_compressed(file, key=np.array(json.dumps(dict(key))), **arrays)
-    os.replace(temporary, path)
-    return path
+    path = folder / ("-".join(str(key[column]) for column in MATRIX_KEY[:-1]) + ".npz")
+    content = io.BytesIO()
+    arrays: dict[str, Any] = {name: m.astype(np.float32) for name, m in matrices.items()}
+    np.savez_compressed(content, key=np.array(json.dumps(dict(key))), **arrays)
+    return write_atomically(path, content.getvalue())
+
+
+def difference_name(approximation: str) -> str:
+    """Name under which the difference approximation - exact is stored."""
+    return f"{approximation} - exact"
 
 
 def list_matrices(run: Path) -> pd.DataFrame:
-    """Index of the run's stored matrices: columns optimizer, step, block, size, path."""
-    rows = []
-    for path in sorted((run / "matrices").glob("*-*-*.npz")):
-        with np.load(path) as file:
-            rows.append({**json.loads(str(file["key"])), "path": str(path)})
-    return pd.DataFrame(rows, columns=["optimizer", "step", "block", "size", "path"])
+    """Index of the run's stored matrices: the columns of MATRIX_KEY, and path.
+
+    Files that cannot be read are left out and listed in `frame.attrs["damaged"]`.
+    """
+    rows, damaged = [], []
+    for path in sorted((run / "matrices").glob("*.npz")):
+        try:
+            with np.load(path) as file:
+                rows.append({**json.loads(str(file["key"])), "path": str(path)})
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            damaged.append(f"{path}: {error}")
+    index = pd.DataFrame(rows, columns=[*MATRIX_KEY, "path"])
+    index.attrs["damaged"] = damaged
+    return index
 
 
 def load_matrices(path: Path | str) -> dict[str, np.ndarray]:
@@ -172,10 +191,11 @@ def reduce_matrix(matrix: np.ndarray, pixels: int = 240) -> np.ndarray:
     if d <= pixels:
         return matrix
     step = -(-d // pixels)
-    padded = np.zeros((step * -(-d // step),) * 2, dtype=matrix.dtype)
+    side = -(-d // step)
+    padded = np.zeros((side * step, side * step), dtype=matrix.dtype)
     padded[:d, :d] = matrix
-    side = len(padded) // step
-    tiles = padded.reshape(side, step, side, step).transpose(0, 2, 1, 3)
-    cells = tiles.reshape(side, side, -1)
-    largest = np.abs(cells).argmax(-1, keepdims=True)
-    return np.take_along_axis(cells, largest, -1)[..., 0]
+    cells = padded.reshape(side * step, side, step)
+    # along rows first, where memory is contiguous
+    high = cells.max(2).reshape(side, step, side).max(1)
+    low = cells.min(2).reshape(side, step, side).min(1)
+    return np.where(high >= -low, high, low)

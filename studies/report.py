@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from studies import figures, records
+from studies import figures, records, summaries
 
 MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
 
@@ -62,13 +62,13 @@ def write_report(run: Path) -> Path:
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["label"] = figures.label
+    environment.filters["label"] = summaries.label
     html = environment.get_template("report.html.j2").render(
         run=run.name,
         header=header,
         damaged=frame.attrs["damaged"],
         count=len(frame),
-        verdicts=figures.verdicts(frame),
+        verdicts=summaries.verdicts(frame),
         losses=losses(frame),
         tables=[table(frame, truth, header) for truth in truths(frame)],
         pictures=shown,
@@ -83,32 +83,32 @@ def truths(frame: pd.DataFrame) -> list[str]:
 
 def losses(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
     """Return optimizer -> loss name -> its value at the last step, in print."""
-    rows = figures.last(frame[frame["metric"].str.endswith("_loss")])
+    rows = summaries.last(frame[frame["metric"].str.endswith("_loss")])
     found: dict[str, dict[str, str]] = {}
     for (optimizer, metric), own in rows.groupby(["optimizer", "metric"]):
         place = found.setdefault(str(optimizer), {"step": f"{own['step'].max():,}"})
-        place[figures.label(str(metric))] = figures.number(own["value"].median())
+        place[summaries.label(str(metric))] = summaries.number(own["value"].median())
     return found
 
 
 def table(frame: pd.DataFrame, truth: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the medians of `figures.medians` in print, with the best of each column marked.
+    """Return the medians of `summaries.medians` in print, with the best of each column marked.
 
     A cell is (text, is best). Marked is, per optimizer, the value nearest to what the header calls
     the metric's best; the best Kronecker, being a bound, does not compete.
     """
-    values = figures.medians(frame, truth)
-    metrics = [m for m in values.columns if m != figures.NOISE]
+    values = summaries.medians(frame, truth)
+    metrics = [m for m in values.columns if m != summaries.NOISE]
     rows = []
     for optimizer, own in values.groupby(level="optimizer"):
         own = own.droplevel("optimizer")
-        rivals = own.drop([figures.BOUND, ""], errors="ignore")
+        rivals = own.drop([summaries.BOUND, ""], errors="ignore")
         best = {metric: _nearest(rivals[metric], header, metric) for metric in metrics}
         for name in (n for n in own.index if n):
-            cells = [(figures.number(own.loc[name, m]), best[m] == name) for m in metrics]
+            cells = [(summaries.number(own.loc[name, m]), best[m] == name) for m in metrics]
             rows.append({"optimizer": optimizer, "approximation": name, "cells": cells})
-    title = figures.label(truth)
-    return {"truth": title, "metrics": [figures.label(m) for m in metrics], "rows": rows}
+    title = summaries.label(truth)
+    return {"truth": title, "metrics": [summaries.label(m) for m in metrics], "rows": rows}
 
 
 def _nearest(values: pd.Series, header: Mapping[str, Any], metric: str) -> str | None:
@@ -132,11 +132,11 @@ def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
     for truth in truths(frame):
         own = frame[frame["truth"] == truth]
         for optimizer in sorted(own.loc[own["metric"] == MAIN, "optimizer"].unique()):
-            caption = CAPTIONS[MAIN].format(truth=figures.label(truth), optimizer=optimizer)
+            caption = CAPTIONS[MAIN].format(truth=summaries.label(truth), optimizer=optimizer)
             drawn = figures.error_along_training(frame, MAIN, truth, optimizer)
             yield Picture(f"{MAIN}-{truth}-{optimizer}", caption, drawn)
         if (own["metric"] == STEP).any():
-            caption = CAPTIONS[STEP].format(truth=figures.label(truth))
+            caption = CAPTIONS[STEP].format(truth=summaries.label(truth))
             yield Picture(f"{STEP}-{truth}", caption, figures.error_by_block(frame, STEP, truth))
     yield from _matrices(run)
 
@@ -144,17 +144,17 @@ def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
 def _matrices(run: Path) -> Iterator[Picture]:
     """Yield, per optimizer, the smallest stored block at its last step with one approximation.
 
-    The one that the optimizer itself holds is preferred, then KFAC.
+    The one that the optimizer itself holds is preferred, then KFAC; the GGN before the Hessian.
     """
-    index = figures.last(records.list_matrices(run)).sort_values("size")
+    index = summaries.last(records.list_matrices(run)).sort_values(["size", "truth"])
     for _, place in index.groupby("optimizer").head(1).iterrows():
         found = records.load_matrices(place["path"])
-        truth = next((name for name in ("ggn", "hessian") if name in found), None)
         live = [name for name in found if name.endswith("_live")]
         name = next((name for name in (*live, "kfac") if name in found), None)
-        if truth and name:
+        if name:
             where = {column: place[column] for column in ("block", "step", "optimizer")}
-            caption = CAPTIONS["matrix"].format(truth=figures.label(truth), name=name, **where)
-            names, size = (truth, name), int(place["size"])
-            drawn = figures.matrix_triptych(found[truth], found[name], names, size)
+            truth = place["truth"]
+            caption = CAPTIONS["matrix"].format(truth=summaries.label(truth), name=name, **where)
+            triple = (found["exact"], found[name], found[records.difference_name(name)])
+            drawn = figures.matrix_triptych(triple, (truth, name), int(place["size"]))
             yield Picture(f"matrices-{place['optimizer']}", caption, drawn)

@@ -21,6 +21,9 @@ from studies import measuring, problems
 from studies.data import Data
 from studies.training import Settings, State, evaluate
 
+# PyTorch asks for large pages: fresh memory costs more than the arithmetic on it otherwise
+LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -36,12 +39,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came back: rows without run and study, and matrices by block."""
+    """What came back: rows without run and study, and matrices with their keys."""
 
     rows: list[dict[str, Any]]
-    matrices: dict[str, dict[str, np.ndarray]]
-    sizes: dict[str, int]
-    key: dict[str, Any]
+    matrices: list[tuple[dict[str, Any], dict[str, np.ndarray]]]
 
 
 def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: bool) -> Snapshot:
@@ -64,7 +65,7 @@ def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measure
 
     Taking the next snapshot waits while more than four per worker are queued.
     """
-    pool = get_reusable_executor(max_workers=workers)
+    pool = get_reusable_executor(max_workers=workers, env=LARGE_PAGES)
     pending: set[Future] = set()
     try:
         for snapshot in snapshots:
@@ -85,13 +86,21 @@ def measure(snapshot: Snapshot) -> Measured:
     problem = rebuild(setting, snapshot)
     rows = [loss_row(name, value) for name, value in snapshot.losses.items()]
     rows += measuring.measure(problem, snapshot.plan, snapshot.lives)
-    pictures: dict[str, dict[str, np.ndarray]] = {}
-    if snapshot.keep_matrices:
-        for block in problem.blocks():
-            pictures[block.name] = measuring.matrices(problem, block, snapshot.plan, snapshot.lives)
-    sizes = {block.name: block.d for block in problem.blocks()}
     complete = [{**snapshot.settings_key, **row} for row in rows]
-    return Measured(complete, pictures, sizes, snapshot.settings_key)
+    return Measured(complete, _pictures(snapshot, problem) if snapshot.keep_matrices else [])
+
+
+def _pictures(
+    snapshot: Snapshot, problem: Problem
+) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    found = []
+    for block in problem.blocks():
+        for of in snapshot.plan.truths:
+            key = {name: snapshot.settings_key[name] for name in ("optimizer", "seed", "step")}
+            key |= {"block": block.name, "truth": of, "size": block.d}
+            pictures = measuring.matrices(problem, block, of, snapshot.plan, snapshot.lives)
+            found.append((key, pictures))
+    return found
 
 
 def rebuild(setting: problems.TrainingProblem, snapshot: Snapshot) -> Problem:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -29,6 +30,14 @@ def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
+DIGITS: dict[str, dict[str, Any]] = {
+    "kbfgs": {"lr": 0.3, "damping": 0.3},
+    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
+    "kfac": {"lr": 1.0, "damping": 0.3},
+    "adam": {"lr": 0.003},
+    "sgd": {"lr": 0.01, "momentum": 0.9},
+}
+
 register(
     TrainingProblem(
         name="digits-autoencoder",
@@ -40,13 +49,22 @@ register(
         batch_size=150,
         epochs=60,
         measure_damping=0.1,
-        optimizers={
-            "kbfgs": {"lr": 0.3, "damping": 0.3},
-            "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
-            "kfac": {"lr": 1.0, "damping": 0.3},
-            "adam": {"lr": 0.003},
-            "sgd": {"lr": 0.01, "momentum": 0.9},
-        },
+        optimizers=DIGITS,
+    )
+)
+
+register(
+    TrainingProblem(
+        name="digits-autoencoder-small",
+        summary="the same digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
+        model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
+        loss=summed_logistic_loss,
+        likelihood="bernoulli",
+        data=data.digits,
+        batch_size=150,
+        epochs=10,
+        measure_damping=0.1,
+        optimizers=DIGITS,
     )
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from studies import figures, records
+from studies import figures, records, summaries
 
 SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
 METRICS = sorted(set(SYNTHETIC["METRICS"]) - {"noise_floor"})
@@ -79,7 +79,7 @@ def test_every_metric_can_be_drawn(small, metric):
     assert len(blocks.axes) == 3
     damped = metric in ("step_cosine", "preconditioned_condition")
     for figure in (along, blocks):
-        label = figures.label(metric) + (" (λ = 0.3)" if damped else "")
+        label = summaries.label(metric) + (" (λ = 0.3)" if damped else "")
         assert figure.get_supylabel() == label
 
 
@@ -132,6 +132,42 @@ def test_infinite_values_are_marked_and_named(small):
     rendered(figures.error_along_training(everywhere, "relative_error", "ggn", "kbfgs"))
 
 
+def test_what_a_logarithm_cannot_show_is_marked_and_does_not_stretch_the_axis(small):
+    chosen = (small["approximation"] == "mini_block") & (small["metric"] == "relative_error")
+    rows = small.assign(low=0.0)  # intervals of small errors reach down to zero
+    rows.loc[chosen, "value"] = 1e-17
+    for figure in (
+        rendered(figures.error_along_training(rows, "relative_error", "ggn", "adam")),
+        rendered(figures.error_by_block(rows, "relative_error", "ggn")),
+    ):
+        assert "zero but for rounding" in legend(figure)
+        assert figure.axes[0].get_ylim()[0] > 1e-3
+        marked = [line for line in figure.axes[0].lines if line.get_marker() == "$0$"]
+        assert len(marked) == 1
+
+
+def test_scales_follow_the_data(small):
+    def scale(metric, values):
+        rows = small[small["metric"] == "relative_error"].copy()
+        rows["value"], rows["metric"] = np.resize(values, len(rows)), metric
+        axes = rendered(figures.error_along_training(rows, metric, "ggn", "adam")).axes[0]
+        return axes.get_yscale()
+
+    assert scale("new", [0.1, 5.0]) == "log"
+    assert scale("new", [0.0, 0.1, 5.0]) == "log"
+    assert scale("new", [0.5, 0.7]) == "linear"
+    assert scale("new", [-0.3, 0.5]) == "linear"
+    assert scale("new", [-300.0, 0.5]) == "symlog"
+    assert scale("new", [0.0]) == "linear"
+    assert scale("cosine", [0.01, 0.9]) == "linear"
+
+
+def test_numbers_in_print():
+    numbers = [0.0, -3e-13, 0.93, 310, 2e-5, np.inf, -np.inf, np.nan]
+    printed = ["0", "≈ 0", "0.930", "310", "2.00e-05", "∞", "−∞", "–"]
+    assert [summaries.number(value) for value in numbers] == printed
+
+
 def test_seeds_give_a_median_and_a_range():
     seeds = records.frame_of(
         SYNTHETIC["row"](optimizer="adam", step=step, seed=seed, metric="a_loss", value=seed + 1.0)
@@ -163,7 +199,7 @@ def test_errors_name_what_there_is(frame):
 
 def test_triptych_has_one_symmetric_scale():
     exact = np.diag([5.0, -0.01, 0.0])
-    figure = rendered(figures.matrix_triptych(exact, 2 * exact, ("ggn", "kfac"), 3))
+    figure = rendered(figures.matrix_triptych((exact, 2 * exact, exact), ("ggn", "kfac"), 3))
     panels = figure.axes[:3]
     assert [axes.get_title() for axes in panels] == ["exact GGN", "kfac", "kfac − exact"]
     norms = {id(axes.images[0].norm) for axes in panels}
@@ -177,13 +213,14 @@ def test_triptych_has_one_symmetric_scale():
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_triptych_of_odd_matrices(value):
     odd = np.full((4, 4), value)
-    figure = rendered(figures.matrix_triptych(np.zeros((4, 4)), odd, ("hessian", "new"), 1000))
+    triple = (np.zeros((4, 4)), odd, odd)
+    figure = rendered(figures.matrix_triptych(triple, ("hessian", "new"), 1000))
     assert "d = 1,000 reduced to 4 × 4" in figure.get_supxlabel()
 
 
 def test_triptych_refuses_different_shapes():
     with pytest.raises(ValueError, match="shapes differ"):
-        figures.matrix_triptych(np.eye(2), np.eye(3), ("ggn", "kfac"), 2)
+        figures.matrix_triptych((np.eye(2), np.eye(3), np.eye(3)), ("ggn", "kfac"), 2)
 
 
 def test_verdicts_are_computed_from_the_numbers():
@@ -195,7 +232,7 @@ def test_verdicts_are_computed_from_the_numbers():
         rows.append(row(**place, metric="relative_error", approximation=name, value=error))
         rows.append(row(**place, metric="step_cosine", approximation=name, value=1 - error / 4))
     rows.append(row(**place | {"step": 3}, metric="relative_error", approximation="old", value=0.1))
-    assert figures.verdicts(records.frame_of(rows)) == {
+    assert summaries.verdicts(records.frame_of(rows)) == {
         "Exact GGN, kbfgs at step 7": "kfac is closest, with a relative error of 0.600 (median "
         "over the layers), 1.20 times that of the best possible Kronecker product and 2.0 times "
         "the sampling noise of the exact block itself (0.300); what the optimizer itself holds "
@@ -205,6 +242,6 @@ def test_verdicts_are_computed_from_the_numbers():
 
 
 def test_verdicts_need_errors(frame):
-    assert figures.verdicts(records.frame_of([])) == {}
-    assert figures.verdicts(frame[frame["metric"] == "cosine"]) == {}
-    assert len(figures.verdicts(frame[frame["metric"] == "relative_error"])) == 6
+    assert summaries.verdicts(records.frame_of([])) == {}
+    assert summaries.verdicts(frame[frame["metric"] == "cosine"]) == {}
+    assert len(summaries.verdicts(frame[frame["metric"] == "relative_error"])) == 6

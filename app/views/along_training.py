@@ -1,0 +1,49 @@
+"""How does the error of each approximation change along training, layer by layer?"""
+
+import streamlit as st
+
+from app import common
+from studies import figures, summaries
+
+st.title("Along training")
+run = common.open_run()
+rows = run.frame[run.frame["approximation"] != ""]
+if rows.empty:
+    st.info("This run has compared nothing yet; the figure appears with the first comparison.")
+    st.stop()
+
+places = st.columns(4)
+metric = common.choose(
+    "Metric",
+    summaries.in_order(rows["metric"]),
+    "metric",
+    show=summaries.label,
+    about=run.about,
+    where=places[0],
+)
+rows = figures.select(rows, metric=metric)
+truth = common.choose(
+    "Exact matrix", sorted(rows["truth"].unique()), "truth", show=summaries.label, where=places[1]
+)
+rows = figures.select(rows, truth=truth)
+optimizer = common.choose(
+    "Trained with", sorted(rows["optimizer"].unique()), "optimizer", where=places[2]
+)
+rows = figures.select(rows, optimizer=optimizer)
+dampings = sorted(rows["damping"].dropna().unique())
+damping = None
+if dampings:
+    damping = common.choose("Damping λ", dampings, "damping", where=places[3])
+    rows = figures.select(rows, damping=damping)
+
+common.draw(figures.error_along_training(run.frame, metric, truth, optimizer, damping))
+st.caption(
+    run.about(metric) + ". Bands are the intervals of the estimates. Black is the best Kronecker "
+    "product; dashed grey is the sampling noise of the exact block, where it has the same unit."
+)
+st.download_button(
+    f"Download these {len(rows):,} records (CSV)",
+    rows.to_csv(index=False),
+    file_name=f"{run.folder.name}-{metric}-{truth}-{optimizer}.csv",
+    mime="text/csv",
+)

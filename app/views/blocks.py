@@ -1,0 +1,50 @@
+"""What does a layer's block look like, exact and approximated?"""
+
+import streamlit as st
+
+from app import common
+from studies import figures, records, summaries
+
+st.title("Block inspector")
+run = common.open_run()
+compared = run.frame[run.frame["approximation"] != ""]
+stored = common.matrices(run.folder)
+places = compared if stored.empty else stored
+if places.empty:
+    st.info("This run has compared nothing yet; its blocks appear with the first comparison.")
+    st.stop()
+
+boxes = st.columns(5)
+optimizer = common.choose(
+    "Trained with", sorted(places["optimizer"].unique()), "optimizer", where=boxes[0]
+)
+places = figures.select(places, optimizer=optimizer)
+steps = sorted(int(step) for step in places["step"].unique())
+step = common.choose("Step", steps, "step", default=steps[-1], where=boxes[1])
+places = figures.select(places, step=step)
+blocks = sorted(places["block"].unique(), key=figures.natural)
+sizes = dict(zip(places["block"], places["size"], strict=True))
+block = common.choose(
+    "Layer", blocks, "block", show=lambda name: figures.layer(name, sizes[name]), where=boxes[2]
+)
+rows = figures.select(compared, optimizer=optimizer, step=step, block=block)
+truths = sorted(rows["truth"].unique())
+truth = common.choose("Exact matrix", truths, "truth", show=summaries.label, where=boxes[3])
+rows = figures.select(rows, truth=truth)
+names = sorted(rows["approximation"].unique())
+name = common.choose("Approximation", names, "approximation", default="kfac", where=boxes[4])
+
+paths = (
+    []
+    if stored.empty
+    else list(places[(places["block"] == block) & (places["truth"] == truth)]["path"])
+)
+found = common.pictures(paths[0]) if paths else {}
+if name in found:
+    triple = (found["exact"], found[name], found[records.difference_name(name)])
+    common.draw(figures.matrix_triptych(triple, (truth, name), int(sizes[block])))
+else:
+    st.info("No matrices are stored for this choice; studies store them at a few steps only.")
+
+st.subheader(f"All approximations of the exact {summaries.label(truth)} here, with intervals")
+common.show_table(run, common.with_intervals(rows))

@@ -1,0 +1,97 @@
+"""What the records say, in words and tables: names in print, medians, verdicts."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+
+LABELS = {  # where blanks for underscores are not enough
+    "relative_error": "relative Frobenius error",
+    "relative_error_best_scale": "relative error at the best scale",
+    "cosine": "matrix cosine",
+    "excess_over_best_kronecker": "relative error − best Kronecker's",
+    "preconditioned_condition": "preconditioned condition number",
+    "step_cosine": "cosine with the exact step",
+    "ggn": "GGN",
+    "hessian": "Hessian",
+}
+BOUND, NOISE = "best_kronecker", "noise_floor"
+ROUNDING = 1e-10  # the metrics are relative: below this, float64 sums no longer tell
+
+
+def label(name: str) -> str:
+    """Return how a metric or a truth is called in print."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Return three significant digits; infinity, zero and nothing as such."""
+    if np.isnan(value):
+        return "–"
+    if abs(value) <= ROUNDING:
+        return "0" if value == 0 else "≈ 0"
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort names: those of LABELS first, in its order, then the others by alphabet."""
+    known = list(LABELS)
+    return sorted(set(names), key=lambda n: (known.index(n) if n in known else len(known), n))
+
+
+def last(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return each optimizer's rows at the last step it has."""
+    return frame[frame["step"] == frame.groupby("optimizer")["step"].transform("max")]
+
+
+def medians(frame: pd.DataFrame, truth: str) -> pd.DataFrame:
+    """Median over the layers of each metric at each optimizer's last step.
+
+    Index optimizer, approximation; a column per metric. The noise floor has approximation "".
+    Several seeds or dampings go into the same median.
+    """
+    rows = last(frame[(frame["truth"] == truth) & (frame["block"] != "")])
+    table = rows.pivot_table("value", ["optimizer", "approximation"], "metric", "median")
+    return table[in_order(table.columns)]
+
+
+def verdicts(frame: pd.DataFrame) -> dict[str, str]:
+    """Say per truth and optimizer which approximation is closest, and how close it is.
+
+    Uses relative_error, step_cosine and noise_floor at the last step, as medians over layers;
+    pairs without a relative error are left out. Keys say the optimizer, its step and the truth.
+    """
+    found = {}
+    for truth in sorted(set(frame["truth"]) - {""}):
+        table = medians(frame, truth)
+        steps = frame[frame["truth"] == truth].groupby("optimizer")["step"].max()
+        for optimizer in table.index.unique("optimizer"):
+            own = table.loc[optimizer]
+            errors = own.get("relative_error", pd.Series(dtype=float))
+            errors = errors.drop([BOUND, ""], errors="ignore")
+            if np.isfinite(errors).any():
+                place = f"Exact {label(truth)}, {optimizer} at step {steps[optimizer]:,}"
+                found[place] = _verdict(own, errors)
+    return found
+
+
+def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
+    """Say which of `errors` is least and hold it against the bound, the noise and the step."""
+    error, said = errors.min(), f"{errors.idxmin()} is closest"
+    said += f", with a relative error of {number(error)} (median over the layers)"
+    bound = own["relative_error"].get(BOUND, np.nan)
+    if bound > 0:
+        said += f", {number(error / bound)} times that of the best possible Kronecker product"
+    floor = own[NOISE].get("", np.nan) if NOISE in own else np.nan
+    if np.isfinite(floor):
+        where = "within" if error <= floor else f"{error / floor:.1f} times"
+        said += f" and {where} the sampling noise of the exact block itself ({number(floor)})"
+    for name in errors.index[errors.index.str.endswith("_live") & (errors > error)]:
+        said += f"; what the optimizer itself holds ({name}) is at {number(errors[name])}"
+    cosines = own.get("step_cosine", pd.Series(dtype=float)).drop(BOUND, errors="ignore").dropna()
+    if not cosines.empty:
+        said += f"; the step nearest to the exact one is {cosines.idxmax()}'s"
+        said += f" (median cosine {cosines.max():.3f})"
+    return said + "."

@@ -1,0 +1,89 @@
+"""Results folders in the states that the dashboard may meet."""
+
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """A results folder with one finished run of all three optimizers."""
+    folder = tmp_path_factory.mktemp("results")
+    SYNTHETIC["write_run"](folder, steps=(0, 50, 100))
+    return folder
+
+
+def _full(folder):
+    """Nothing is wrong."""
+
+
+def _empty(folder):
+    shutil.rmtree(folder / "made-up")
+
+
+def _missing(folder):
+    shutil.rmtree(folder)
+
+
+def _just_started(folder):
+    for name in ("records", "matrices"):
+        shutil.rmtree(folder / "made-up" / name)
+
+
+def _nothing_compared(folder):
+    """The first losses are there, the first comparison is not."""
+    _just_started(folder)
+    row = SYNTHETIC["row"](optimizer="adam", step=0, metric="train_loss", value=1.0)
+    SYNTHETIC["records"].append(folder / "made-up", [row])
+
+
+def _running(folder):
+    header = SYNTHETIC["HEADER"] | {"status": "running"}
+    SYNTHETIC["records"].write_header(folder / "made-up", header)
+
+
+def _diverged(folder):
+    header = SYNTHETIC["HEADER"] | {"status": "diverged: the loss is not finite at step 60"}
+    SYNTHETIC["records"].write_header(folder / "made-up", header)
+
+
+def _damaged(folder):
+    (folder / "made-up" / "records" / "part-00001.parquet").write_bytes(b"PAR1 torn")
+
+
+def _damaged_matrices(folder):
+    for path in (folder / "made-up" / "matrices").glob("*.npz"):
+        path.write_bytes(b"torn")
+
+
+def _no_header(folder):
+    (folder / "made-up" / "header.json").unlink()
+
+
+def _no_matrices(folder):
+    shutil.rmtree(folder / "made-up" / "matrices")
+
+
+STATES = {
+    name.removeprefix("_"): state
+    for name, state in list(globals().items())
+    if callable(state) and getattr(state, "__module__", "") == __name__ and name[0] == "_"
+}
+
+
+@pytest.fixture
+def in_state(results, tmp_path, monkeypatch):
+    """Return a function that puts a copy of the results into a state and points the app at it."""
+
+    def put(name):
+        folder = tmp_path / "results"
+        shutil.copytree(results, folder)
+        STATES[name](folder)
+        monkeypatch.setenv("KRONSCOPE_RESULTS", str(folder))
+        return folder
+
+    return put

@@ -1,0 +1,152 @@
+"""Every view in every state of the results folder: a helpful page, never a traceback."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+APP = Path(__file__).parents[2] / "app"
+VIEWS = sorted(file.stem for file in (APP / "views").glob("[!_]*.py"))
+STATES = {  # state -> what every view says in it, number of figures
+    "full": ("", 1),
+    "empty": ("No runs in", 0),
+    "missing": ("No runs in", 0),
+    "just_started": ("No records in this run yet", 0),
+    "running": ("still going", 1),
+    "diverged": ("diverged: the loss is not finite at step 60", 1),
+    "damaged": ("part-00001.parquet", 1),
+    "no_header": ("no readable header.json", 1),
+}
+
+
+def open_view(name):
+    app = AppTest.from_file(str(APP / "views" / f"{name}.py"), default_timeout=60)
+    return app.run()
+
+
+def said(app):
+    return "\n".join(box.value for box in [*app.info, *app.warning])
+
+
+def figures_shown(app):
+    return len(app.get("image"))
+
+
+def test_all_views_are_there():
+    assert len(VIEWS) >= 3
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_explains_every_state_and_draws_what_there_is(view, state, in_state):
+    in_state(state)
+    text, figures = STATES[state]
+    app = open_view(view)
+    assert not app.exception
+    assert len(app.title) == 1
+    assert text in said(app)
+    assert text or not said(app)  # where nothing is unusual, nothing is said
+    assert figures_shown(app) == figures
+
+
+@pytest.mark.parametrize(
+    ("view", "text", "figures"),
+    [("overview", "No verdict yet", 1)]
+    + [(view, "This run has compared nothing yet", 0) for view in ("along_training", "blocks")],
+)
+def test_a_run_with_losses_only(view, text, figures, in_state):
+    in_state("nothing_compared")
+    app = open_view(view)
+    assert not app.exception
+    assert text in said(app)
+    assert figures_shown(app) == figures
+
+
+def test_overview_gives_runs_verdicts_and_definitions(in_state):
+    in_state("full")
+    app = open_view("overview")
+    assert list(app.dataframe[0].value["records"]) == [3150]
+    text = "\n".join(block.value for block in app.markdown)
+    assert "Exact GGN, kbfgs at step 100" in text
+    assert "Exact Hessian, adam at step 100" in text
+    columns = json.loads(app.dataframe[1].proto.columns)
+    assert "‖B − C‖_F / ‖C‖_F" in columns["relative_error"]["help"]  # the tooltips
+
+
+def test_along_training_keeps_its_choice_in_the_address(in_state):
+    in_state("full")
+    app = open_view("along_training")
+    assert app.selectbox(key="metric").value == "relative_error"
+    assert "‖B − C‖_F / ‖C‖_F" in app.selectbox(key="metric").help
+    app.selectbox(key="metric").select("step_cosine").run()
+    app.selectbox(key="truth").select("hessian").run()
+    assert not app.exception
+    assert figures_shown(app) == 1
+    assert "step_cosine" in app.query_params["metric"]
+    assert "hessian" in app.query_params["truth"]
+    assert app.selectbox(key="damping").value == "0.3"
+    assert "cos((B + λI)⁻¹ g" in app.selectbox(key="metric").help
+
+
+def test_an_address_is_followed_and_a_wrong_one_ignored(in_state):
+    in_state("full")
+    app = AppTest.from_file(str(APP / "views" / "along_training.py"), default_timeout=60)
+    app.query_params["metric"] = "cosine"
+    app.query_params["optimizer"] = "no such optimizer"
+    app.run()
+    assert not app.exception
+    assert app.selectbox(key="metric").value == "cosine"
+    assert app.selectbox(key="optimizer").value == "adam"
+
+
+def test_blocks_shows_the_table_of_the_chosen_block(in_state):
+    in_state("full")
+    app = open_view("blocks")
+    assert app.selectbox(key="block").options[-1] == "layer 10 · d = 3,136"
+    app.selectbox(key="optimizer").select("kbfgs").run()
+    app.selectbox(key="block").select("10").run()
+    assert not app.exception
+    table = app.dataframe[0].value
+    assert "kbfgs_live" in table.index
+    assert " [" in table.loc["kfac", "relative_error"]
+    assert "[" not in table.loc["kfac", "cosine"]  # this metric has no interval
+    assert "kbfgs_live" in app.selectbox(key="approximation").options
+
+
+@pytest.mark.parametrize("state", ["no_matrices", "damaged_matrices"])
+def test_blocks_without_matrices_still_gives_the_numbers(state, in_state):
+    in_state(state)
+    app = open_view("blocks")
+    assert "No matrices are stored" in said(app)
+    assert len(app.dataframe[0].value) == 4
+
+
+def test_new_records_appear_on_the_next_run_of_the_page(in_state, results):
+    folder = in_state("just_started")
+    app = open_view("overview")
+    assert figures_shown(app) == 0
+    shutil.copytree(results / "made-up" / "records", folder / "made-up" / "records")
+    assert figures_shown(app.run()) == 1
+
+
+def test_a_run_that_fell_silent_is_said_to_be(in_state):
+    run = in_state("running") / "made-up"
+    for folder in (run, run / "records", run / "matrices"):
+        os.utime(folder, (0, 0))
+    assert "may have been killed" in said(open_view("blocks"))
+
+
+def test_the_folder_given_may_be_one_run(in_state, monkeypatch):
+    monkeypatch.setenv("KRONSCOPE_RESULTS", str(in_state("full") / "made-up"))
+    assert figures_shown(open_view("overview")) == 1
+
+
+def test_the_entry_opens_the_overview(in_state):
+    in_state("full")
+    app = AppTest.from_file(str(APP / "main.py"), default_timeout=60).run()
+    assert not app.exception
+    assert app.title[0].value == "Overview"
+    assert figures_shown(app) == 1

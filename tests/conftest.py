@@ -1,0 +1,25 @@
+"""A real, tiny demo run, shared by all tests that read results."""
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from studies import error_along_training
+from studies.report import write_report
+
+
+@pytest.fixture(scope="session")
+def demo_results(tmp_path_factory):
+    """Results folder of `kronscope demo --tiny --no-dashboard`."""
+    folder = tmp_path_factory.mktemp("demo")
+    with torch.random.fork_rng(), Progress(disable=True) as progress:
+        run = error_along_training.run(error_along_training.TINY, folder, progress)
+    write_report(run)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(demo_results):
+    """The run's own folder."""
+    (run,) = demo_results.iterdir()
+    return run

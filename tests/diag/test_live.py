@@ -1,0 +1,108 @@
+"""Reading live optimizers: by structure, copied, and honest."""
+
+import pytest
+import torch
+
+import optim
+from diag import Diagonal, Kronecker, dense, live
+from diag.operators import BlockDiagonal, Dense
+
+
+class Maps:
+    """An optimizer nobody has heard of: known by its parts alone."""
+
+    def __init__(self, **maps):
+        self.maps = maps
+
+    def preconditioner(self):
+        return self.maps
+
+
+class Parts:
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+
+class Applied:
+    """A map with `.shape` and `@` only."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.dtype = matrix, matrix.shape, matrix.dtype
+
+    def __matmul__(self, v):
+        return self.matrix @ v
+
+
+def spd(k):
+    root = torch.randn(k, k)
+    return root @ root.T + torch.eye(k)
+
+
+def test_maps_are_known_by_their_parts():
+    G, A, M = spd(2), spd(3), spd(6)
+    blocks = torch.stack([spd(3), spd(3)])
+    found = live.preconditioners(
+        Maps(
+            kron=Parts(left=G, right=A),
+            lazy=Parts(left=Applied(G), right=A),
+            blocks=Parts(blocks=blocks),
+            listed=Parts(blocks=[G, spd(4)]),
+            diagonal=Parts(diagonal=torch.ones(6)),
+            matrix=M,
+            applied=Applied(M),
+        )
+    )
+    assert isinstance(found["kron"], Kronecker)
+    torch.testing.assert_close(dense(found["kron"]), torch.kron(G, A))
+    torch.testing.assert_close(dense(found["lazy"]), torch.kron(G, A))
+    assert isinstance(found["blocks"], BlockDiagonal)
+    torch.testing.assert_close(dense(found["blocks"]), torch.block_diag(*blocks))
+    assert found["listed"].shape == (6, 6)
+    assert isinstance(found["diagonal"], Diagonal)
+    assert isinstance(found["matrix"], Dense)
+    torch.testing.assert_close(dense(found["applied"]), M)
+
+
+def test_curvatures_are_inverses():
+    G, A = spd(2), spd(3)
+    found = live.curvatures(Maps(layer=Parts(left=G, right=A)))["layer"]
+    torch.testing.assert_close(dense(found), torch.linalg.inv(torch.kron(G, A)))
+
+
+def test_what_is_read_is_a_copy():
+    G, A = spd(2), spd(3)
+    found = live.preconditioners(Maps(layer=Parts(left=G, right=A)))["layer"]
+    before = dense(found).clone()
+    G.zero_()
+    torch.testing.assert_close(dense(found), before)
+
+
+def test_something_else_is_refused():
+    with pytest.raises(TypeError, match=r"cannot read a str.*\.shape and @"):
+        live.preconditioners(Maps(layer="nothing"))
+
+
+@pytest.mark.parametrize("history", [None, 5])
+def test_a_step_is_minus_lr_p_g_with_the_p_that_diag_reads(history):
+    """The two packages never meet but here: what diag reads is what optim does."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    x, t = torch.randn(20, 4), torch.randn(20, 2)
+    optimizer = optim.KBFGS(model, lr=0.1, momentum=0.0, history=history)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - t).square().sum(1).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    P = live.preconditioners(optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with optimizer.frozen():
+        optimizer.step(closure)
+    for name in ("0", "2"):
+        W, b = model.get_submodule(name).weight, model.get_submodule(name).bias
+        gradient = torch.cat([W.grad, b.grad[:, None]], 1).reshape(-1)
+        moved = torch.cat([W - before[f"{name}.weight"], (b - before[f"{name}.bias"])[:, None]], 1)
+        torch.testing.assert_close(moved.detach().reshape(-1), -0.1 * (P[name] @ gradient))

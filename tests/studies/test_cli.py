@@ -1,0 +1,84 @@
+"""The command line, as a user types it."""
+
+import re
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from studies import cli, records
+
+runner = CliRunner()
+
+
+def invoke(*words):
+    return runner.invoke(cli.app, [str(word) for word in words])
+
+
+def test_problems():
+    found = invoke("problems")
+    assert found.exit_code == 0
+    assert "digits-autoen" in found.output
+    assert "mnist-autoenc" in found.output
+
+
+def test_train_prints_losses_and_resumes(tmp_path):
+    words = ("train", "digits-autoencoder", "--optimizer", "kfac", "--results", tmp_path)
+    assert invoke(*words, "--epochs", 1).exit_code == 0
+    (run,) = tmp_path.iterdir()
+    found = invoke(*words, "--epochs", 2, "--resume", run)
+    assert found.exit_code == 0
+    assert "train loss" in found.output
+    assert list(records.read(run)["step"].unique()) == [0, 10, 20]
+
+
+def test_a_diverging_run_says_so_and_exits_with_3(tmp_path):
+    found = invoke(
+        "train", "digits-autoencoder", "--optimizer", "sgd", "--lr", 100, "--results", tmp_path
+    )
+    assert found.exit_code == 3
+    assert "training diverged at step" in found.output
+    (run,) = tmp_path.iterdir()
+    assert (run / "last-finite.pt").is_file()
+
+
+def test_measure_one_block(tmp_path):
+    words = ("measure", "digits-autoencoder", "--block", "4", "--examples", 16)
+    found = invoke(*words)
+    assert found.exit_code == 0
+    assert len(re.findall("kfac", found.output)) == 6
+    invoke("train", "digits-autoencoder", "--epochs", 1, "--results", tmp_path)
+    (run,) = tmp_path.iterdir()
+    trained = invoke(*words, "--checkpoint", run / "checkpoint.pt")
+    assert trained.exit_code == 0
+    assert trained.output != found.output
+
+
+def test_report_is_written_again(demo_run):
+    (demo_run / "report.html").unlink()
+    assert invoke("report", demo_run).exit_code == 0
+    assert (demo_run / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "nonsense"), "no problem 'nonsense'; known:"),
+        (("study", "nonsense"), "no study 'nonsense'; known: ['error_along_training']"),
+        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact']"),
+        (("report", "nowhere"), "no run folder nowhere"),
+        (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
+        (("measure", "digits-autoencoder", "--truth", "fishy"), "no truth 'fishy'; known:"),
+        (("measure", "digits-autoencoder", "--checkpoint", "no.pt"), "no checkpoint no.pt"),
+        (("train", "digits-autoencoder", "--optimizer", "x"), "no optimizer 'x'; known:"),
+    ],
+)
+def test_errors_are_one_line(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kronscope", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert message in printed
+    assert "Traceback" not in printed

@@ -1,0 +1,126 @@
+"""Training: any optimizer, exact resume, divergence with the last good state kept."""
+
+import math
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from studies import optimizers, problems, records, runs, training
+
+DIGITS = problems.get("digits-autoencoder")
+
+
+def settings(optimizer, **changes):
+    return training.Settings(DIGITS, optimizer, **{"epochs": 2, **changes})
+
+
+@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
+def test_every_optimizer_lowers_the_loss(name):
+    states = list_losses(settings(name, epochs=8))
+    assert states[-1] < 0.75 * states[0], (name, states)
+
+
+def list_losses(chosen):
+    found = []
+    for state in training.steps(chosen):
+        if state.step % state.steps_per_epoch == 0:
+            found.append(training.evaluate(state, chosen.problem)["train_loss"])
+    assert len(found) == chosen.epochs + 1
+    return found
+
+
+def test_seconds_count_training_only():
+    for state in training.steps(settings("adam", epochs=1)):
+        before = state.seconds
+        torch.linalg.eigvalsh(torch.randn(300, 300))
+        assert state.seconds == before
+    assert state.seconds > 0
+    assert state.epoch == 1
+
+
+@pytest.mark.parametrize("name", ["kbfgs", "kbfgs_l", "kfac", "adam"])
+def test_resume_is_exact(tmp_path, name):
+    chosen = settings(name)
+    for state in training.steps(chosen):
+        if state.step == state.steps_per_epoch + 3:
+            training.save(state, tmp_path / "here.pt")
+    whole = {k: v.clone() for k, v in state.model.state_dict().items()}
+    for state in training.steps(chosen, resume=tmp_path / "here.pt"):
+        assert state.step >= state.steps_per_epoch + 3
+    for key, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, whole[key]), key
+
+
+def test_the_seed_decides():
+    assert list_losses(settings("adam", seed=1)) == list_losses(settings("adam", seed=1))
+    assert list_losses(settings("adam", seed=1)) != list_losses(settings("adam", seed=2))
+
+
+def test_initialising_leaves_the_global_random_state():
+    before = torch.get_rng_state()
+    training.start(settings("adam"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_divergence_ends_the_run_and_keeps_what_was_good():
+    with pytest.raises(training.DivergedError, match=r"diverged at step \d+: the batch loss") as e:
+        for _ in training.steps(settings("sgd", epochs=5, hyper={"lr": 100.0})):
+            pass
+    kept = e.value.parameters
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    model = DIGITS.model().to(torch.float32)
+    model.load_state_dict(kept)
+    data = DIGITS.data()
+    assert torch.isfinite(DIGITS.loss(model(data.train_inputs), data.train_targets))
+
+
+def test_a_run_that_diverges_keeps_its_records(tmp_path):
+    with Progress(disable=True) as progress:
+        outcome = runs.train(settings("sgd", epochs=5, hyper={"lr": 100.0}), tmp_path, progress)
+    assert "diverged at step" in outcome.diverged
+    assert not outcome.frame.empty
+    assert records.read_header(outcome.folder)["status"].startswith("diverged: training diverged")
+    kept = torch.load(outcome.folder / runs.LAST_FINITE, weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    chosen = settings("kbfgs", epochs=3)
+    with Progress(disable=True) as progress:
+        whole = runs.train(chosen, tmp_path / "whole", progress).frame
+        first = runs.train(settings("kbfgs", epochs=1), tmp_path / "parts", progress)
+        outcome = runs.train(chosen, tmp_path, progress, resume=first.folder)
+    assert outcome.folder == first.folder
+    assert list(outcome.frame["step"]) == list(whole["step"])
+    assert list(outcome.frame["value"]) == list(whole["value"])
+    assert outcome.frame["seconds"].is_monotonic_increasing
+    assert records.read_header(outcome.folder)["status"] == "finished"
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match=r"no problem 'digit'; known: \['digits-autoencoder'"):
+        problems.get("digit")
+    with pytest.raises(ValueError, match=r"no optimizer 'kfca'; known: \['adam'"):
+        training.start(settings("kfca"))
+    with pytest.raises(ValueError, match="optimizer 'adam' does not take"):
+        training.start(settings("adam", hyper={"damping": 1.0}))
+    with pytest.raises(ValueError, match="batch size 9999 exceeds the 1500 examples"):
+        training.start(settings("adam", batch_size=9999))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        next(training.steps(settings("adam"), resume=tmp_path / "none.pt"))
+    training.save_parameters({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="is no checkpoint of this problem"):
+        next(training.steps(settings("adam"), resume=tmp_path / "other.pt"))
+
+
+def test_every_problem_is_complete():
+    assert len(problems.PROBLEMS) >= 2
+    for name, problem in problems.PROBLEMS.items():
+        assert problem.name == name
+        assert set(problem.optimizers) == set(optimizers.OPTIMIZERS)
+        assert problem.summary
+        assert math.isfinite(problem.measure_damping)
+        layers = [m for m in problem.model().modules() if isinstance(m, torch.nn.Linear)]
+        code = min(layers, key=lambda layer: layer.out_features)
+        assert code.out_features in (4, 8, 30)
