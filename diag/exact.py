@@ -134,5 +134,5 @@ def _compute(
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    """Both triangles agree up to rounding; averaging makes them equal."""
-    return ((matrix + matrix.mT) / 2).contiguous()
+    """Both triangles agree up to rounding; averaging makes them equal. A truth has no gradient."""
+    return ((matrix + matrix.mT) / 2).detach().contiguous()

@@ -115,18 +115,22 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     return Norms(*torch.cat([values, moved], dim=1))
 
 
-def from_replicates(numbers: Tensor, truth: Operator) -> Estimate:
+def from_replicates(numbers: Tensor, truth: Operator, undefined: float) -> Estimate:
     """Estimate from [1 + REPLICATES] numbers, the value first: a percentile interval.
 
-    The interval is widened to hold the value itself where the replicates are skewed. [1] number:
-    no interval (NaN).
+    undefined: what a replicate counts as whose truth has no norm left; that happens where a batch
+    cannot tell the truth from zero, and the worst value of the metric then says so. The interval
+    is widened to hold the value itself where the replicates are skewed. [1] number: no interval
+    (NaN).
     """
     value, n = numbers[0].item(), getattr(truth, "n", 0)
     if len(numbers) == 1:
         return Estimate(value, n=n)
     tail = (1 - LEVEL) / 2
     ends = torch.tensor([tail, 1 - tail]).to(numbers)
-    low, high = torch.quantile(numbers[1:], ends).tolist()
+    drawn = numbers[1:].nan_to_num(nan=undefined, posinf=math.inf, neginf=-math.inf)
+    # nearest: between two infinite replicates there is nothing to interpolate
+    low, high = torch.quantile(drawn, ends, interpolation="nearest").tolist()
     return Estimate(value, min(low, value), max(high, value), n)
 
 

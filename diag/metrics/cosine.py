@@ -21,4 +21,5 @@ def cosine(truth: Operator, approximation: Operator) -> Estimate:
     """
     found = norms(truth, approximation)
     own = inner(approximation, approximation)
-    return from_replicates((found.cross / (found.square * own).sqrt()).clamp(-1, 1), truth)
+    cosines = found.cross / (found.square * own).sqrt()
+    return from_replicates(cosines.clamp(-1, 1), truth, undefined=0.0)

@@ -1,5 +1,7 @@
 """Excess over the best Kronecker approximation."""
 
+import math
+
 from diag.estimate import Estimate
 from diag.intervals import from_replicates, norms
 from diag.kronecker import leading_kronecker
@@ -28,4 +30,4 @@ def excess_over_best_kronecker(truth: Operator, approximation: Operator) -> Esti
     best = keep(truth, "best_kronecker", lambda: leading_kronecker(truth, 1).terms[0])
     found, least = norms(truth, approximation), norms(truth, best)
     excess = (found.error / found.square).sqrt() - best_scale_error(least, inner(best, best))
-    return from_replicates(excess, truth)
+    return from_replicates(excess, truth, undefined=math.inf)

@@ -1,5 +1,7 @@
 """Sampling noise of the exact block itself."""
 
+import math
+
 import torch
 
 from diag.estimate import Estimate
@@ -37,4 +39,6 @@ def noise_floor(truth: Operator, approximation: Operator | None = None) -> Estim
             f"Linear layers with one row per example have them"
         )
     halves = half_split_norms(truth.gram, SPLITS) / (4 * truth.gram.mean())
-    return from_replicates(torch.cat([halves.mean()[None], halves]).sqrt(), truth)
+    return from_replicates(
+        torch.cat([halves.mean()[None], halves]).sqrt(), truth, undefined=math.inf
+    )

@@ -1,5 +1,7 @@
 """Relative Frobenius error."""
 
+import math
+
 from diag.estimate import Estimate
 from diag.intervals import from_replicates, norms
 from diag.operators import Operator
@@ -20,4 +22,4 @@ def relative_error(truth: Operator, approximation: Operator) -> Estimate:
     Interval: bootstrap over the truth's examples, the approximation held fixed.
     """
     found = norms(truth, approximation)
-    return from_replicates((found.error / found.square).sqrt(), truth)
+    return from_replicates((found.error / found.square).sqrt(), truth, undefined=math.inf)

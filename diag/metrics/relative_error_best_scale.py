@@ -25,7 +25,7 @@ def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estim
     """
     found = norms(truth, approximation)
     own = inner(approximation, approximation)
-    return from_replicates(best_scale_error(found, own), truth)
+    return from_replicates(best_scale_error(found, own), truth, undefined=1.0)
 
 
 def best_scale_error(found: Norms, own: float) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import diag.metrics
-from diag import Dense, Problem, approximations, dense, exact, metrics, spectrum
+from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics, spectrum
 from diag.intervals import half_split_norms
 from diag.registry import approximation, metric
+from diag.sample_mean import SampleMean
 
 FOLDER = Path(diag.metrics.__file__).parent
 LAMBDA = 0.05
@@ -214,3 +215,17 @@ def test_measuring_twice_gives_the_same(classifier):
 def test_unknown_metric():
     with pytest.raises(ValueError, match=r"no metric 'cosin'; known: \['cosine'"):
         metric["cosin"]
+
+
+def test_a_truth_that_cannot_be_told_from_zero_has_an_open_interval():
+    """Terms that cancel but for noise: some resampled batches leave no norm to divide by."""
+    C, a = torch.randn(8, 2, 2), torch.randn(8, 3)
+    C = torch.cat([C + C.mT, -C - C.mT]) + 0.01 * torch.eye(2)
+    truth = SampleMean(torch.cat([a, a]), C)
+    approx = Kronecker(torch.eye(2), torch.eye(3))
+    error = metrics.relative_error(truth, approx)
+    assert error.low <= error.value <= error.high == math.inf
+    best = metrics.relative_error_best_scale(truth, approx)
+    assert 0 <= best.low <= best.value <= best.high == 1
+    cosine = metrics.cosine(truth, approx)
+    assert -1 <= cosine.low <= cosine.value <= cosine.high <= 1
