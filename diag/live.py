@@ -23,7 +23,7 @@ from diag.operators import (
 
 
 class Live(Protocol):
-    """An optimizer that shows its preconditioner."""
+    """An optimizer that shows its preconditioner; `curvature()` is optional."""
 
     def preconditioner(self) -> dict[str, Any]:
         """{block name: the map it applies to the block's gradient}."""
@@ -60,6 +60,12 @@ def curvatures(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str,
     Damped metrics take it with approximation_damping=0.
     """
     return {name: inverse(P) for name, P in preconditioners(optimizer, dtype).items()}
+
+
+def undamped(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, Operator]:
+    """The undamped curvature the optimizer holds, from its `curvature()`; {} if it holds none."""
+    held = getattr(optimizer, "curvature", None)
+    return {} if held is None else {name: read(map_, dtype) for name, map_ in held().items()}
 
 
 def _matrix(part: Any, dtype: torch.dtype) -> Tensor:

@@ -187,3 +187,7 @@ def bench(
     if name not in BENCHES:
         raise ValueError(f"no bench '{name}'; known: {list(BENCHES)}")
     console.print(BENCHES[name]())
+
+
+if __name__ == "__main__":
+    main()

@@ -32,9 +32,9 @@ class Grid:
     optimizers: Sequence[str] = ("kbfgs", "kfac", "adam")
     seed: int = 0
     epochs: int = 0  # 0: the problem's
-    points: int = 9
+    points: int = 7
     examples: int = 256
-    damped_every: int = 4
+    damped_every: int = 3
     workers: int = 2
     device: str = "cpu"
 

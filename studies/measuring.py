@@ -13,6 +13,8 @@ from diag.registry import Metric, approximation, metric
 from studies.records import difference_name, reduce_matrix
 from studies.training import State
 
+UNDAMPED = "_undamped"
+
 # built from the truth they are compared with, so that only their structure costs;
 # KFAC is what it is, a GGN method, whatever it is compared with
 OF_THE_TRUTH = ("diagonal", "mini_block", "best_kronecker")
@@ -37,10 +39,17 @@ class Plan:
 
 
 def live_curvatures(name: str, state: State) -> dict[str, dict[str, Operator]]:
-    """{"<name>_live": {block: operator}} where the optimizer shows its state, else {}."""
+    """What the optimizer holds, {approximation name: {block: operator}}; {} if it shows nothing.
+
+    "<name>_live" is what it applies, P⁻¹ with its damping inside; "<name>_live_undamped" the
+    curvature it keeps, where it keeps one.
+    """
     if not hasattr(state.optimizer, "preconditioner"):
         return {}
-    return {f"{name}_live": live.curvatures(state.optimizer)}
+    found = {f"{name}_live": live.curvatures(state.optimizer)}
+    if undamped := live.undamped(state.optimizer):
+        found[f"{name}_live{UNDAMPED}"] = undamped
+    return found
 
 
 def measure(
@@ -60,7 +69,8 @@ def measure(
             yield _row(block, of, "", "noise_floor", math.nan, floor)
             for name, operator in operators(problem, block, of, plan, lives).items():
                 for entry in (metric[m] for m in plan.metrics):
-                    keywords = _keywords(entry, problem, block, plan.damping, name in lives)
+                    inside = name in lives and not name.endswith(UNDAMPED)
+                    keywords = _keywords(entry, problem, block, plan.damping, inside)
                     found = entry.function(truth, operator, **keywords)
                     damping = keywords.get("damping", math.nan)
                     yield _row(block, of, name, entry.name, damping, found)
@@ -86,12 +96,12 @@ def operators(
 
 
 def _keywords(
-    entry: Metric, problem: Problem, block: Block, damping: float, is_live: bool
+    entry: Metric, problem: Problem, block: Block, damping: float, damped_inside: bool
 ) -> dict[str, Any]:
-    """The keywords a metric needs; a live curvature has its damping inside."""
+    """The keywords a metric needs; a preconditioner's inverse has its damping inside already."""
     known = {"damping": damping, "gradient": problem.gradient(block)}
     keywords = {name: known[name] for name in entry.needs}
-    if is_live and "damping" in keywords:
+    if damped_inside and "damping" in keywords:
         keywords["approximation_damping"] = 0.0
     return keywords
 

@@ -149,7 +149,7 @@ def _matrices(run: Path) -> Iterator[Picture]:
     index = summaries.last(records.list_matrices(run)).sort_values(["size", "truth"])
     for _, place in index.groupby("optimizer").head(1).iterrows():
         found = records.load_matrices(place["path"])
-        live = [name for name in found if name.endswith("_live")]
+        live = [name for name in found if name.endswith(("_live", "_live_undamped"))]
         name = next((name for name in (*live, "kfac") if name in found), None)
         if name:
             where = {column: place[column] for column in ("block", "step", "optimizer")}

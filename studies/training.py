@@ -71,7 +71,8 @@ def start(settings: Settings) -> State:
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model = problem.model().to(settings.device, data.train_inputs.dtype)
-    optimizer = optimizers.make(settings.optimizer, model, problem, settings.hyper)
+        # inside: sampled labels follow the seed too
+        optimizer = optimizers.make(settings.optimizer, model, problem, settings.hyper)
     batch = settings.batch_size or problem.batch_size
     if batch > len(data.train_inputs):
         raise ValueError(f"batch size {batch} exceeds the {len(data.train_inputs)} examples")

@@ -27,24 +27,28 @@ sizes = dict(zip(places["block"], places["size"], strict=True))
 block = common.choose(
     "Layer", blocks, "block", show=lambda name: figures.layer(name, sizes[name]), where=boxes[2]
 )
-rows = figures.select(compared, optimizer=optimizer, step=step, block=block)
-truths = sorted(rows["truth"].unique())
-truth = common.choose("Exact matrix", truths, "truth", show=summaries.label, where=boxes[3])
-rows = figures.select(rows, truth=truth)
-names = sorted(rows["approximation"].unique())
-name = common.choose("Approximation", names, "approximation", default="kfac", where=boxes[4])
+rows = compared[(compared["optimizer"] == optimizer) & (compared["step"] == step)]
+rows = rows[rows["block"] == block]
+stored = stored[stored["path"].isin(places.get("path", []))]
+stored = stored[stored["block"] == block]
 
-paths = (
-    []
-    if stored.empty
-    else list(places[(places["block"] == block) & (places["truth"] == truth)]["path"])
-)
+truths = sorted({*rows["truth"], *stored["truth"]})
+truth = common.choose("Exact matrix", truths, "truth", show=summaries.label, where=boxes[3])
+rows = rows[rows["truth"] == truth]
+paths = list(stored.loc[stored["truth"] == truth, "path"])
 found = common.pictures(paths[0]) if paths else {}
-if name in found:
+pictured = {name for name in found if records.difference_name(name) in found}
+names = sorted(pictured or set(rows["approximation"]))
+if names:
+    name = common.choose("Approximation", names, "approximation", default="kfac", where=boxes[4])
+if pictured:
     triple = (found["exact"], found[name], found[records.difference_name(name)])
     common.draw(figures.matrix_triptych(triple, (truth, name), int(sizes[block])))
 else:
     st.info("No matrices are stored for this choice; studies store them at a few steps only.")
 
 st.subheader(f"All approximations of the exact {summaries.label(truth)} here, with intervals")
-common.show_table(run, common.with_intervals(rows))
+if rows.empty:
+    st.info("No records of this block at this step.")
+else:
+    common.show_table(run, common.with_intervals(rows))

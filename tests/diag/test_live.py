@@ -69,6 +69,18 @@ def test_curvatures_are_inverses():
     torch.testing.assert_close(dense(found), torch.linalg.inv(torch.kron(G, A)))
 
 
+def test_an_undamped_curvature_is_read_where_there_is_one():
+    assert live.undamped(Maps(layer=Parts(left=spd(2), right=spd(3)))) == {}
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    optimizer = optim.KFAC(model, likelihood="gaussian")
+    (0.5 * model(torch.randn(20, 4)).square().sum(1).mean()).backward()
+    optimizer.step()
+    found = live.undamped(optimizer)
+    assert set(found) == {"0", "2"}
+    state = optimizer.state[model[0].weight]
+    torch.testing.assert_close(dense(found["0"]), torch.kron(state["G"], state["A"]))
+
+
 def test_what_is_read_is_a_copy():
     G, A = spd(2), spd(3)
     found = live.preconditioners(Maps(layer=Parts(left=G, right=A)))["layer"]

@@ -24,7 +24,11 @@ def test_what_is_measured(demo_run):
     assert sizes == LAYERS
     shared = {"kfac", "diagonal", "mini_block", "best_kronecker"}
     for optimizer, own in compared.groupby("optimizer"):
-        live = set() if optimizer == "adam" else {f"{optimizer}_live"}
+        live = {
+            "adam": set(),
+            "kbfgs": {"kbfgs_live"},
+            "kfac": {"kfac_live", "kfac_live_undamped"},
+        }[optimizer]
         assert set(own["approximation"]) == shared | live
         counts = own.groupby(["step", "block", "truth", "approximation"])["metric"].nunique()
         assert set(counts) == {6}
