@@ -29,8 +29,8 @@ block = common.choose(
 )
 rows = compared[(compared["optimizer"] == optimizer) & (compared["step"] == step)]
 rows = rows[rows["block"] == block]
-stored = stored[stored["path"].isin(places.get("path", []))]
-stored = stored[stored["block"] == block]
+if not stored.empty:
+    stored = places[places["block"] == block]
 
 truths = sorted({*rows["truth"], *stored["truth"]})
 truth = common.choose("Exact matrix", truths, "truth", show=summaries.label, where=boxes[3])
