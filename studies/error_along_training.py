@@ -34,7 +34,7 @@ class Grid:
     epochs: int = 0  # 0: the problem's
     points: int = 7
     examples: int = 256
-    damped_every: int = 3
+    damped_every: int = 6
     workers: int = 2
     device: str = "cpu"
 

@@ -193,10 +193,10 @@ def reduce_matrix(matrix: np.ndarray, pixels: int = 240) -> np.ndarray:
         return matrix
     step = -(-d // pixels)
     side = -(-d // step)
-    padded = np.zeros((side * step, side * step), dtype=matrix.dtype)
-    padded[:d, :d] = matrix
-    cells = padded.reshape(side * step, side, step)
-    # along rows first, where memory is contiguous
-    high = cells.max(2).reshape(side, step, side).max(1)
-    low = cells.min(2).reshape(side, step, side).min(1)
+    if missing := side * step - d:
+        matrix = np.pad(matrix, (0, missing))
+    # whole rows first: they are compared with each other as they lie in memory
+    rows = matrix.reshape(side, step, -1)
+    high = rows.max(1).reshape(side, side, step).max(2)
+    low = rows.min(1).reshape(side, side, step).min(2)
     return np.where(high >= -low, high, low)
