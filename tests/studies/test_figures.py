@@ -235,8 +235,8 @@ def test_verdicts_are_computed_from_the_numbers():
     assert summaries.verdicts(records.frame_of(rows)) == {
         "Exact GGN, kbfgs at step 7": "kfac is closest, with a relative error of 0.600 (median "
         "over the layers), 1.20 times that of the best possible Kronecker product and 2.0 times "
-        "the sampling noise of the exact block itself (0.300); what the optimizer itself holds "
-        "(kbfgs_live) is at 2.00; the step nearest to the exact one is kfac's "
+        "the sampling noise of the exact block itself (0.300); what the optimizer itself applies "
+        "(kbfgs_live, its damping inside) is at 2.00; the step nearest to the exact one is kfac's "
         "(median cosine 0.850)."
     }
 
