@@ -128,7 +128,8 @@ def _compute(
 ) -> Operator:
     rows = layer_rows(problem, block)
     if rows is None:
-        return Dense(_symmetric(dense_block(problem, block, of, samples, generator)))
+        matrix = dense_block(problem, block, of, samples, generator)
+        return Dense(_symmetric(matrix), problem.n)
     C = layer_curvature(problem, rows.module, of, samples, generator)
     return SampleMean(rows.a, _symmetric(C[:, rows.outputs, rows.outputs]))
 

@@ -40,7 +40,13 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
 
 def _rearranged(operator: Operator, block: Block | None) -> Tensor:
     """[o², i²]: row (o, p) holds the tile of output neurons o and p."""
-    member = block.single if block is not None else None
+    if block is None:
+        raise ValueError(
+            f"the factor sizes of a {type(operator).__name__} truth are unknown; Kronecker "
+            f"singular values need its block, and the metrics built on them a Linear layer with "
+            f"one row per example"
+        )
+    member = block.single
     if member is None or not member.w_bar:
         raise ValueError(f"block {block} is not one matrix [W, b], so it has no Kronecker factors")
     o, i = member.matrix_shape

@@ -27,9 +27,10 @@ def by_columns(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A matrix [d, d] held in full."""
+    """A matrix [d, d] held in full; n counts the examples it is the mean over, 0 if unknown."""
 
     matrix: Tensor
+    n: int = 0
     kept: dict = field(default_factory=dict, repr=False)  # factorisations, for the next question
 
     @property

@@ -182,6 +182,8 @@ def test_estimates_without_terms_claim_no_interval(classifier):
     block = classifier.block("0")
     truth = Dense(dense(exact.ggn(classifier, block)))
     found = metrics.relative_error(truth, approximations.kfac(classifier, block))
+    with pytest.raises(ValueError, match="factor sizes of a Dense truth are unknown"):
+        metrics.excess_over_best_kronecker(truth, approximations.kfac(classifier, block))
     assert math.isnan(found.low)
     assert math.isnan(found.high)
 
