@@ -1,7 +1,6 @@
 """The `kronscope` command."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,12 +166,10 @@ def dashboard(
         raise ValueError("the dashboard needs the extra 'app': pip install 'kronscope[app]'")
     console.print(f"dashboard: [bold]http://localhost:{port}[/] (stop with Ctrl-C)")
     flags = ["--server.headless=true", f"--server.port={port}", "--browser.gatherUsageStats=false"]
-    flags.append("--client.toolbarMode=viewer")
+    flags += ["--server.address=localhost", "--client.toolbarMode=viewer"]
     command = [sys.executable, "-m", "streamlit", "run", page.origin, *flags]
     try:
-        subprocess.run(
-            [*command, "--", "--results", str(results)], check=False, env=os.environ.copy()
-        )
+        subprocess.run([*command, "--", "--results", str(results)], check=False)
     except KeyboardInterrupt:
         console.print("dashboard stopped")
 
