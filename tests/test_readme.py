@@ -14,8 +14,11 @@ def test_the_first_study_of_the_readme(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stderr
+    assert len(code.splitlines()) <= 15
     lines = found.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["0", "2", "3", "5"]
+    layers = ["0", "2", "4", "5", "7", "9"]
+    expected = [[str(step), layer] for step in (0, 20, 40) for layer in layers]
+    assert [line.split()[:2] for line in lines] == expected
     assert all(line.count("(n = 200)") == 2 for line in lines)
 
 
