@@ -1,10 +1,10 @@
 """Intervals: how far a number measured on this batch would move on another one like it.
 
-Norms and inner products of a SampleMean with weights w are w K w and w·t, so a bootstrap replicate
-costs O(N²). Two cares are taken. The naive bootstrap of a norm is biased, because an example drawn
-twice meets itself: replicates leave every n = m pair out (a U-statistic) and only their deviations
-from the U-statistic of the batch are used, put around the batch's own value. And the approximation
-is held fixed: the interval is about the truth's sampling.
+Norms and inner products of a Sampled truth with weights w are w K w and w·t, so a bootstrap
+replicate costs O(N²). Two cares are taken. The naive bootstrap of a norm is biased, because an
+example drawn twice meets itself: replicates leave every n = m pair out (a U-statistic) and only
+their deviations from the U-statistic of the batch are used, put around the batch's own value. And
+the approximation is held fixed: the interval is about the truth's sampling.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 from diag.estimate import Estimate
 from diag.operators import Kronecker, Operator, dense, inner, keep
 from diag.sample_mean import SampleMean
+from diag.sampled import Sampled
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -109,7 +110,7 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     cross = inner(truth, approximation)
     own = [square, cross, residual_square(truth, approximation)]
     values = torch.tensor(own, dtype=torch.float64)[:, None]
-    if not isinstance(truth, SampleMean) or truth.n == 1:
+    if not isinstance(truth, Sampled) or truth.n == 1:
         return Norms(*values)
     d_square = keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
     d_cross = inner_deviations(truth.inners(approximation)).double().cpu()

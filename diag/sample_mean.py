@@ -26,13 +26,15 @@ from diag.operators import (
     dense,
     diagonal,
     inner_rule,
+    keep,
 )
 from diag.operators.forms import to_dense
 from diag.operators.structures import by_columns
+from diag.sampled import Sampled
 
 
 @dataclass(frozen=True, eq=False)
-class SampleMean:
+class SampleMean(Sampled):
     """The operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ, from a [N, i] and C [N, o, o] (each symmetric)."""
 
     a: Tensor
@@ -97,10 +99,10 @@ class SampleMean:
         """<a_n a_nᵀ, a_m a_mᵀ> = (a_n·a_m)², [N, N]."""
         return (self.a @ self.a.T).square()
 
-    @cached_property
+    @property
     def gram(self) -> Tensor:
         """Inner products of the terms C_n ⊗ a_n a_nᵀ, [N, N]."""
-        return self.gram_left * self.gram_right
+        return keep(self, "gram", lambda: self.gram_left * self.gram_right)
 
     def inners(self, other: Operator) -> Tensor:
         """<C_n ⊗ a_n a_nᵀ, other> for every example, [N], never forming [d, d] of the terms."""

@@ -8,7 +8,7 @@ from diag.estimate import Estimate
 from diag.intervals import from_replicates, half_split_norms
 from diag.operators import Operator
 from diag.registry import metric
-from diag.sample_mean import SampleMean
+from diag.sampled import Sampled
 
 SPLITS = 400
 
@@ -32,7 +32,7 @@ def noise_floor(truth: Operator, approximation: Operator | None = None) -> Estim
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
     del approximation
-    if not isinstance(truth, SampleMean) or truth.n < 2:
+    if not isinstance(truth, Sampled) or truth.n < 2:
         raise ValueError(
             f"the noise floor splits the batch and needs a truth made of per-example terms with "
             f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; "

@@ -8,7 +8,7 @@ from diag.estimate import Estimate
 from diag.intervals import from_influence
 from diag.operators import Operator
 from diag.registry import metric
-from diag.sample_mean import SampleMean
+from diag.sampled import Sampled
 from diag.spectrum import NotPositiveDefiniteError, Pair, preconditioned_extremes, square_root
 
 
@@ -42,14 +42,14 @@ def preconditioned_condition(
     except NotPositiveDefiniteError:
         return Estimate(math.inf, n=n)
     condition = greatest.value / least.value
-    if not isinstance(truth, SampleMean):
+    if not isinstance(truth, Sampled):
         return Estimate(condition, n=n)
     shares = [_shares(truth, pair) / pair.value for pair in (greatest, least)]
     found = from_influence(condition, condition * (shares[0] - shares[1]), n, log=True)
     return Estimate(found.value, max(found.low, 1.0), found.high, found.n)
 
 
-def _shares(truth: SampleMean, pair: Pair) -> Tensor:
+def _shares(truth: Sampled, pair: Pair) -> Tensor:
     """Each example's influence on an eigenvalue: x·(T_n - C)x, with B held fixed, [N]."""
     each = truth.quadratic(pair.x, pair.x)
     return each - each.mean()

@@ -6,7 +6,7 @@ from diag.estimate import Estimate
 from diag.intervals import from_influence
 from diag.operators import Damped, Operator, solve, solver
 from diag.registry import metric
-from diag.sample_mean import SampleMean
+from diag.sampled import Sampled
 
 
 @metric(
@@ -39,7 +39,7 @@ def step_cosine(
     exact = undo(gradient)
     value = (taken @ exact) / (taken.norm() * exact.norm())
     influence = None
-    if isinstance(truth, SampleMean):
+    if isinstance(truth, Sampled):
         # d cos / d exact, then d exact = -(C + λI)⁻¹ (T_n - C) exact for example n
         slope = taken / (taken.norm() * exact.norm()) - value * exact / exact.square().sum()
         each = truth.quadratic(undo(slope), exact)
