@@ -72,17 +72,9 @@ def residual_square(truth: Operator, approximation: Operator) -> float:
     first = Kronecker(G - approximation.left, A)
     second = Kronecker(approximation.left, A - approximation.right)
     rest = inner(first, first) + 2 * inner(first, second) + inner(second, second)
-    centred, own = keep(truth, "covariance", lambda: _covariance(truth))
+    centred, own = truth.covariance()
     crossed = inner(centred, first) + inner(centred, second)
     return max(own + rest + 2 * crossed, 0.0)
-
-
-def _covariance(truth: SampleMean) -> tuple[SampleMean, float]:
-    """Mean of dC_n ⊗ a_n a_nᵀ (this is the covariance), and its squared norm by centred factors."""
-    dC = truth.packed_left - truth.packed_left.mean(0)
-    dA = truth.packed_right - truth.packed_right.mean(0)
-    square = ((dC @ dC.T) * (dA @ dA.T)).mean().item()
-    return SampleMean(truth.a, truth.C - truth.left_mean), square
 
 
 class Norms(NamedTuple):

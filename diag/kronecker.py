@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diag.blocks import Block
 from diag.operators import KroneckerSum, Operator, dense
-from diag.sample_mean import SampleMean, unpack
+from diag.sample_mean import SampleMean
 
 
 def kronecker_singular_values(operator: Operator, block: Block | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def kronecker_singular_values(operator: Operator, block: Block | None = None) ->
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
     if isinstance(operator, SampleMean):
-        return operator.kronecker_svd[0]
+        return operator.kronecker_svd.values
     return torch.linalg.svdvals(_rearranged(operator, block))
 
 
@@ -26,9 +26,8 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
     if isinstance(operator, SampleMean):
-        o, i = operator.factor_sizes
         values, left, right = operator.kronecker_svd
-        lefts, rights = unpack(left[:rank], o), unpack(right[:rank], i)
+        lefts, rights = left(rank), right(rank)
     else:
         tiles = _rearranged(operator, block)
         o, i = (round(size**0.5) for size in tiles.shape)

@@ -9,8 +9,9 @@ layer's input with 1 appended. Norms, errors, Kronecker singular values and samp
 inner products between these terms, never a d x d matrix.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +32,21 @@ from diag.operators import (
 from diag.operators.forms import to_dense
 from diag.operators.structures import by_columns
 from diag.sampled import Sampled
+from diag.stacks import Diagonals, Outer, Packed, Stack, cross_gram, pack, positions, unpack
+
+THIN_UP_TO = 2**24  # entries of the packed terms up to which they are factorised themselves
 
 
-@dataclass(frozen=True, eq=False)
 class SampleMean(Sampled):
-    """The operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ, from a [N, i] and C [N, o, o] (each symmetric)."""
+    """The operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ, from a [N, i] and C [N, o, o] (each symmetric).
 
-    a: Tensor
-    C: Tensor
-    kept: dict = field(default_factory=dict, repr=False)  # what was derived, for the next question
+    C may be given as a Stack: packed, as roots, or as diagonals (one block per output neuron).
+    """
+
+    def __init__(self, a: Tensor, C: Tensor | Stack) -> None:
+        self.a = a
+        self.left: Stack = Packed.of(C) if isinstance(C, Tensor) else C
+        self.kept = {}
 
     @property
     def n(self) -> int:
@@ -47,14 +54,19 @@ class SampleMean(Sampled):
         return len(self.a)
 
     @property
+    def C(self) -> Tensor:
+        """Every C_n in full, [N, o, o]; large for wide layers: `left` answers most questions."""
+        return self.left.matrices()
+
+    @property
     def factor_sizes(self) -> tuple[int, int]:
         """(o, i): the sizes of a Kronecker product's factors."""
-        return self.C.shape[1], self.a.shape[1]
+        return self.left.size, self.a.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(o·i, o·i)."""
-        d = self.C.shape[1] * self.a.shape[1]
+        d = self.left.size * self.a.shape[1]
         return (d, d)
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -62,15 +74,15 @@ class SampleMean(Sampled):
 
         def apply(rows: Tensor) -> Tensor:
             projected = rows.reshape(-1, o, i) @ self.a.T  # [k, o, N]
-            bent = torch.einsum("npo,kon->kpn", self.C, projected)
-            return (bent @ self.a / self.n).reshape(-1, o * i)
+            bent = self.left.apply(projected.movedim(2, 0).mT).movedim(0, 2)  # [o, k, N]
+            return (bent @ self.a / self.n).movedim(1, 0).reshape(-1, o * i)
 
         return by_columns(apply, v)
 
     @cached_property
     def left_mean(self) -> Tensor:
         """G = mean of C_n, [o, o]."""
-        return self.C.mean(0)
+        return self.left.mean()
 
     @cached_property
     def right_mean(self) -> Tensor:
@@ -78,26 +90,15 @@ class SampleMean(Sampled):
         return self.a.T @ self.a / self.n
 
     @cached_property
-    def packed_left(self) -> Tensor:
-        """Each C_n as a vector of its upper triangle with <C_n, C_m> kept, [N, o(o+1)/2]."""
-        return pack(self.C)
-
-    @cached_property
-    def packed_right(self) -> Tensor:
-        """Each a_n a_nᵀ as such a vector, [N, i(i+1)/2]."""
-        rows, columns = torch.triu_indices(self.a.shape[1], self.a.shape[1])
-        off = (rows != columns).to(self.a) * (2**0.5 - 1) + 1
-        return self.a[:, rows] * self.a[:, columns] * off
-
-    @cached_property
     def gram_left(self) -> Tensor:
         """<C_n, C_m>, [N, N]."""
-        return self.packed_left @ self.packed_left.T
+        return self.left.gram()
 
     @cached_property
     def gram_right(self) -> Tensor:
         """<a_n a_nᵀ, a_m a_mᵀ> = (a_n·a_m)², [N, N]."""
-        return (self.a @ self.a.T).square()
+        a = self.a.double()
+        return (a @ a.T).square()
 
     @property
     def gram(self) -> Tensor:
@@ -106,53 +107,102 @@ class SampleMean(Sampled):
 
     def inners(self, other: Operator) -> Tensor:
         """<C_n ⊗ a_n a_nᵀ, other> for every example, [N], never forming [d, d] of the terms."""
-        a, C = self.a, self.C
+        a, (o, i) = self.a, self.factor_sizes
         if isinstance(other, Kronecker):
-            return (C.flatten(1) @ other.left.flatten()) * ((a @ other.right) * a).sum(1)
+            return self.left.inners(other.left) * ((a @ other.right.to(a)) * a).sum(1)
         if isinstance(other, KroneckerSum):
             return torch.stack([self.inners(term) for term in other.terms]).sum(0)
         if isinstance(other, Diagonal):
-            weights = other.diagonal.reshape(self.factor_sizes)
-            return (C.diagonal(dim1=1, dim2=2) * (a.square() @ weights.T)).sum(1)
+            weights = other.diagonal.reshape(o, i).to(a)
+            return (self.left.diagonals() * (a.square() @ weights.T)).sum(1)
+        if isinstance(other, SampleMean):
+            across = (a.double() @ other.a.double().T).square()
+            return (cross_gram(self.left, other.left) * across).mean(1)
         if isinstance(other, BlockDiagonal) and self._per_output(other):
-            quadratic = torch.einsum("oij,ni,nj->no", other.blocks, a, a)
-            return (C.diagonal(dim1=1, dim2=2) * quadratic).sum(1)
+            quadratic = [((a @ block.to(a)) * a).sum(1) for block in other.blocks]
+            return (self.left.diagonals() * torch.stack(quadratic, 1)).sum(1)
         if isinstance(other, LowRank):
-            o, i = self.factor_sizes
-            projected = torch.einsum("oik,ni->nok", other.factor.reshape(o, i, -1), a)
-            return torch.einsum("nok,nop,npk->n", projected, C, projected)
-        o, i = self.factor_sizes
-        matrix = dense(other).reshape(o, i, o, i)
+            factor = other.factor.reshape(o, i, -1).to(a)
+            projected = torch.einsum("oik,ni->nok", factor, a)
+            return (projected * self.left.apply(projected)).sum((1, 2))
+        matrix = dense(other).reshape(o, i, o, i).to(a)
         halfway = torch.einsum("nj,oipj->noip", a, matrix)
-        return torch.einsum("noip,ni,nop->n", halfway, a, C)
+        return torch.einsum("noip,ni,nop->n", halfway, a, self.C)
 
     def quadratic(self, u: Tensor, v: Tensor) -> Tensor:
         """u·(C_n ⊗ a_n a_nᵀ)v for every example, [N], for u and v [d]."""
         o, i = self.factor_sizes
-        first, second = (self.a @ w.reshape(o, i).T for w in (u, v))  # [N, o]
-        return torch.einsum("no,nop,np->n", first, self.C, second)
+        first, second = (self.a @ w.reshape(o, i).to(self.a).T for w in (u, v))  # [N, o]
+        return (first * self.left.apply(second[:, :, None])[:, :, 0]).sum(1)
 
     def _per_output(self, other: BlockDiagonal) -> bool:
-        o, i = self.factor_sizes
-        return (
-            other.order is None
-            and isinstance(other.blocks, Tensor)
-            and other.blocks.shape == (o, i, i)
-        )
+        i = self.a.shape[1]
+        return other.order is None and all(b.shape == (i, i) for b in other.blocks)
 
     @cached_property
-    def kronecker_svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular values [r] of the rearranged block, and weights x, y [N, r] of its vectors.
+    def kronecker_svd(self) -> "KroneckerSVD":
+        """Singular values and vectors of the rearranged block (Van Loan and Pitsianis 1993)."""
+        small = self.n * max(self.left.size, self.a.shape[1]) ** 2 <= THIN_UP_TO
+        return _by_thin_factors(self) if small else _by_gram(self)
 
-        The rearrangement (Van Loan and Pitsianis 1993) of C is PᵀQ/N with rows P_n = vec C_n and
-        Q_n = vec a_n a_nᵀ. With thin factorisations Pᵀ = U R_P and Qᵀ = V R_Q its singular values
-        are those of R_P R_Qᵀ/N; unlike roots of eigenvalues of Gram matrices, these keep small ones
-        to full accuracy. Returns left [r, o(o+1)/2] and right vectors packed as `pack` does.
+    def covariance(self) -> tuple["SampleMean", float]:
+        """C less G ⊗ A, as the mean of dC_n ⊗ a_n a_nᵀ, and its squared norm.
+
+        The norm comes from centred factors, mean_n dC_n ⊗ dA_n, and keeps its digits when small.
         """
-        U, R_P = _thin(self.packed_left.T)
-        V, R_Q = _thin(self.packed_right.T)
-        left, values, right = torch.linalg.svd(R_P @ R_Q.T / self.n, full_matrices=False)
-        return values, (U @ left).T, right @ V.T
+        return keep(self, "covariance", self._covariance)
+
+    def _covariance(self) -> tuple["SampleMean", float]:
+        centred = self.left.centred()
+        right = self.gram_right - self.gram_right.mean(0)
+        right = right - right.mean(1, keepdim=True)
+        return SampleMean(self.a, centred), (centred.gram() * right).mean().item()
+
+
+class KroneckerSVD(NamedTuple):
+    """C rearranged = Σ_k values_k left_k right_kᵀ; the vectors as weights over the examples.
+
+    values [r] descending; left [r, N] so that left_k = Σ_n left_kn C_n, right [r, N] likewise.
+    """
+
+    values: Tensor
+    left: Callable[[int], Tensor]
+    right: Callable[[int], Tensor]
+
+
+def _by_thin_factors(mean: SampleMean) -> KroneckerSVD:
+    """From thin factorisations Pᵀ = U R_P, Qᵀ = V R_Q: small values keep their full accuracy.
+
+    The rearranged block is PᵀQ/N with rows P_n = vec C_n and Q_n = vec a_n a_nᵀ.
+    """
+    o, i = mean.factor_sizes
+    U, R_P = _thin(pack(mean.C).T)
+    V, R_Q = _thin(pack(mean.a[:, :, None] * mean.a[:, None, :]).T)
+    left, values, right = torch.linalg.svd(R_P @ R_Q.T / mean.n, full_matrices=False)
+    return KroneckerSVD(
+        values,
+        lambda rank: unpack((U @ left[:, :rank]).T, o),
+        lambda rank: unpack(right[:rank] @ V.T, i),
+    )
+
+
+def _by_gram(mean: SampleMean) -> KroneckerSVD:
+    """From the N x N Gram matrices alone: values to 1e-8 of the largest, factors by weighting."""
+    (P, R_P), (Q, R_Q) = (_gram_root(gram) for gram in (mean.gram_left, mean.gram_right))
+    left, values, right = torch.linalg.svd(R_P @ R_Q.T / mean.n, full_matrices=False)
+    return KroneckerSVD(
+        values,
+        lambda rank: mean.left.weighted((P @ left[:, :rank]).T.to(mean.a)),
+        lambda rank: Outer(mean.a[:, None]).weighted((Q @ right[:rank].T).T.to(mean.a)),
+    )
+
+
+def _gram_root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """R [m, N] with K = RᵀR, and W [N, m] such that rows = W R makes WᵀK W = I."""
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    sound = values > values[-1] * len(gram) * torch.finfo(values.dtype).eps
+    roots, vectors = values[sound].sqrt(), vectors[:, sound]
+    return vectors / roots, (vectors * roots).T
 
 
 def _thin(tall: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,42 +212,32 @@ def _thin(tall: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.qr(tall)
 
 
-def pack(symmetric: Tensor) -> Tensor:
-    """[..., k, k] symmetric -> [..., k(k+1)/2], off-diagonal entries times √2: keeps <,>."""
-    k = symmetric.shape[-1]
-    rows, columns = torch.triu_indices(k, k)
-    off = (rows != columns).to(symmetric) * (2**0.5 - 1) + 1
-    return symmetric[..., rows, columns] * off
-
-
-def unpack(packed: Tensor, k: int) -> Tensor:
-    """Inverse of `pack`: [..., k(k+1)/2] -> [..., k, k]."""
-    rows, columns = torch.triu_indices(k, k)
-    off = (rows != columns).to(packed) * (2**-0.5 - 1) + 1
-    matrix = packed.new_empty(*packed.shape[:-1], k, k)
-    matrix[..., rows, columns] = packed * off
-    matrix[..., columns, rows] = packed * off
-    return matrix
-
-
 @to_dense.register
 def _(operator: SampleMean) -> Tensor:
     """One product of packed halves, [o(o+1)/2, N] x [N, i(i+1)/2], then re-ordered.
 
     Both factors are symmetric, so a quarter of the arithmetic of [o², N] x [N, i²] is enough.
     """
+    if isinstance(operator.left, Diagonals):
+        return torch.block_diag(*output_blocks(operator))
     o, i = operator.factor_sizes
     rows, columns = torch.triu_indices(o, o, device=operator.a.device)
     first, second = torch.triu_indices(i, i, device=operator.a.device)
     products = _taken(operator.a, first).mul_(_taken(operator.a, second))
     halves = empty(products, len(rows), len(first))
     torch.mm(operator.C[:, rows, columns].T, products, out=halves).div_(operator.n)
-    tiles = _taken(halves, _positions(i, halves.device).flatten()).view(-1, i, i)
+    tiles = _taken(halves, positions(i, halves.device).flatten()).view(-1, i, i)
     matrix = empty(tiles, o, i, o, i)
     view = matrix.transpose(1, 2)  # [o, o, i, i]
     view[rows, columns] = tiles
     view[columns, rows] = tiles  # each tile is symmetric: the one below needs no transpose
     return matrix.reshape(o * i, o * i)
+
+
+def output_blocks(mean: SampleMean) -> Tensor:
+    """The exact sub-blocks of the output neurons, mean_n C_n[o, o] a_n a_nᵀ, [o, i, i]."""
+    weights = mean.left.diagonals().T  # [o, N]
+    return (weights[:, None, :] * mean.a.T) @ mean.a / mean.n
 
 
 def _taken(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -206,17 +246,9 @@ def _taken(matrix: Tensor, columns: Tensor) -> Tensor:
     return torch.index_select(matrix, 1, columns, out=found)
 
 
-def _positions(k: int, device: torch.device) -> Tensor:
-    """[k, k] -> place of entry (r, c) in the packed upper triangle."""
-    rows, columns = torch.triu_indices(k, k, device=device)
-    places = torch.empty(k, k, dtype=torch.long, device=device)
-    places[rows, columns] = places[columns, rows] = torch.arange(len(rows), device=device)
-    return places
-
-
 @diagonal.register
 def _(operator: SampleMean) -> Tensor:
-    weights = operator.C.diagonal(dim1=1, dim2=2)
+    weights = operator.left.diagonals()
     return (weights.T @ operator.a.square() / operator.n).reshape(-1)
 
 
@@ -224,8 +256,7 @@ def _(operator: SampleMean) -> Tensor:
 def _(first: SampleMean, second: SampleMean) -> Tensor:
     if first is second:
         return first.gram.mean()
-    lefts = first.C.flatten(1) @ second.C.flatten(1).T
-    return (lefts * (first.a @ second.a.T).square()).mean()
+    return first.inners(second).mean()
 
 
 def _mean_inner(first: SampleMean, second: Operator) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 from diag.estimate import Estimate
 from diag.intervals import from_influence
 from diag.operators import Operator
+from diag.preconditioned import NotPositiveDefiniteError, Pair, preconditioned_extremes, square_root
 from diag.registry import metric
 from diag.sampled import Sampled
-from diag.spectrum import NotPositiveDefiniteError, Pair, preconditioned_extremes, square_root
 
 
 @metric(

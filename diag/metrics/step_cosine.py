@@ -44,5 +44,5 @@ def step_cosine(
         slope = taken / (taken.norm() * exact.norm()) - value * exact / exact.square().sum()
         each = truth.quadratic(undo(slope), exact)
         influence = each.mean() - each
-    found = from_influence(value.item(), influence, getattr(truth, "n", 0))
+    found = from_influence(value.clamp(-1, 1).item(), influence, getattr(truth, "n", 0))
     return Estimate(found.value, max(found.low, -1.0), min(found.high, 1.0), found.n)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import diag.metrics
-from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics, spectrum
+from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics, preconditioned
 from diag.intervals import half_split_norms
 from diag.registry import approximation, metric
 from diag.sample_mean import SampleMean
@@ -80,7 +80,7 @@ def test_excess_is_the_difference_to_the_best(classifier):
 @pytest.mark.parametrize("dense_up_to", [400, 0])
 def test_condition_equals_the_generalised_eigenvalues(classifier, monkeypatch, dense_up_to):
     """By the full decomposition and by Lanczos (whose residual tolerance is 1e-3)."""
-    monkeypatch.setattr(spectrum, "DENSE_UP_TO", dense_up_to)
+    monkeypatch.setattr(preconditioned, "DENSE_UP_TO", dense_up_to)
     for block, truth, approx in pairs(classifier):
         eye = LAMBDA * torch.eye(block.d)
         values = scipy.linalg.eigh(

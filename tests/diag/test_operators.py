@@ -20,8 +20,8 @@ from diag.operators import (
     solve,
     trace,
 )
+from diag.preconditioned import square_root
 from diag.sample_mean import SampleMean, pack, unpack
-from diag.spectrum import square_root
 
 
 def spd(k: int) -> torch.Tensor:
