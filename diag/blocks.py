@@ -15,7 +15,7 @@ class Member:
     """The parameters one module gives to a block.
 
     `w_bar`: weight and bias stand side by side as [W, b], [out, in+1], bias last; otherwise they
-    follow one another, each row-major. `rows`: the output neurons taken, None for all.
+    follow one another, each row-major. `rows`, `columns`: the part of [W, b] taken, None for all.
     """
 
     module: str
@@ -23,14 +23,18 @@ class Member:
     shapes: tuple[tuple[int, ...], ...]
     w_bar: bool = False
     rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in+1) of the member's [W, b], or (entries, 1) of anything else."""
-        out = self.shapes[0][0] if self.shapes[0] else 1
-        rows = self.rows[1] - self.rows[0] if self.rows else out
         entries = sum(math.prod(shape) for shape in self.shapes)
-        return (rows, entries // out) if self.w_bar else (entries, 1)
+        if not self.w_bar:
+            return (entries, 1)
+        out, width = self.shapes[0][0], entries // self.shapes[0][0]
+        ranges = (self.rows or (0, out), self.columns or (0, width))
+        rows, columns = (stop - start for start, stop in ranges)
+        return (rows, columns)
 
     @property
     def d(self) -> int:
@@ -44,9 +48,11 @@ class Member:
             named = zip(self.parameters, parts, self.shapes, strict=True)
             return {name: part.reshape(shape) for name, part, shape in named}
         matrix = v.reshape(self.matrix_shape)
-        if self.rows:
-            start, stop = self.rows
-            matrix = pad(matrix, (0, 0, start, self.shapes[0][0] - stop))
+        if self.rows or self.columns:
+            out = self.shapes[0][0]
+            width = sum(math.prod(shape) for shape in self.shapes) // out
+            (top, bottom), (left, right) = self.rows or (0, out), self.columns or (0, width)
+            matrix = pad(matrix, (left, width - right, top, out - bottom))
         columns = matrix.split([math.prod(shape[1:]) for shape in self.shapes], dim=1)
         named = zip(self.parameters, columns, self.shapes, strict=True)
         return {name: part.reshape(shape) for name, part, shape in named}
@@ -59,9 +65,12 @@ class Member:
             return torch.cat(flat, dim=-1)
         named = zip(self.parameters, self.shapes, strict=True)
         columns = [tensors[n].reshape(*_lead(tensors[n], s), s[0], -1) for n, s in named]
-        matrix = torch.cat(columns, dim=-1)
-        matrix = matrix[..., slice(*self.rows), :] if self.rows else matrix
-        return matrix.flatten(-2)
+        return self.cut(torch.cat(columns, dim=-1)).flatten(-2)
+
+    def cut(self, w_bar: Tensor) -> Tensor:
+        """The member's part of [..., out, in+1]."""
+        w_bar = w_bar[..., slice(*self.rows), :] if self.rows else w_bar
+        return w_bar[..., slice(*self.columns)] if self.columns else w_bar
 
 
 def _lead(tensor: Tensor, shape: tuple[int, ...]) -> torch.Size:

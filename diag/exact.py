@@ -1,23 +1,29 @@
 """The truths: exact Hessian, GGN and Fisher blocks.
 
-A Linear layer that sees one row per example is given as a SampleMean (per-example sums); any other
-block as a Dense matrix from d forward-over-reverse products of torch.func.
+A Linear layer that sees one row per example is given as a SampleMean: C = mean C_n ⊗ a_n a_nᵀ. The
+GGN and the Fishers of any other block are a RootMean: C = mean V_n V_nᵀ. What has neither form (the
+Hessian of a layer with shared weights, a loss that is not convex in the outputs) or does not fit
+the budget in it is a Dense matrix for small d, and known by its products alone above.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from diag import crosscheck
+from diag.assembly import assembled, by_rows, layer_inputs, size_in_bytes
 from diag.blocks import Block
-from diag.curvatures import dense_block, layer_curvature
+from diag.curvatures import block_products, dense_block, layer_curvature
+from diag.matrix_free import MatrixFree
 from diag.operators import Dense, Operator
+from diag.output_roots import output_roots
 from diag.problem import Problem
-from diag.rows import layer_rows
 from diag.sample_mean import SampleMean
+from diag.stacks import Diagonals, Outer, Packed
 
 BACKENDS = ("torch.func", "backpack")
+DENSE_UP_TO = 5000  # parameters; above, a block without per-example terms stays matrix-free
 
 
 def hessian(problem: Problem, block: Block) -> Operator:
@@ -48,9 +54,7 @@ def ggn(problem: Problem, block: Block, backend: str = "torch.func") -> Operator
     Raises: ValueError for an unknown backend or a module BackPACK does not support.
     Source: Schraudolph 2002, section 3.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"no backend '{backend}'; known: {list(BACKENDS)}")
-    if backend == "backpack":
+    if _by_backpack(backend):
         return crosscheck.ggn(problem, block)
     return _truth(problem, block, "ggn")
 
@@ -68,16 +72,24 @@ def fisher(problem: Problem, block: Block) -> Operator:
 
 
 def fisher_mc(
-    problem: Problem, block: Block, samples: int = 1, generator: torch.Generator | None = None
+    problem: Problem,
+    block: Block,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+    backend: str = "torch.func",
 ) -> Operator:
     """Monte-Carlo Fisher block, mean over `samples` labels drawn per example of g gᵀ.
 
     generator: for the labels; None takes a new one seeded with 0, so that results repeat and the
-    global random state is left alone.
+    global random state is left alone. backend="backpack" computes it with BackPACK's SqrtGGNMC,
+    which draws other labels from the same generator.
 
     Returns: [d, d] in row-major order of [W, b]; its expectation is `fisher`.
-    Raises: ValueError for samples < 1 or a loss that belongs to no known likelihood.
+    Raises: ValueError for samples < 1, a loss that belongs to no known likelihood, an unknown
+    backend or a module BackPACK does not support.
     """
+    if _by_backpack(backend):
+        return crosscheck.fisher_mc(problem, block, samples, generator)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     if generator is None:
@@ -85,12 +97,17 @@ def fisher_mc(
     return _compute(problem, block, "fisher_mc", samples, generator)
 
 
-def empirical_fisher(problem: Problem, block: Block) -> Operator:
+def empirical_fisher(problem: Problem, block: Block, backend: str = "torch.func") -> Operator:
     """Second moment of the data's own gradients, mean_n g_n g_nᵀ; not the Fisher.
 
+    backend="backpack" computes it with BackPACK's BatchGrad.
+
     Returns: [d, d] in row-major order of [W, b]; positive semi-definite, rank at most n.
+    Raises: ValueError for an unknown backend or a module BackPACK does not support.
     Source: Kunstner et al. 2019 (arXiv:1905.12558), equation 3.
     """
+    if _by_backpack(backend):
+        return crosscheck.empirical_fisher(problem, block)
     return _truth(problem, block, "empirical_fisher")
 
 
@@ -105,18 +122,62 @@ TRUTHS: dict[str, Callable[[Problem, Block], Operator]] = {
 
 def truth(problem: Problem, block: Block, of: str) -> Operator:
     """Return the truth named `of`. Raises: ValueError listing the known names."""
-    if of not in TRUTHS:
-        raise ValueError(f"no truth '{of}'; known: {list(TRUTHS)}")
+    _check(of)
     return TRUTHS[of](problem, block)
 
 
+def truths(problem: Problem, blocks: Sequence[Block], of: str) -> Iterator[tuple[Block, Operator]]:
+    """Each block with its truth; what can be computed in one pass through the network is.
+
+    As many blocks at a time as fit half the problem's budget, so that measuring every layer of a
+    large network costs few passes and little memory.
+
+    Raises: ValueError for an unknown name.
+    """
+    _check(of)
+    roots = None if of == "hessian" else _roots(problem, of)
+    if roots is None:
+        yield from ((block, truth(problem, block, of)) for block in blocks)
+        return
+    waiting = list(blocks)
+    while waiting:
+        bundle, room = [waiting.pop(0)], problem.budget / 2
+        room -= size_in_bytes(problem, bundle[0], roots)
+        while waiting and (room := room - size_in_bytes(problem, waiting[0], roots)) > 0:
+            bundle.append(waiting.pop(0))
+        fitting = [b for b in bundle if size_in_bytes(problem, b, roots) <= problem.budget / 2]
+        found = assembled(problem, fitting, roots)
+        for block in bundle:
+            yield block, found.pop(block) if block in found else truth(problem, block, of)
+
+
+def _by_backpack(backend: str) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"no backend '{backend}'; known: {list(BACKENDS)}")
+    return backend == "backpack"
+
+
+def _check(of: str) -> None:
+    if of not in TRUTHS:
+        raise ValueError(f"no truth '{of}'; known: {list(TRUTHS)}")
+
+
 def _truth(problem: Problem, block: Block, of: str) -> Operator:
-    rows = layer_rows(problem, block)
-    if rows is None:
-        size = 8 * block.d**2
-    else:
-        size = 8 * len(rows.a) * (rows.left_size**2 + rows.a.shape[1])
-    return problem.remember((of, block), lambda: _compute(problem, block, of), size)
+    return problem.remember((of, block), lambda: _compute(problem, block, of), _held)
+
+
+def _held(operator: Operator) -> int:
+    """Bytes of the tensors an operator is made of."""
+    parts = [*vars(operator).values(), *vars(getattr(operator, "left", operator)).values()]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+def _roots(
+    problem: Problem, of: str, samples: int = 1, generator: torch.Generator | None = None
+) -> Diagonals | Outer | None:
+    if of == "fisher_mc":  # other labels each time
+        return output_roots(problem, of, samples, generator)
+    return problem.remember(("roots", of), lambda: output_roots(problem, of), 0)
 
 
 def _compute(
@@ -126,12 +187,41 @@ def _compute(
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Operator:
-    rows = layer_rows(problem, block)
-    if rows is None:
+    roots = None if of == "hessian" else _roots(problem, of, samples, generator)
+    if roots is not None and size_in_bytes(problem, block, roots) <= problem.budget / 2:
+        return assembled(problem, [block], roots)[block]
+    layer = by_rows(problem, block)
+    if layer is not None and (roots is None or of in ("ggn", "fisher")):
+        return _by_examples(problem, block, of, layer.shape[0])
+    return _whole(problem, block, of, samples, generator)
+
+
+def _by_examples(problem: Problem, block: Block, of: str, out: int) -> Operator:
+    """A Linear layer's truth from each example's curvature at its pre-activation."""
+    member, (o, _) = block.members[0], block.members[0].matrix_shape
+    each = problem.inputs.element_size()
+    size = each * problem.n * (out**2 + o**2)
+    if size > problem.budget:
+        raise ValueError(
+            f"the curvatures of {problem.n} examples at the {out} outputs of '{member.module}' "
+            f"take {size / 2**30:.1f} GiB, over the budget of {problem.budget / 2**30:.1f} GiB; "
+            f"give Problem fewer examples, dtype=torch.float32 or a larger budget="
+        )
+    rows = slice(*member.rows) if member.rows else slice(None)
+    C = layer_curvature(problem, member.module, of)
+    return SampleMean(layer_inputs(problem, member), Packed.of(_symmetric(C[:, rows, rows])))
+
+
+def _whole(
+    problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
+) -> Operator:
+    """Dense for small d, by products alone above."""
+    parameter = problem.model.get_parameter(block.parameters[0])
+    if block.d <= DENSE_UP_TO and parameter.element_size() * block.d**2 <= problem.budget / 4:
         matrix = dense_block(problem, block, of, samples, generator)
         return Dense(_symmetric(matrix), problem.n)
-    C = layer_curvature(problem, rows.module, of, samples, generator)
-    return SampleMean(rows.a, _symmetric(C[:, rows.outputs, rows.outputs]))
+    rows = block_products(problem, block, of, samples, generator)
+    return MatrixFree(rows, torch.zeros(block.d).to(parameter), problem.n)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

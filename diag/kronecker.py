@@ -1,11 +1,17 @@
 """Kronecker singular values: the spectrum of a block rearranged by Van Loan and Pitsianis."""
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from diag.blocks import Block
-from diag.operators import KroneckerSum, Operator, dense
+from diag.operators import KroneckerSum, Operator, dense, inner, keep
+from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
+
+REARRANGED_UP_TO = 2**24  # entries of a rearranged block that is decomposed in full
+TOLERANCE = 1e-5  # of a leading singular value found from products alone
 
 
 def kronecker_singular_values(operator: Operator, block: Block | None = None) -> Tensor:
@@ -28,25 +34,81 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
     if isinstance(operator, SampleMean):
         values, left, right = operator.kronecker_svd
         lefts, rights = left(rank), right(rank)
+        return KroneckerSum(values[:rank, None, None].to(lefts) * lefts, rights)
+    o, i = _factor_sizes(operator, block)
+    if isinstance(operator, RootMean) and (o * i) ** 2 > REARRANGED_UP_TO:
+        values, U, V = keep(operator, ("svds", rank), lambda: _by_products(operator, rank))
     else:
-        tiles = _rearranged(operator, block)
-        o, i = (round(size**0.5) for size in tiles.shape)
-        left, values, right = torch.linalg.svd(tiles, full_matrices=False)
-        lefts = left.T[:rank].reshape(-1, o, o)
-        rights = right[:rank].reshape(-1, i, i)
-    return KroneckerSum(values[:rank, None, None] * lefts, rights)
+        U, values, V = torch.linalg.svd(_rearranged(operator, block), full_matrices=False)
+        U, values, V = U[:, :rank], values[:rank], V[:rank]
+    lefts, rights = U.T.reshape(-1, o, o), V.reshape(-1, i, i)
+    return KroneckerSum(values[:, None, None] * lefts, rights)
 
 
-def _rearranged(operator: Operator, block: Block | None) -> Tensor:
-    """[o², i²]: row (o, p) holds the tile of output neurons o and p."""
+def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = None) -> Tensor:
+    """Relative error of the best sum of r Kronecker products for r = 1 ... ranks, [ranks].
+
+    (‖C‖² − Σ_{k<=r} σ_k²)^½ / ‖C‖, from one decomposition.
+
+    Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
+    """
+    if isinstance(operator, SampleMean):
+        values = operator.kronecker_svd.values.double()
+        tail = values.square().flip(0).cumsum(0).flip(0)  # summed from the small end: no cancelling
+        tail = torch.cat([tail, tail.new_zeros(ranks + 1)])
+        return (tail[1 : ranks + 1] / tail[0]).sqrt()
+    leading = leading_kronecker(operator, ranks, block)
+    values = leading.left.flatten(1).norm(dim=1).double()  # right factors have norm 1
+    left = 1 - values.square().cumsum(0) / inner(operator, operator)
+    return left.clamp(min=0).sqrt()
+
+
+def _by_products(mean: RootMean, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triples of R: X -> (1/N) Σ V X Vᵀ, [i, i] -> [o, o], by Lanczos.
+
+    Every product is two matrix products over all columns V of all examples, each [o, i].
+    """
+    assert mean.factor_sizes is not None
+    (o, i), V = mean.factor_sizes, mean.V
+    wide = V.reshape(-1, o, i).movedim(1, 0).contiguous()  # [o, N·k, i]
+    tall = wide.movedim(2, 0).mT.contiguous()  # [i, N·k, o]
+    across, down = wide.reshape(o, -1), tall.reshape(i, -1)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        X = torch.from_numpy(np.ascontiguousarray(x)).to(V).reshape(i, i)
+        return ((wide @ X).reshape(o, -1) @ across.T / mean.n).reshape(-1).cpu().numpy()
+
+    def backward(y: np.ndarray) -> np.ndarray:
+        Y = torch.from_numpy(np.ascontiguousarray(y)).to(V).reshape(o, o)
+        return ((tall @ Y).reshape(i, -1) @ down.T / mean.n).reshape(-1).cpu().numpy()
+
+    dtype = np.float64 if V.dtype == torch.float64 else np.float32
+    operator = LinearOperator((o * o, i * i), matvec=forward, rmatvec=backward, dtype=dtype)
+    start = np.random.default_rng(rank).standard_normal(min(o, i) ** 2).astype(dtype)
+    U, values, W = svds(operator, k=rank, tol=TOLERANCE, v0=start)
+    order = np.argsort(-values)
+    found = (values[order], U[:, order], W[order])
+    values_, U_, W_ = (torch.from_numpy(np.ascontiguousarray(part)).to(V) for part in found)
+    return values_, U_, W_
+
+
+def _factor_sizes(operator: Operator, block: Block | None) -> tuple[int, int]:
+    known = getattr(operator, "factor_sizes", None)
+    if known is not None:
+        return known
     if block is None:
         raise ValueError(
             f"the factor sizes of a {type(operator).__name__} truth are unknown; Kronecker "
-            f"singular values need its block, and the metrics built on them a Linear layer with "
-            f"one row per example"
+            f"singular values need its block, and the metrics built on them the exact GGN or "
+            f"Fisher of a layer with one matrix [W, b]"
         )
     member = block.single
     if member is None or not member.w_bar:
         raise ValueError(f"block {block} is not one matrix [W, b], so it has no Kronecker factors")
-    o, i = member.matrix_shape
+    return member.matrix_shape
+
+
+def _rearranged(operator: Operator, block: Block | None) -> Tensor:
+    """[o², i²]: row (o, p) holds the tile of output neurons o and p."""
+    o, i = _factor_sizes(operator, block)
     return dense(operator).reshape(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)

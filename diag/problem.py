@@ -1,6 +1,7 @@
 """Problem: a model, a loss and a batch, checked once and never touched again."""
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,8 @@ class Problem:
     dtype: of the copy and the data (float64 recommended for truths); None keeps the model's.
     likelihood: "categorical", "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None
     finds it from the loss's gradient.
-    remember_bytes: how much of what was computed (truths) is kept for the next question.
+    budget: bytes that truths may take while they are computed and kept (default 4 GiB); what does
+    not fit is computed in parts, or refused with the remedy.
 
     Raises: ValueError for an empty batch, non-finite values, a random model, a loss that is not a
     mean over examples, a model without trainable parameters; the message names the culprit.
@@ -63,7 +65,7 @@ class Problem:
         *,
         dtype: torch.dtype | None = None,
         likelihood: str | None = None,
-        remember_bytes: int = 2**30,
+        budget: int = 4 * 2**30,
     ) -> None:
         checks.check_batch(inputs, targets)
         checks.check_hooks(model)
@@ -73,7 +75,8 @@ class Problem:
         self.likelihood = likelihood
         self.notes: list[str] = []
         self._kept: OrderedDict[Any, Any] = OrderedDict()
-        self._room = remember_bytes
+        self.budget = budget
+        self._room = budget // 4
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         checks.check_parameters(self.model)
         with torch.random.fork_rng(_devices(self.inputs)):
@@ -129,7 +132,10 @@ class Problem:
     def blocks(
         self, by: str = "layer", groups: Mapping[str, Sequence[str]] | None = None
     ) -> list[Block]:
-        """All blocks, by "layer" (module), "tensor", "unit" (output neuron) or "group".
+        """All blocks, by "layer" (module), "tensor", "unit" or "group".
+
+        Units are the output neurons of a Linear layer ("0[3]": row 3 of [W, b]) and the kernel
+        slices of a convolution ("0[3,1]": from input channel 1 to output 3; "0[3,bias]").
 
         groups: for by="group", {name: module names}; a group holds those modules' layers.
 
@@ -140,7 +146,7 @@ class Problem:
         if by == "tensor":
             return [self._tensor(name) for name in self.trainable if self._used(name)]
         if by == "unit":
-            return [unit for layer in self._layers().values() for unit in _units(layer)]
+            return [unit for layer in self._layers().values() for unit in self._units(layer)]
         if by == "group":
             if not groups:
                 raise ValueError('by="group" needs groups={name: [module names]}')
@@ -172,7 +178,7 @@ class Problem:
             return self._tensor(name)
         stem = name.partition("[")[0]
         if stem != name and stem in layers:
-            units = {unit.name: unit for unit in _units(layers[stem])}
+            units = {unit.name: unit for unit in self._units(layers[stem])}
             if name in units:
                 return units[name]
         return self._unknown(name)
@@ -199,6 +205,9 @@ class Problem:
                 owners.setdefault(_owner(name), []).append(name)
         return {o: Block(o, (self._member(o, names),)) for o, names in owners.items()}
 
+    def _units(self, layer: Block) -> list[Block]:
+        return _units(layer, self.model.get_submodule(layer.members[0].module))
+
     def _tensor(self, name: str) -> Block:
         return Block(name, (self._member(_owner(name), [name]),))
 
@@ -209,18 +218,22 @@ class Problem:
         w_bar = linear and local in (["weight"], ["weight", "bias"], ["bias"])
         return Member(module, tuple(names), shapes, w_bar)
 
-    def remember(self, key: Any, compute: Callable[[], Any], size: int) -> Any:
+    def remember(
+        self, key: Any, compute: Callable[[], Any], size: int | Callable[[Any], int]
+    ) -> Any:
         """Return what was computed for `key`, computing it now if it is not kept.
 
-        size: bytes it takes; the oldest results leave when the room is full.
+        size: bytes it takes, or a function that tells; the oldest results leave when the room (a
+        quarter of the budget) is full.
         """
         if key in self._kept:
             return self._kept[key][0]
         found = compute()
-        self._kept[key] = (found, size)
+        taken = size(found) if callable(size) else size
+        self._kept[key] = (found, taken)
         others = [(k, s) for k, (_, s) in self._kept.items() if s and k != key]
-        excess = size + sum(s for _, s in others) - self._room
-        for old, freed in others if size else []:
+        excess = taken + sum(s for _, s in others) - self._room
+        for old, freed in others if taken else []:
             if excess <= 0:
                 break
             del self._kept[old]
@@ -232,18 +245,35 @@ def _owner(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _units(layer: Block) -> list[Block]:
-    """One block per output neuron of a layer with [W, b]; a layer without stays whole."""
+def _units(layer: Block, module: nn.Module) -> list[Block]:
+    """One block per output neuron of a Linear layer, per kernel slice of a convolution.
+
+    A convolution's biases are units of one entry each. A layer without [W, b] stays whole.
+    """
     member = layer.members[0]
     if not member.w_bar:
         return [layer]
+    out, width = member.matrix_shape
+    if isinstance(module, nn.Linear):
+        return [_part(layer, f"[{j}]", (j, j + 1), None) for j in range(out)]
+    kernel = math.prod(module.kernel_size)  # type: ignore[arg-type]
+    bias = member.parameters[-1].endswith("bias")
+    starts = range(0, width - bias, kernel)
+    slices = [(f"{i}", (start, start + kernel)) for i, start in enumerate(starts)]
+    slices += [("bias", (width - 1, width))] * bias
     return [
-        Block(
-            f"{layer.name}[{j}]",
-            (Member(member.module, member.parameters, member.shapes, True, (j, j + 1)),),
-        )
-        for j in range(member.shapes[0][0])
+        _part(layer, f"[{o},{name}]", (o, o + 1), columns)
+        for o in range(out)
+        for name, columns in slices
     ]
+
+
+def _part(
+    layer: Block, suffix: str, rows: tuple[int, int], columns: tuple[int, int] | None
+) -> Block:
+    m = layer.members[0]
+    part = Member(m.module, m.parameters, m.shapes, True, rows, columns)
+    return Block(layer.name + suffix, (part,))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

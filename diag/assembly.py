@@ -1,0 +1,170 @@
+"""Truths of many blocks from one sweep back through the network."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diag.blocks import Block, Member
+from diag.capture import Layer, layers
+from diag.parameter_roots import parameter_roots
+from diag.patches import by_position, patches, per_group
+from diag.positions import Positions, columns_of
+from diag.problem import Problem
+from diag.root_mean import RootMean, cheaper_by_position
+from diag.sample_mean import SampleMean
+from diag.stacks import Diagonals, Outer, Packed, Stack, pack
+from diag.sweep import Chunk, Returned, count, sweep
+
+
+def by_rows(problem: Problem, block: Block) -> Layer | None:
+    """The layer that sees one row per example of which the block is (a part of) [W, b], if any."""
+    member = block.single
+    if member is None or not member.w_bar or member.columns:
+        return None
+    layer = layers(problem).get(member.module)
+    return layer if layer is not None and layer.rows else None
+
+
+def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> int:
+    """What the truth of a block takes, as assembled here from these roots."""
+    each, k = problem.model.get_parameter(block.parameters[0]).element_size(), count(roots)
+    if by_rows(problem, block) is None:
+        return each * problem.n * k * block.d
+    o, i = block.members[0].matrix_shape
+    return each * problem.n * (i + (k * o if k**2 <= o else o * (o + 1) // 2))
+
+
+def assembled(
+    problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
+) -> dict[Block, SampleMean | RootMean]:
+    """The truths of the blocks, given the roots of the curvature at the outputs."""
+    known = layers(problem)
+    members = [member for block in blocks for member in block.members]
+    names = {m.module for m in members if _by_layer(problem, m)}
+    others = sorted({n for m in members if m.module not in names for n in m.parameters})
+    collectors = {block: _collector(problem, block, roots) for block in blocks}
+    for chunk in sweep(problem, [n for n in known if n in names], roots):
+        pulled = parameter_roots(problem, others, chunk.rows, chunk.roots) if others else {}
+        for collector in collectors.values():
+            collector.add(chunk, pulled)
+    return {block: collector.finish() for block, collector in collectors.items()}
+
+
+def layer_inputs(problem: Problem, member: Member) -> Tensor:
+    """The inputs a [N, in+1] of a layer that sees one row per example."""
+    module = problem.model.get_submodule(member.module)
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _m, args, _z: seen.append(args[0].detach()))
+    try:
+        with torch.no_grad():
+            problem.model(problem.inputs)
+    finally:
+        handle.remove()
+    return patches(module, seen[0])[:, 0, 0, columns_of(member)]
+
+
+def _by_layer(problem: Problem, member: Member) -> bool:
+    return member.w_bar and member.module in layers(problem)
+
+
+def _collector(problem: Problem, block: Block, roots: Diagonals | Outer) -> "_Rows | _Columns":
+    layer = by_rows(problem, block)
+    if layer is None:
+        return _Columns(problem, block)
+    member = block.members[0]
+    last = roots.values if layer.last and isinstance(roots, Diagonals) else None
+    return _Rows(problem, member, count(roots), last)
+
+
+class _Rows:
+    """Collects a SampleMean: inputs, and curvatures at the outputs in the smallest form."""
+
+    def __init__(self, problem: Problem, member: Member, k: int, last: Tensor | None) -> None:
+        self.module, self.member = problem.model.get_submodule(member.module), member
+        self.outputs = slice(*member.rows) if member.rows else slice(None)
+        o = member.matrix_shape[0]
+        self.values = None if last is None else last[:, self.outputs]
+        self.few = k**2 <= o  # then roots take less room and arithmetic than matrices
+        self.a: list[Tensor] = []
+        self.left: list[Tensor] = []
+        if self.values is None and not self.few:
+            like = problem.model.get_parameter(member.parameters[0])
+            self.packed = like.new_empty(problem.n, o * (o + 1) // 2)
+
+    def add(self, chunk: Chunk, _pulled: dict[str, Tensor]) -> None:
+        """Take in what came back from some examples."""
+        found = chunk.layers[self.member.module]
+        self.a.append(patches(self.module, found.x[0])[:, 0, 0, columns_of(self.member)])
+        if self.values is not None:
+            return
+        roots = found.b[0][:, :, self.outputs].movedim(0, 1)  # [n, k, o]
+        if self.few:
+            self.left.append(roots.clone())
+        else:
+            self.packed[chunk.rows] = pack(roots.mT @ roots)
+
+    def finish(self) -> SampleMean:
+        """The operator."""
+        if self.values is not None:
+            left: Stack = Diagonals(self.values)
+        elif self.few:
+            left = Outer(torch.cat(self.left))
+        else:
+            left = Packed.consume(self.packed, self.member.matrix_shape[0])
+        return SampleMean(torch.cat(self.a), left)
+
+
+class _Columns:
+    """Collects a RootMean: each example's columns, member after member."""
+
+    def __init__(self, problem: Problem, block: Block) -> None:
+        self.problem, self.block = problem, block
+        self.V: list[Tensor] = []
+        self.positions: list[Positions] = []
+
+    def add(self, chunk: Chunk, pulled: dict[str, Tensor]) -> None:
+        """Take in what came back from some examples."""
+        found = [self._member(member, chunk, pulled) for member in self.block.members]
+        self.V.append(torch.cat(found, dim=2).movedim(0, 1).contiguous())
+
+    def _member(self, member: Member, chunk: Chunk, pulled: dict[str, Tensor]) -> Tensor:
+        """V [k, n, d] of one member."""
+        if member.module not in chunk.layers:
+            return member.join(pulled)
+        module = self.problem.model.get_submodule(member.module)
+        found = chunk.layers[member.module]
+        w_bar = torch.stack(list(map(_products(module), found.x, found.b))).sum(0)
+        if len(self.block.members) == 1 and not (member.rows or member.columns):
+            self._keep_positions(module, found, columns_of(member))
+        return member.cut(w_bar[..., columns_of(member)]).flatten(2)
+
+    def _keep_positions(self, module: torch.nn.Module, found: Returned, columns: slice) -> None:
+        a = torch.cat([patches(module, x) for x in found.x], dim=2)
+        if a.shape[1] > 1:
+            return
+        b = torch.cat([by_position(module, each, lead=1) for each in found.b], dim=2)
+        own = Positions(a[:, 0, :, columns], b.movedim(0, 1))
+        if cheaper_by_position(own):
+            self.positions.append(own)
+
+    def finish(self) -> RootMean:
+        """The operator."""
+        positions = None
+        if self.positions:
+            a, b = (torch.cat([getattr(p, name) for p in self.positions]) for name in "ab")
+            positions = Positions(a, b)
+        member = self.block.single
+        sizes = member.matrix_shape if member is not None and member.w_bar else None
+        return RootMean(torch.cat(self.V), positions, sizes)
+
+
+def _products(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x, b [k, n, *z]) -> Σ_t b_t a_tᵀ over one call, [k, n, out, in+1]."""
+
+    def products(x: Tensor, b: Tensor) -> Tensor:
+        a = patches(module, x)  # [n, groups, T, in+1]
+        grouped = per_group(by_position(module, b, lead=1), a.shape[1])
+        return (grouped.mT @ a).flatten(2, 3)
+
+    return products

@@ -1,0 +1,54 @@
+"""Roots of a block's parameters example by example, for parameters no layer's outputs stand for.
+
+Embeddings, norms, transposed convolutions, tied weights, parameters used by hand: the roots at the
+outputs are pulled back to the parameters themselves, one example at a time, many at once by vmap.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vjp, vmap
+
+from diag.problem import Problem
+
+
+def parameter_roots(
+    problem: Problem, names: Sequence[str], rows: slice, roots: Tensor
+) -> dict[str, Tensor]:
+    """Pull the roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}."""
+    model = problem.model
+    own = {name: model.get_parameter(name).detach() for name in names}
+
+    def one(x: Tensor, ends: Tensor) -> dict[str, Tensor]:
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            return functional_call(model, parameters, (x[None],))[0]
+
+        pull = vjp(outputs, own)[1]
+        return vmap(lambda end: pull(end)[0])(ends)
+
+    try:
+        found = vmap(one)(problem.inputs[rows], roots.movedim(1, 0))  # {name: [n, k, *shape]}
+    except RuntimeError:  # some modules (nn.LSTM, data-dependent code) know no vmap
+        found = _by_loop(problem, own, rows, roots)
+    return {name: each.movedim(1, 0) for name, each in found.items()}
+
+
+def _by_loop(
+    problem: Problem, own: dict[str, Tensor], rows: slice, roots: Tensor
+) -> dict[str, Tensor]:
+    """The same one example and one root after another."""
+    wanted = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in own}
+    for j, x in enumerate(problem.inputs[rows]):
+        with torch.enable_grad():
+            z = functional_call(problem.model, wanted, (x[None],))[0]
+        each = [
+            torch.autograd.grad(
+                z, list(wanted.values()), end, retain_graph=True, materialize_grads=True
+            )
+            for end in roots[:, j]
+        ]
+        for name, grads in zip(own, zip(*each, strict=True), strict=True):
+            found[name].append(torch.stack(grads))
+    return {name: torch.stack(each) for name, each in found.items()}

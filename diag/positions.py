@@ -1,0 +1,97 @@
+"""Layers with shared weights: inputs and back-propagated roots by position.
+
+The root of an example is V_nk = Σ_t b_nkt a_ntᵀ, a sum over the positions (or calls) t at which the
+weight was used; the layer's GGN or Fisher is (1/N) Σ_n Σ_k vec V_nk vec V_nkᵀ.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diag.blocks import Block, Member
+from diag.capture import layers
+from diag.output_roots import output_roots
+from diag.patches import by_position, patches
+from diag.problem import Problem
+from diag.stacks import Diagonals, Outer
+from diag.sweep import Returned, sweep
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Inputs a [N, T, in+1] and roots b [N, k, T, out] of a layer, by position t."""
+
+    a: Tensor
+    b: Tensor
+
+
+def layer_positions(
+    problem: Problem,
+    block: Block,
+    of: str = "ggn",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Positions:
+    """The terms of a layer's exact block by position: V_nk = Σ_t b_nkt a_ntᵀ, [out, in+1].
+
+    a has a column of ones where the block has a bias. k: network outputs for "ggn" and "fisher",
+    `samples` for "fisher_mc", 1 for "empirical_fisher".
+
+    Raises: ValueError for a block that is not a whole Linear, Conv1d or Conv2d layer with one
+        group; for of="hessian", which has no such roots; for a loss not convex in the outputs.
+    """
+    member = _whole_layer(problem, block)
+    roots = required_roots(problem, of, samples, generator)
+    parts = [
+        _of_part(problem, member, chunk.layers[member.module])
+        for chunk in sweep(problem, [member.module], roots)
+    ]
+    return Positions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def required_roots(
+    problem: Problem, of: str, samples: int, generator: torch.Generator | None
+) -> Diagonals | Outer:
+    """The roots at the outputs. Raises: ValueError where there are none."""
+    if of == "hessian":
+        raise ValueError("a Hessian has no roots by position; use 'ggn', 'fisher', ...")
+    if generator is None:
+        generator = torch.Generator(problem.inputs.device).manual_seed(0)
+    roots = output_roots(problem, of, samples, generator)
+    if roots is None:
+        raise ValueError(
+            f"the loss is not convex in the outputs, so its {of} has no real root; use "
+            f"'empirical_fisher', or exact.{of}, which computes it from products"
+        )
+    return roots
+
+
+def _of_part(problem: Problem, member: Member, part: Returned) -> tuple[Tensor, Tensor]:
+    module = problem.model.get_submodule(member.module)
+    a = torch.cat([patches(module, x)[:, 0] for x in part.x], dim=1)
+    b = torch.cat([by_position(module, each, lead=1) for each in part.b], dim=2)
+    return a[..., columns_of(member)], b.movedim(0, 1)
+
+
+def columns_of(member: Member) -> slice:
+    """Which columns of [W, b] the member has: all, the weight's, or the bias alone."""
+    names = [name.rpartition(".")[2] for name in member.parameters]
+    return slice(0 if "weight" in names else -1, None if "bias" in names else -1)
+
+
+def _whole_layer(problem: Problem, block: Block) -> Member:
+    member, known = block.single, layers(problem)
+    if member is None or not member.w_bar or member.rows or member.module not in known:
+        raise ValueError(
+            f"block '{block.name}' is no whole Linear, Conv1d or Conv2d layer whose parameters "
+            f"act through its outputs alone; such layers here: {list(known)}"
+        )
+    groups = getattr(problem.model.get_submodule(member.module), "groups", 1)
+    if groups != 1:
+        raise ValueError(
+            f"layer '{block.name}' is a convolution in {groups} groups: its patches differ between "
+            f"output channels, so it has no single input factor; exact truths, diagonal, "
+            f"low_rank and mini_block_kernel work for it"
+        )
+    return member
