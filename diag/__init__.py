@@ -23,9 +23,11 @@ from diag.operators import (
     frobenius_norm,
     inner,
     solve,
+    to_scipy,
     trace,
 )
 from diag.problem import Block, Problem
+from diag.sample_solves import NotSolvedError
 
 __all__ = [
     "Block",
@@ -38,6 +40,7 @@ __all__ = [
     "Kronecker",
     "KroneckerSum",
     "LowRank",
+    "NotSolvedError",
     "Operator",
     "Problem",
     "approximations",
@@ -49,5 +52,6 @@ __all__ = [
     "live",
     "metrics",
     "solve",
+    "to_scipy",
     "trace",
 ]

@@ -19,9 +19,11 @@ from diag.operators import (
     Operator,
     dense,
     dense_inverse,
+    solver,
 )
 
 DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
+INVERTED_UP_TO = 6000  # up to here many products with a dense inverse are fastest
 TOLERANCE = 1e-3  # relative residual of a Lanczos pair; its eigenvalue errs by about the square
 
 
@@ -130,18 +132,26 @@ def preconditioned_extremes(truth: Operator, damping: float, root: Root) -> tupl
             _pair(values[-1], vectors[:, -1], root),
         )
     else:
-        undone = dense_inverse(truth, damping)
-        if undone is None:
-            raise NotPositiveDefiniteError(f"C + {damping:g} I")
+        undo = _inverse(truth, damping)
         greatest = _lanczos(
             lambda v: root.inverse(Damped(truth, damping) @ root.inverse(v)), d, root
         )
-        inverse = _lanczos(lambda v: root.apply(undone @ root.apply(v)), d, root)
+        inverse = _lanczos(lambda v: root.apply(undo(root.apply(v))), d, root)
         # the pair's x belongs to B^-½ v of the same v, whichever matrix v was found from
         least = Pair(1 / inverse.value, inverse.x)
     if least.value <= 0:
         raise NotPositiveDefiniteError(f"C + {damping:g} I")
     return least, greatest
+
+
+def _inverse(truth: Operator, damping: float) -> Callable[[Tensor], Tensor]:
+    """(C + damping·I)⁻¹ as a function: a dense matrix up to d = INVERTED_UP_TO, else by solving."""
+    if truth.shape[0] > INVERTED_UP_TO:
+        return solver(truth, damping)
+    undone = dense_inverse(truth, damping)
+    if undone is None:
+        raise NotPositiveDefiniteError(f"C + {damping:g} I")
+    return lambda v: undone @ v
 
 
 def _pair(value: Tensor, vector: Tensor, root: Root) -> Pair:

@@ -7,7 +7,9 @@ All matrices act on row-major vectors of W_bar = [W, b].
 """
 
 from diag.operators.forms import BUDGET, dense, diagonal, trace
+from diag.operators.like import like
 from diag.operators.products import frobenius_norm, inner, inner_rule
+from diag.operators.scipy_interface import to_scipy
 from diag.operators.solving import Inverse, dense_inverse, inverse, keep, solve, solver
 from diag.operators.structures import (
     BlockDiagonal,
@@ -39,7 +41,9 @@ __all__ = [
     "inner_rule",
     "inverse",
     "keep",
+    "like",
     "solve",
     "solver",
+    "to_scipy",
     "trace",
 ]

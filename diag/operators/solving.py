@@ -118,6 +118,11 @@ def solver(operator: Operator, damping: float) -> Callable[[Tensor], Tensor]:
 
 @singledispatch
 def _solver(operator: Any, damping: float) -> Callable[[Tensor], Tensor]:
+    return dense_solver(operator, damping)
+
+
+def dense_solver(operator: Operator, damping: float) -> Callable[[Tensor], Tensor]:
+    """Factorise operator + damping·I as a dense matrix, by Cholesky or else LU."""
     undone = getattr(operator, "kept", {}).get(("inverse", damping))
     if undone is not None:  # somebody paid for it already
         return lambda v: undone @ v
@@ -126,6 +131,11 @@ def _solver(operator: Any, damping: float) -> Callable[[Tensor], Tensor]:
         return lambda v: by_columns(lambda rows: torch.cholesky_solve(rows.T, root).T, v)
     factors = torch.linalg.lu_factor(dense(Damped(operator, damping)))  # symmetric, indefinite
     return lambda v: by_columns(lambda rows: torch.linalg.lu_solve(*factors, rows.T).T, v)
+
+
+def solver_rule(kind: type) -> Callable:
+    """Register how operators of a kind are factorised: (operator, damping) -> apply the inverse."""
+    return _solver.register(kind)
 
 
 @_solver.register
