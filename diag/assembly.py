@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diag.blocks import Block, Member
 from diag.capture import Layer, layers
+from diag.memory import empty
 from diag.parameter_roots import parameter_roots
 from diag.patches import by_position, patches, per_group
 from diag.positions import Positions, columns_of
@@ -74,23 +75,23 @@ def _collector(problem: Problem, block: Block, roots: Diagonals | Outer) -> "_Ro
         return _Columns(problem, block)
     member = block.members[0]
     last = roots.values if layer.last and isinstance(roots, Diagonals) else None
-    return _Rows(problem, member, count(roots), last)
+    return _Rows(problem, member, last)
 
 
 class _Rows:
     """Collects a SampleMean: inputs, and curvatures at the outputs in the smallest form."""
 
-    def __init__(self, problem: Problem, member: Member, k: int, last: Tensor | None) -> None:
-        self.module, self.member = problem.model.get_submodule(member.module), member
+    def __init__(self, problem: Problem, member: Member, last: Tensor | None) -> None:
+        self.module, self.member, self.n = (
+            problem.model.get_submodule(member.module),
+            member,
+            problem.n,
+        )
         self.outputs = slice(*member.rows) if member.rows else slice(None)
-        o = member.matrix_shape[0]
         self.values = None if last is None else last[:, self.outputs]
-        self.few = k**2 <= o  # then roots take less room and arithmetic than matrices
         self.a: list[Tensor] = []
-        self.left: list[Tensor] = []
-        if self.values is None and not self.few:
-            like = problem.model.get_parameter(member.parameters[0])
-            self.packed = like.new_empty(problem.n, o * (o + 1) // 2)
+        self.roots: list[Tensor] = []
+        self.packed: Tensor | None = None
 
     def add(self, chunk: Chunk, _pulled: dict[str, Tensor]) -> None:
         """Take in what came back from some examples."""
@@ -99,19 +100,22 @@ class _Rows:
         if self.values is not None:
             return
         roots = found.b[0][:, :, self.outputs].movedim(0, 1)  # [n, k, o]
-        if self.few:
-            self.left.append(roots.clone())
-        else:
-            self.packed[chunk.rows] = pack(roots.mT @ roots)
+        _, k, o = roots.shape
+        if k**2 <= o:  # roots take less room and arithmetic than matrices
+            self.roots.append(roots.clone())
+            return
+        if self.packed is None:
+            self.packed = empty(roots, self.n, o * (o + 1) // 2)
+        self.packed[chunk.rows] = pack(roots.mT @ roots)
 
     def finish(self) -> SampleMean:
         """The operator."""
         if self.values is not None:
             left: Stack = Diagonals(self.values)
-        elif self.few:
-            left = Outer(torch.cat(self.left))
-        else:
+        elif self.packed is not None:
             left = Packed.consume(self.packed, self.member.matrix_shape[0])
+        else:
+            left = Outer(torch.cat(self.roots))
         return SampleMean(torch.cat(self.a), left)
 
 

@@ -19,6 +19,7 @@ from diag.estimate import Estimate
 from diag.operators import Kronecker, Operator, dense, inner, keep
 from diag.sample_mean import SampleMean
 from diag.sampled import Sampled
+from diag.stacks import difference
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -62,19 +63,30 @@ def residual_square(truth: Operator, approximation: Operator) -> float:
     mean_n dC_n ⊗ dA_n, so that truth - G ⊗ A is that plus (Ḡ - G) ⊗ Ā + G ⊗ (Ā - A): all small
     where the approximation is good.
     """
-    if not (isinstance(truth, SampleMean) and isinstance(approximation, Kronecker)):
-        whole = inner(truth, truth) + inner(approximation, approximation)
-        square = whole - 2 * inner(truth, approximation)
-        if square < CANCELLED * whole:  # few digits left: subtract entry by entry instead
-            return (dense(truth) - dense(approximation)).square().sum().item()
+    if isinstance(truth, SampleMean) and isinstance(approximation, Kronecker):
+        return _beside_product(truth, approximation)
+    whole = inner(truth, truth) + inner(approximation, approximation)
+    square = whole - 2 * inner(truth, approximation)
+    if square >= CANCELLED * whole:
         return square
-    G, A = truth.left_mean, truth.right_mean
-    first = Kronecker(G - approximation.left, A)
-    second = Kronecker(approximation.left, A - approximation.right)
+    # few digits left: subtract term by term, or entry by entry, instead
+    if (
+        isinstance(truth, SampleMean)
+        and isinstance(approximation, SampleMean)
+        and truth.a is approximation.a
+    ):
+        rest = SampleMean(truth.a, difference(truth.left, approximation.left))
+        return inner(rest, rest)
+    return (dense(truth) - dense(approximation)).square().sum().item()
+
+
+def _beside_product(truth: SampleMean, approximation: Kronecker) -> float:
+    G, A = truth.left_mean.double(), truth.right_mean.double()
+    left, right = approximation.left.double(), approximation.right.double()
+    first, second = Kronecker(G - left, A), Kronecker(left, A - right)
     rest = inner(first, first) + 2 * inner(first, second) + inner(second, second)
-    centred, own = truth.covariance()
-    crossed = inner(centred, first) + inner(centred, second)
-    return max(own + rest + 2 * crossed, 0.0)
+    crossed = truth.covariance_inner(first) + truth.covariance_inner(second)
+    return max(truth.covariance_square() + rest + 2 * crossed, 0.0)
 
 
 class Norms(NamedTuple):

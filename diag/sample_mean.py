@@ -32,7 +32,17 @@ from diag.operators import (
 from diag.operators.forms import to_dense
 from diag.operators.structures import by_columns
 from diag.sampled import Sampled
-from diag.stacks import Diagonals, Outer, Packed, Stack, cross_gram, pack, positions, unpack
+from diag.stacks import (
+    Diagonals,
+    Outer,
+    Packed,
+    Stack,
+    centred,
+    cross_gram,
+    pack,
+    positions,
+    unpack,
+)
 
 THIN_UP_TO = 2**24  # entries of the packed terms up to which they are factorised themselves
 
@@ -145,18 +155,18 @@ class SampleMean(Sampled):
         small = self.n * max(self.left.size, self.a.shape[1]) ** 2 <= THIN_UP_TO
         return _by_thin_factors(self) if small else _by_gram(self)
 
-    def covariance(self) -> tuple["SampleMean", float]:
-        """C less G ⊗ A, as the mean of dC_n ⊗ a_n a_nᵀ, and its squared norm.
+    def covariance_square(self) -> float:
+        """‖C − G ⊗ A‖²: C less G ⊗ A is mean_n dC_n ⊗ dA_n, and keeps its digits when small."""
+        return keep(self, "covariance", self._covariance_square)
 
-        The norm comes from centred factors, mean_n dC_n ⊗ dA_n, and keeps its digits when small.
-        """
-        return keep(self, "covariance", self._covariance)
+    def _covariance_square(self) -> float:
+        return (self.left.centred_gram() * centred(self.gram_right)).mean().item()
 
-    def _covariance(self) -> tuple["SampleMean", float]:
-        centred = self.left.centred()
-        right = self.gram_right - self.gram_right.mean(0)
-        right = right - right.mean(1, keepdim=True)
-        return SampleMean(self.a, centred), (centred.gram() * right).mean().item()
+    def covariance_inner(self, other: Kronecker) -> float:
+        """<C − G ⊗ A, other>: the covariance over examples of the two factors' inner products."""
+        left = self.left.inners(other.left).double()
+        right = ((self.a @ other.right.to(self.a)) * self.a).sum(1).double()
+        return ((left - left.mean()) * (right - right.mean())).mean().item()
 
 
 class KroneckerSVD(NamedTuple):

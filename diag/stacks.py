@@ -56,8 +56,8 @@ class Stack(Protocol):
         """Σ_n w_rn C_n for weights [r, N], [r, k, k]."""
         ...
 
-    def centred(self) -> "Stack":
-        """The matrices less their mean."""
+    def centred_gram(self) -> Tensor:
+        """<C_n − C̄, C_m − C̄>, [N, N], float64."""
         ...
 
 
@@ -89,13 +89,13 @@ class Packed:
         """Number of matrices N."""
         return len(self.deviations)
 
-    def centred(self) -> "Packed":
-        """The matrices less their mean; shares memory."""
-        return Packed(torch.zeros_like(self.centre), self.deviations, self.size)
-
     @cached_property
     def _own(self) -> Tensor:
         return summed_gram(self.deviations)
+
+    def centred_gram(self) -> Tensor:
+        """<C_n − C̄, C_m − C̄>, [N, N], float64, from the deviations: no digits are lost."""
+        return self._own
 
     def gram(self) -> Tensor:
         """<C_n, C_m>, [N, N], float64."""
@@ -149,13 +149,18 @@ class Outer:
         """Rows k of each matrix."""
         return self.roots.shape[2]
 
-    def centred(self) -> Packed:
-        """The matrices less their mean."""
-        return Packed.of(self.matrices()).centred()
+    @cached_property
+    def _own(self) -> Tensor:
+        double = self.roots.double()  # float32 products would blur small differences
+        return squared_blocks(double, double)
 
     def gram(self) -> Tensor:
         """<C_n, C_m> = ‖R_n R_mᵀ‖², [N, N], float64."""
-        return squared_blocks(self.roots, self.roots)
+        return self._own
+
+    def centred_gram(self) -> Tensor:
+        """<C_n − C̄, C_m − C̄>, [N, N], float64."""
+        return centred(self._own)
 
     def inners(self, matrix: Tensor) -> Tensor:
         """<C_n, matrix> for a matrix [k, k], [N]."""
@@ -201,9 +206,9 @@ class Diagonals:
         """Rows k of each matrix."""
         return self.values.shape[1]
 
-    def centred(self) -> "Diagonals":
-        """The matrices less their mean."""
-        return Diagonals(self.values - self.values.mean(0))
+    def centred_gram(self) -> Tensor:
+        """<C_n − C̄, C_m − C̄>, [N, N], float64."""
+        return summed_gram(self.values - self.values.mean(0))
 
     def gram(self) -> Tensor:
         """<C_n, C_m>, [N, N], float64."""
@@ -232,6 +237,18 @@ class Diagonals:
     def weighted(self, weights: Tensor) -> Tensor:
         """Σ_n w_rn C_n for weights [r, N], [r, k, k]."""
         return torch.diag_embed(weights @ self.values)
+
+
+def difference(first: Stack, second: Stack) -> Stack:
+    """C_n − D_n of two stacks."""
+    if isinstance(first, Diagonals) and isinstance(second, Diagonals):
+        return Diagonals(first.values - second.values)
+    return Packed.of(first.matrices() - second.matrices())
+
+
+def centred(gram: Tensor) -> Tensor:
+    """Gram matrix of the same things less their mean."""
+    return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def cross_gram(first: Stack, second: Stack) -> Tensor:
