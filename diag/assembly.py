@@ -1,6 +1,7 @@
 """Truths of many blocks from one sweep back through the network."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,9 +11,9 @@ from diag.capture import Layer, layers
 from diag.memory import empty
 from diag.parameter_roots import parameter_roots
 from diag.patches import by_position, patches, per_group
-from diag.positions import Positions, columns_of
+from diag.positions import columns_of, joined_positions
 from diag.problem import Problem
-from diag.root_mean import RootMean, cheaper_by_position
+from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
 from diag.stacks import Diagonals, Outer, Packed, Stack, pack
 from diag.sweep import Chunk, Returned, count, sweep
@@ -31,7 +32,10 @@ def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> i
     """What the truth of a block takes, as assembled here from these roots."""
     each, k = problem.model.get_parameter(block.parameters[0]).element_size(), count(roots)
     if by_rows(problem, block) is None:
-        return each * problem.n * k * block.d
+        positions = (
+            layers(problem)[block.members[0].module].floats if _by_position(problem, block) else 0
+        )
+        return each * problem.n * k * (block.d + positions)
     o, i = block.members[0].matrix_shape
     return each * problem.n * (i + (k * o if k**2 <= o else o * (o + 1) // 2))
 
@@ -40,11 +44,24 @@ def assembled(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, SampleMean | RootMean]:
     """The truths of the blocks, given the roots of the curvature at the outputs."""
+    return _collected(
+        problem, {block: _collector(problem, block, roots) for block in blocks}, roots
+    )
+
+
+def columns(
+    problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
+) -> dict[Block, RootMean]:
+    """The same with every block as a RootMean, its columns V [N, k, d] formed."""
+    return _collected(problem, {block: _Columns(problem, block) for block in blocks}, roots)
+
+
+def _collected(problem: Problem, collectors: dict, roots: Diagonals | Outer) -> dict:
+    """One sweep, what comes back given to every block's collector."""
     known = layers(problem)
-    members = [member for block in blocks for member in block.members]
+    members = [member for block in collectors for member in block.members]
     names = {m.module for m in members if _by_layer(problem, m)}
     others = sorted({n for m in members if m.module not in names for n in m.parameters})
-    collectors = {block: _collector(problem, block, roots) for block in blocks}
     for chunk in sweep(problem, [n for n in known if n in names], roots):
         pulled = parameter_roots(problem, others, chunk.rows, chunk.roots) if others else {}
         for collector in collectors.values():
@@ -125,12 +142,15 @@ class _Columns:
     def __init__(self, problem: Problem, block: Block) -> None:
         self.problem, self.block = problem, block
         self.V: list[Tensor] = []
-        self.positions: list[Positions] = []
+        self.returned: list[Returned] = []
+        self.by_position = _by_position(problem, block)
 
     def add(self, chunk: Chunk, pulled: dict[str, Tensor]) -> None:
         """Take in what came back from some examples."""
         found = [self._member(member, chunk, pulled) for member in self.block.members]
         self.V.append(torch.cat(found, dim=2).movedim(0, 1).contiguous())
+        if self.by_position:
+            self.returned.append(chunk.layers[self.block.members[0].module])
 
     def _member(self, member: Member, chunk: Chunk, pulled: dict[str, Tensor]) -> Tensor:
         """V [k, n, d] of one member."""
@@ -139,28 +159,27 @@ class _Columns:
         module = self.problem.model.get_submodule(member.module)
         found = chunk.layers[member.module]
         w_bar = torch.stack(list(map(_products(module), found.x, found.b))).sum(0)
-        if len(self.block.members) == 1 and not (member.rows or member.columns):
-            self._keep_positions(module, found, columns_of(member))
         return member.cut(w_bar[..., columns_of(member)]).flatten(2)
-
-    def _keep_positions(self, module: torch.nn.Module, found: Returned, columns: slice) -> None:
-        a = torch.cat([patches(module, x) for x in found.x], dim=2)
-        if a.shape[1] > 1:
-            return
-        b = torch.cat([by_position(module, each, lead=1) for each in found.b], dim=2)
-        own = Positions(a[:, 0, :, columns], b.movedim(0, 1))
-        if cheaper_by_position(own):
-            self.positions.append(own)
 
     def finish(self) -> RootMean:
         """The operator."""
-        positions = None
-        if self.positions:
-            a, b = (torch.cat([getattr(p, name) for p in self.positions]) for name in "ab")
-            positions = Positions(a, b)
         member = self.block.single
         sizes = member.matrix_shape if member is not None and member.w_bar else None
-        return RootMean(torch.cat(self.V), positions, sizes)
+        if not self.by_position:
+            return RootMean(torch.cat(self.V), None, sizes)
+        assert member is not None
+        module = self.problem.model.get_submodule(member.module)
+        return RootMean(
+            torch.cat(self.V), partial(joined_positions, module, member, self.returned), sizes
+        )
+
+
+def _by_position(problem: Problem, block: Block) -> bool:
+    """Whether the block is a whole layer whose patches are the same for all its outputs."""
+    member = block.single
+    if member is None or member.rows or member.columns or not _by_layer(problem, member):
+        return False
+    return getattr(problem.model.get_submodule(member.module), "groups", 1) == 1
 
 
 def _products(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

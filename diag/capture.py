@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
 
+from diag.functional import call
 from diag.patches import PATCHES, by_position, patches, per_group
 from diag.problem import Problem
 
@@ -97,6 +97,8 @@ def _qualified(problem: Problem) -> dict[str, Layer]:
         outputs = model(inputs)
         summed = len(inputs) * problem.loss(outputs, targets)
     sound = [n for n in calls if _by_example(calls[n], few)]
+    if not sound:
+        return {}
     zs = [call.z for name in sound for call in calls[name]]
     g = iter(torch.autograd.grad(summed, zs, retain_graph=True, allow_unused=True))
     slopes = {n: [next(g) for _ in calls[n]] for n in sound}
@@ -126,7 +128,9 @@ def _by_example(calls: Sequence[Call], n: int) -> bool:
 def _apart(outputs: Tensor, z: Tensor) -> bool:
     """Whether the first output depends on the first entry of z alone, and the last on the last."""
     for own in (0, len(z) - 1):
-        found = torch.autograd.grad(outputs[own].sum(), z, retain_graph=True, allow_unused=True)[0]
+        with torch.enable_grad():
+            own_sum = outputs[own].sum()
+        found = torch.autograd.grad(own_sum, z, retain_graph=True, allow_unused=True)[0]
         if found is not None and any(found[j].any() for j in range(len(z)) if j != own):
             return False
     return True
@@ -153,7 +157,7 @@ def _gradients(
     if not wanted:
         return {}
     with torch.enable_grad():
-        outputs = functional_call(model, wanted, (inputs,))
+        outputs = call(model, wanted, inputs)
         summed = len(inputs) * problem.loss(outputs, targets)
         found = torch.autograd.grad(summed, list(wanted.values()), allow_unused=True)
     pairs = zip(wanted.items(), found, strict=True)

@@ -72,17 +72,22 @@ def damp_always(s: Tensor, y: Tensor, H: Tensor, mu: float) -> Pair | None:
 
 
 def updated(H: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor | None:
-    """BFGS: the H' nearest to H with H' y = s; None where the skip rule refuses the pair.
+    """The BFGS update H' of H, with H' y = s; None where the skip rule refuses the pair.
 
     H' = H + (ρ² yᵀHy + ρ) s sᵀ - ρ (s (Hy)ᵀ + (Hy) sᵀ), ρ = 1 / s·y. Refused: s·y not above
     1e-4 ‖s‖² ‖gradient‖ (and so not above 0), or an H' that is not finite.
+
+    In one dimension H' = s / y:
+        >>> from torch import eye, tensor
+        >>> updated(eye(1), tensor([2.0]), tensor([4.0]), gradient=tensor([1.0])).tolist()
+        [[0.5]]
     """
     sy = s @ y
     if not (_usable(sy) and sy > SKIP * (s @ s) * gradient.norm()):
         return None
     Hy, rho = H @ y, 1 / sy
-    crossed = torch.outer(s, Hy)
-    new = H + (rho.square() * (y @ Hy) + rho) * torch.outer(s, s) - rho * (crossed + crossed.T)
+    half = torch.outer(s, 0.5 * (rho.square() * (y @ Hy) + rho) * s - rho * Hy)
+    new = H + (half + half.T)
     return new if torch.isfinite(new).all() else None
 
 

@@ -7,6 +7,7 @@ the budget in it is a Dense matrix for small d, and known by its products alone 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def truths(problem: Problem, blocks: Sequence[Block], of: str) -> Iterator[tuple
     Raises: ValueError for an unknown name.
     """
     _check(of)
-    roots = None if of == "hessian" else _roots(problem, of)
+    roots = None if of in ("hessian", "fisher_mc") else _roots(problem, of)
     if roots is None:
         yield from ((block, truth(problem, block, of)) for block in blocks)
         return
@@ -148,7 +149,9 @@ def truths(problem: Problem, blocks: Sequence[Block], of: str) -> Iterator[tuple
         fitting = [b for b in bundle if size_in_bytes(problem, b, roots) <= problem.budget / 2]
         found = assembled(problem, fitting, roots)
         for block in bundle:
-            yield block, found.pop(block) if block in found else truth(problem, block, of)
+            if block in found:  # where approximations built from this truth will look for it
+                problem.remember((of, block), partial(found.pop, block), _held)
+            yield block, truth(problem, block, of)
 
 
 def _by_backpack(backend: str) -> bool:

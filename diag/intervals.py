@@ -8,7 +8,7 @@ the approximation is held fixed: the interval is about the truth's sampling.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from diag.estimate import Estimate
 from diag.operators import Kronecker, Operator, dense, inner, keep
 from diag.sample_mean import SampleMean
 from diag.sampled import Sampled
+from diag.splits import random_splits, signed_norms
 from diag.stacks import difference
 
 REPLICATES = 1000
@@ -27,7 +28,7 @@ CANCELLED = 1e-7  # of ‖C‖² + ‖B‖²: below it a difference of squares k
 Z = 1.959964  # the normal quantile of LEVEL, for first-order intervals
 
 
-@cache
+@lru_cache(maxsize=4)  # 8 MB each for 1,000 examples
 def bootstrap_counts(n: int) -> Tensor:
     """How often each of n examples is drawn, [REPLICATES, n]; the same in every call."""
     generator = torch.Generator().manual_seed(n)
@@ -116,11 +117,16 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     values = torch.tensor(own, dtype=torch.float64)[:, None]
     if not isinstance(truth, Sampled) or truth.n == 1:
         return Norms(*values)
-    d_square = keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
+    d_square = deviations(truth)
     d_cross = inner_deviations(truth.inners(approximation)).double().cpu()
     moved = values + torch.stack([d_square, d_cross, d_square - 2 * d_cross])
     moved[[0, 2]] = moved[[0, 2]].clamp(min=0)
     return Norms(*torch.cat([values, moved], dim=1))
+
+
+def deviations(truth: Sampled) -> Tensor:
+    """`norm_deviations` of a truth, [REPLICATES], float64; kept with it."""
+    return keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
 
 
 def from_replicates(numbers: Tensor, truth: Operator, undefined: float) -> Estimate:
@@ -158,10 +164,4 @@ def from_influence(value: float, influence: Tensor | None, n: int, log: bool = F
 def half_split_norms(gram: Tensor, splits: int) -> Tensor:
     """‖C_first half - C_second half‖² for random halves, [splits], as w K w with signed weights."""
     n = len(gram)
-    generator = torch.Generator().manual_seed(n)
-    order = torch.rand(splits, n, generator=generator).argsort(1)
-    half = n // 2
-    signs = torch.full((splits, n), 0.0, dtype=torch.float64)
-    signs.scatter_(1, order[:, :half], 1 / half).scatter_(1, order[:, half : 2 * half], -1 / half)
-    signs = signs.to(gram)
-    return ((signs @ gram) * signs).sum(1).clamp(min=0)
+    return signed_norms(gram, random_splits(n, n // 2, n // 2, splits))

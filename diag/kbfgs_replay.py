@@ -1,11 +1,13 @@
 """K-BFGS replayed at fixed parameters: the state its updates build from a problem's own data.
 
 Every step draws a minibatch of the problem's examples, takes K-BFGS's direction p = -H_g M H_a in
-all layers at once, evaluates the same minibatch again at θ + lr p, and updates H_g and H_a of each
-layer by what it saw there. Then the parameters are θ again, so that the state belongs to the point
-where the truth is taken. Nothing of `optim` is used: this follows the papers once more.
-Source: Goldfarb, Ren and Bahamou 2020 (arXiv:2006.08877) for Linear layers with one row per
-example; Ren, Bahamou and Goldfarb 2021 (arXiv:2102.06737) for layers with positions.
+all layers at once, evaluates the same minibatch again at θ + lr p, and updates each layer's H_g and
+H_a by what was seen. Then the parameters are θ again: the state belongs to the point where the
+truth is taken. What happens at θ is the same at every step, so one pass over the data records it.
+
+This follows the papers anew and uses nothing of `optim`, so that the two can be held against each
+other. Source: arXiv:2006.08877 for Linear layers with one row per example; arXiv:2102.06737 (K-BFGS
+for convolutions) for layers that use their weights at many positions t.
 """
 
 from collections import Counter
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 from diag.blocks import Block, Member
+from diag.capture import layers
 from diag.damped_bfgs import damp_always, damp_twice, updated
-from diag.layer_passes import Layer, reasons, record, unshifted
+from diag.kbfgs_passes import Change, Seen, seen_layers, trial
 from diag.problem import Problem
 
 DECAY = 0.9  # of the averages M, A, s and y
-CHUNK_BYTES = 2**28  # memory for the patches that one sum over all examples unfolds at once
+CHUNK_BYTES = 2**28  # memory for the patches unfolded at once when A is summed over all examples
 COUNTS = (
     "pairs accepted",
     "pairs skipped",
@@ -37,9 +40,9 @@ COUNTS = (
 class Replay:
     """How K-BFGS is replayed.
 
-    damping: λ > 0; λ_A = μ_2 = √λ. steps: minibatches, each with one update of H_g and H_a.
-    batch: examples per minibatch, None for a quarter of them. lr: the trial step is θ + lr p; both
-    dampings and the skip rule are blind to the length of the pair, so a small one only brings
+    damping: λ > 0; λ_A = μ_2 = √λ. steps: minibatches, each with one update of H_g and of H_a.
+    batch: examples per minibatch, None for a quarter of them. lr: the trial point is θ + lr p; the
+    dampings and the skip rule do not depend on the length of the pair, so a small lr only brings
     (s, y) closer to the curvature at θ itself. seed: of the minibatches.
 
     Raises: ValueError for a damping, lr, batch or number of steps that is not positive.
@@ -52,41 +55,38 @@ class Replay:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("damping", "lr", "steps", "batch"):
+        for name in ("damping", "steps", "batch", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"a K-BFGS replay needs {name} > 0 and finite, not {value}")
-
-    def minibatches(self, n: int) -> Iterator[Tensor]:
-        """`steps` times the rows [batch] of a minibatch, drawn without replacement.
-
-        Raises: ValueError for a batch of more than n examples.
-        """
-        batch = self.size(n)
-        if batch > n:
-            raise ValueError(f"a minibatch of {batch} examples: the problem has only {n}")
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.steps):
-            yield torch.randperm(n, generator=generator)[:batch]
-
-    def size(self, n: int) -> int:
-        """Examples in a minibatch out of n."""
-        return max(1, n // 4) if self.batch is None else self.batch
+                raise ValueError(f"a replay of K-BFGS needs {name} > 0 and finite, not {value}")
 
     @property
     def root(self) -> float:
-        """√λ, which is both λ_A and μ_2."""
+        """√λ: both λ_A and μ_2."""
         return self.damping**0.5
+
+    def size(self, n: int) -> int:
+        """Examples in a minibatch. Raises: ValueError where that is more than n."""
+        size = max(1, n // 4) if self.batch is None else self.batch
+        if size > n:
+            raise ValueError(f"a minibatch of {size} examples, but the problem has only {n}")
+        return size
+
+    def minibatches(self, n: int) -> Iterator[Tensor]:
+        """Rows [batch] out of n, `steps` times, each drawn without replacement."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            yield torch.randperm(n, generator=generator)[: self.size(n)]
 
 
 @dataclass(eq=False)
 class State:
-    """What K-BFGS holds of one layer; its preconditioner is H_g ⊗ H_a.
+    """What K-BFGS holds of one layer; H_g ⊗ H_a is its preconditioner.
 
     H_g [out, out]; H_a, A [in+1, in+1]; M [out, in+1] the averaged gradient; s, y [out] the
-    averaged changes of the mean pre-activation and of the mean of its gradient, before damping.
-    A: E[a aᵀ], for layers with positions the sum over them: of all examples at the start, then,
-    for one row per example, a running average over minibatches. counts: by the names in `COUNTS`.
+    averaged changes of the mean pre-activation and of its mean gradient, before damping.
+    A: mean over examples of Σ_t a aᵀ; of all of them at the start and, with one row per example,
+    averaged with each minibatch's from then on. counts: how often what is named in `COUNTS` was.
     """
 
     H_g: Tensor
@@ -98,33 +98,47 @@ class State:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
 
 
-def state_of(problem: Problem, block: Block, replay: Replay) -> State:
-    """The state of the block's layer after the replay, kept by the problem.
+def replay_state(problem: Problem, block: Block, replay: Replay) -> State:
+    """The state of the block's layer after the replay, which the problem keeps; do not change it.
 
-    Raises: ValueError for a block that is no whole layer K-BFGS has a state of, naming the reason;
+    Raises: ValueError for a block that is not one whole layer of the replay, naming the reason;
     RuntimeError where not one pair of the layer could be used.
     """
-    found = states(problem, replay)
-    state = found.get(block.single) if block.single else None
+    states = replayed(problem, replay)
+    state = states.get(block.single) if block.single else None
     if state is None:
         raise ValueError(
-            f"K-BFGS keeps one state per layer and has none of block '{block.name}': "
-            f"{reasons(problem, block)}; layers it has: {[m.module for m in found]}"
+            f"K-BFGS has no state of block '{block.name}': {_reason(problem, block)}; layers with "
+            f"a state: {[member.module for member in states]}"
         )
     if not state.counts["pairs accepted"]:
         raise RuntimeError(
             f"K-BFGS learned nothing of layer '{block.name}': none of its {replay.steps} pairs "
-            f"could be used ({state.counts['pairs not finite']} not finite, the others without "
-            f"curvature, as where the gradient is zero); another lr= than {replay.lr:g} may help"
+            f"could be used: {state.counts['pairs not finite']} were not finite, the others had no "
+            f"usable curvature (as where the gradient is zero); try another lr than {replay.lr:g}"
         )
     return state
 
 
-def states(problem: Problem, replay: Replay) -> dict[Member, State]:
-    """Replay K-BFGS in all layers jointly; kept by the problem.
+def _reason(problem: Problem, block: Block) -> str:
+    if block.single is None:
+        return f"it is a group of {len(block.members)} layers, ask for each of them"
+    name = block.single.module
+    groups = getattr(problem.model.get_submodule(name), "groups", 1)
+    if groups > 1:
+        return f"a convolution in {groups} groups has no single input factor"
+    if (layer := layers(problem).get(name)) is None:
+        return "no Linear, Conv1d or Conv2d layer acting on each example through its outputs alone"
+    if layer.calls > 1:
+        return f"layer '{name}' is called {layer.calls} times per pass, K-BFGS knows one call"
+    return f"it is not the whole of layer '{name}', ask for that"
 
-    The layers are those called once with examples first: Linear layers, and convolutions without
-    groups. All other parameters stay at θ.
+
+def replayed(problem: Problem, replay: Replay) -> dict[Member, State]:
+    """Replay K-BFGS in all layers jointly; {what a layer's block consists of: its state}.
+
+    Layers are Linear, and Conv1d and Conv2d without groups, called once per pass. All other
+    parameters stay at θ throughout. Kept by the problem.
     """
     shapes = [block.members[0].matrix_shape for block in problem.blocks()]
     size = 8 * sum(o * o + 2 * i * i + o * i for o, i in shapes)
@@ -132,85 +146,80 @@ def states(problem: Problem, replay: Replay) -> dict[Member, State]:
 
 
 def _replayed(problem: Problem, replay: Replay) -> dict[Member, State]:
-    layers = record(problem)
-    known = {layer.member: _start(layer, replay) for layer in layers}
+    if not (seen := seen_layers(problem)):
+        return {}
+    states = {layer.member: _start(layer, replay) for layer in seen}
     for step, rows in enumerate(replay.minibatches(problem.n)):
         rows = rows.to(problem.inputs.device)
         shifts: dict[str, Tensor] = {}
-        for layer in layers:
-            p = _direction(known[layer.member], layer, rows, replay, first=step == 0)
+        for layer in seen:
+            p = _direction(states[layer.member], layer, rows, replay, first=step == 0)
             shifts |= layer.member.split(replay.lr * p.flatten())
-        trial = unshifted(problem, layers, rows, shifts)
-        for layer, (z, g) in zip(layers, trial, strict=True):
-            _learn(known[layer.member], layer.pair(rows, z, g), layer, replay, problem.n)
-    return known
+        for layer, change in zip(seen, trial(problem, seen, rows, shifts), strict=True):
+            # K-BFGS does not average the pairs of full batches
+            decay = DECAY if len(rows) < problem.n else 0.0
+            _learn(states[layer.member], change, decay, layer.by_rows, replay.root)
+    return states
 
 
-def _start(layer: Layer, replay: Replay) -> State:
-    """H_g = I, H_a = (A + λ_A I)⁻¹ with A of all examples: what K-BFGS's pass over the data does."""
+def _start(layer: Seen, replay: Replay) -> State:
+    """H_g = I and H_a = (A + λ_A I)⁻¹, with A of all examples as from K-BFGS's first data pass."""
     o, i = layer.member.matrix_shape
-    each = max(1, CHUNK_BYTES // (8 * i * layer.positions))
-    rows = torch.arange(len(layer.x), device=layer.x.device).split(each)
-    A = torch.stack([_second_moment(layer.a(part)) * len(part) for part in rows]).sum(0)
-    A /= len(layer.x)
+    some = max(1, CHUNK_BYTES // (8 * i * layer.z.shape[1]))
+    parts = torch.arange(len(layer.x), device=layer.x.device).split(some)
+    A = torch.stack([len(part) * _second_moment(layer.a(part)) for part in parts]).sum(0)
+    A = A / len(layer.x)
     eye = torch.eye(i).to(A)
-    H_a = torch.cholesky_inverse(torch.linalg.cholesky(A + replay.root * eye))
+    H_a = torch.cholesky_solve(eye, torch.linalg.cholesky(A + replay.root * eye))
     zero = A.new_zeros(o)
     return State(torch.eye(o).to(A), H_a, A, A.new_zeros(o, i), zero, zero)
 
 
 def _second_moment(a: Tensor) -> Tensor:
-    """(1/m) Σ_n Σ_t a aᵀ, [i, i], of a [m, T, i]."""
+    """(1/m) Σ_n Σ_t a aᵀ [i, i] of a [m, T, i]."""
     flat = a.flatten(0, 1)
     return flat.T @ flat / len(a)
 
 
-def _direction(state: State, layer: Layer, rows: Tensor, replay: Replay, first: bool) -> Tensor:
-    """p = -H_g M H_a, [out, in+1], after M <- 0.9 M + 0.1 ∇ of the minibatch.
+def _direction(state: State, layer: Seen, rows: Tensor, replay: Replay, first: bool) -> Tensor:
+    """Direction p = -H_g M H_a [out, in+1], after M <- 0.9 M + 0.1 ∇ of the minibatch.
 
-    Then A and H_a see the minibatch: what they need of it is known, and p has its old H_a.
+    Then A and H_a see the minibatch; the first leaves A alone, which is of all the data then.
     """
-    a, g = layer.a(rows), layer.g_at(rows)
-    gradient = torch.einsum("nto,nti->oi", g, a) / len(rows)
+    a = layer.a(rows)
+    gradient = torch.einsum("nto,nti->oi", layer.g[rows], a) / len(rows)
     state.M = DECAY * state.M + (1 - DECAY) * gradient
     p = -state.H_g @ state.M @ state.H_a
-    if not layer.shared and not first:
+    if layer.by_rows and not first:
         state.A = DECAY * state.A + (1 - DECAY) * _second_moment(a)
-    _act(state, a, layer.shared, replay.root)
+    _act(state, a, layer.by_rows, replay.root)
     return p
 
 
-def _act(state: State, a: Tensor, shared: bool, lambda_a: float) -> None:
-    """Hessian action: BFGS on H_a by s = H_a x̄ and y = (A + λ_A I) s, x̄ the mean row of a.
+def _act(state: State, a: Tensor, by_rows: bool, lambda_a: float) -> None:
+    """Hessian action: BFGS on H_a with s = H_a x̄ and y = (A + λ_A I) s, x̄ the mean row of a.
 
-    Layers with positions act with the minibatch's own A, which is never formed.
+    Where positions share the weights, A is the minibatch's own and is never formed.
     """
     x = a.mean((0, 1))
     s = state.H_a @ x
-    acted = torch.einsum("nti,nt->i", a, a @ s) / len(a) if shared else state.A @ s
+    acted = state.A @ s if by_rows else torch.einsum("nti,nt->i", a, a @ s) / len(a)
     new = updated(state.H_a, s, acted + lambda_a * s, x)
     state.counts["actions skipped" if new is None else "actions accepted"] += 1
     state.H_a = state.H_a if new is None else new
 
 
-def _learn(
-    state: State, pair: tuple[Tensor, Tensor, Tensor], layer: Layer, replay: Replay, n: int
-) -> None:
-    """Average the new pair, damp it, and update H_g by it; a pair not finite touches nothing.
-
-    pair: s and y of the minibatch, and its mean gradient ḡ at θ, for the skip rule.
-    """
-    s, y, gradient = pair
-    if not (torch.isfinite(s).all() and torch.isfinite(y).all()):
+def _learn(state: State, change: Change, decay: float, by_rows: bool, mu_2: float) -> None:
+    """Average the pair, damp it, update H_g by it. A pair that is not finite touches nothing."""
+    if not all(torch.isfinite(part).all() for part in change):
         state.counts.update(["pairs not finite", "pairs skipped"])
         return
-    decay = DECAY if replay.size(n) < n else 0.0  # K-BFGS does not average full-batch pairs
-    state.s, state.y = (decay * old + (1 - decay) * new for old, new in ((state.s, s), (state.y, y)))
-    damp = damp_always if layer.shared else damp_twice
-    damped = damp(state.s, state.y, state.H_g, replay.root)
-    new = None if damped is None else updated(state.H_g, damped.s, damped.y, gradient)
+    state.s = decay * state.s + (1 - decay) * change.s
+    state.y = decay * state.y + (1 - decay) * change.y
+    pair = (damp_twice if by_rows else damp_always)(state.s, state.y, state.H_g, mu_2)
+    new = None if pair is None else updated(state.H_g, pair.s, pair.y, change.slope)
     state.counts["pairs skipped" if new is None else "pairs accepted"] += 1
     state.H_g = state.H_g if new is None else new
-    if damped is not None:
-        state.counts["first damping fired"] += damped.first
-        state.counts["second damping fired"] += damped.second
+    if pair is not None:
+        state.counts["first damping fired"] += pair.first
+        state.counts["second damping fired"] += pair.second

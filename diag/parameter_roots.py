@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
+from diag.functional import call
 from diag.problem import Problem
 
 
@@ -22,7 +23,7 @@ def parameter_roots(
 
     def one(x: Tensor, ends: Tensor) -> dict[str, Tensor]:
         def outputs(parameters: dict[str, Tensor]) -> Tensor:
-            return functional_call(model, parameters, (x[None],))[0]
+            return call(model, parameters, x[None])[0]
 
         pull = vjp(outputs, own)[1]
         return vmap(lambda end: pull(end)[0])(ends)
@@ -42,7 +43,7 @@ def _by_loop(
     found: dict[str, list[Tensor]] = {name: [] for name in own}
     for j, x in enumerate(problem.inputs[rows]):
         with torch.enable_grad():
-            z = functional_call(problem.model, wanted, (x[None],))[0]
+            z = call(problem.model, wanted, x[None])[0]
         each = [
             torch.autograd.grad(
                 z, list(wanted.values()), end, retain_graph=True, materialize_grads=True

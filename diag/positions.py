@@ -4,10 +4,11 @@ The root of an example is V_nk = Σ_t b_nkt a_ntᵀ, a sum over the positions (o
 weight was used; the layer's GGN or Fisher is (1/N) Σ_n Σ_k vec V_nk vec V_nkᵀ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diag.blocks import Block, Member
 from diag.capture import layers
@@ -42,12 +43,13 @@ def layer_positions(
         group; for of="hessian", which has no such roots; for a loss not convex in the outputs.
     """
     member = _whole_layer(problem, block)
+    kept = getattr(problem.recall((of, block)), "positions", None)
+    if kept is not None:
+        return kept()
     roots = required_roots(problem, of, samples, generator)
-    parts = [
-        _of_part(problem, member, chunk.layers[member.module])
-        for chunk in sweep(problem, [member.module], roots)
-    ]
-    return Positions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    module = problem.model.get_submodule(member.module)
+    chunks = sweep(problem, [member.module], roots)
+    return joined_positions(module, member, [chunk.layers[member.module] for chunk in chunks])
 
 
 def required_roots(
@@ -67,11 +69,14 @@ def required_roots(
     return roots
 
 
-def _of_part(problem: Problem, member: Member, part: Returned) -> tuple[Tensor, Tensor]:
-    module = problem.model.get_submodule(member.module)
-    a = torch.cat([patches(module, x)[:, 0] for x in part.x], dim=1)
-    b = torch.cat([by_position(module, each, lead=1) for each in part.b], dim=2)
-    return a[..., columns_of(member)], b.movedim(0, 1)
+def joined_positions(module: nn.Module, member: Member, parts: Sequence[Returned]) -> Positions:
+    """What came back in parts, as one; a layer's calls count as positions."""
+    a = [torch.cat([patches(module, x)[:, 0] for x in part.x], dim=1) for part in parts]
+    b = [
+        torch.cat([by_position(module, each, lead=1) for each in part.b], dim=2).movedim(0, 1)
+        for part in parts
+    ]
+    return Positions(torch.cat(a)[..., columns_of(member)], torch.cat(b))
 
 
 def columns_of(member: Member) -> slice:

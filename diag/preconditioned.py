@@ -24,7 +24,7 @@ from diag.operators import (
 
 DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
 INVERTED_UP_TO = 6000  # up to here many products with a dense inverse are fastest
-TOLERANCE = 1e-3  # relative residual of a Lanczos pair; its eigenvalue errs by about the square
+TOLERANCE = 1e-4  # relative residual of a Lanczos pair; bounds the error of its eigenvalue
 
 
 class Root(NamedTuple):

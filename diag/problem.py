@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from diag import checks
 from diag.blocks import Block, Member
+from diag.functional import call
 
 __all__ = ["Block", "Problem"]
 
@@ -123,7 +123,7 @@ class Problem:
         """Model outputs [n, ...] at the parameters plus `v` [d] in the block; differentiable."""
         shifts = block.split(v)
         parameters = {n: self.model.get_parameter(n) + shift for n, shift in shifts.items()}
-        return functional_call(self.model, parameters, (self.inputs,))
+        return call(self.model, parameters, self.inputs)
 
     def total_loss(self, outputs: Tensor) -> Tensor:
         """Σ_n of the per-example losses, as a function of the outputs."""
@@ -217,6 +217,10 @@ class Problem:
         linear = isinstance(self.model.get_submodule(module), W_BAR_LAYERS)
         w_bar = linear and local in (["weight"], ["weight", "bias"], ["bias"])
         return Member(module, tuple(names), shapes, w_bar)
+
+    def recall(self, key: Any) -> Any:
+        """Return what is kept for `key`, None if nothing is."""
+        return self._kept[key][0] if key in self._kept else None
 
     def remember(
         self, key: Any, compute: Callable[[], Any], size: int | Callable[[Any], int]

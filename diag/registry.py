@@ -24,6 +24,7 @@ class Approximation:
     """What an approximation declares of itself.
 
     of: the truth it approximates unless told otherwise. kind: "curvature" or "preconditioner".
+    damping_inside: damped metrics take it as it is, with approximation_damping=0.
     exact_on: names of cases (tests/diag/cases.py) on which theory makes it equal to the truth.
     """
 
@@ -33,6 +34,7 @@ class Approximation:
     kind: str
     reference: str
     exact_on: tuple[str, ...]
+    damping_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,21 @@ class Metric:
 
 class _Approximations(Registry[Approximation]):
     def __call__(
-        self, name: str, *, of: str, kind: str, reference: str, exact_on: tuple[str, ...] = ()
+        self,
+        name: str,
+        *,
+        of: str,
+        kind: str,
+        reference: str,
+        exact_on: tuple[str, ...] = (),
+        damping_inside: bool = False,
     ) -> Callable[[F], F]:
         """Register the decorated function (problem, block, ...) -> Operator."""
 
         def register(function: F) -> F:
-            self[name] = Approximation(name, function, of, kind, reference, exact_on)
+            self[name] = Approximation(
+                name, function, of, kind, reference, exact_on, damping_inside
+            )
             return function
 
         return register

@@ -5,6 +5,7 @@ example's curvature is V_n V_nᵀ with as many columns as the loss has direction
 outputs. All questions are answered from inner products between columns.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from diag.operators import (
     BlockDiagonal,
+    Damped,
     Dense,
     Diagonal,
     Kronecker,
@@ -22,6 +24,7 @@ from diag.operators import (
     inner_rule,
     keep,
 )
+from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.operators.forms import to_dense
 from diag.positions import Positions
 from diag.sample_mean import SampleMean
@@ -34,15 +37,15 @@ AT_ONCE = 2**24  # floats of columns another operator is applied to at a time
 class RootMean(Sampled):
     """The operator (1/N) Σ_n Σ_k V_nk V_nkᵀ with V [N, k, d].
 
-    positions: a layer's inputs and roots by position, V_nk = Σ_t b_nkt a_ntᵀ, where they are known;
-    inner products then take the cheaper way.
+    positions: makes a layer's inputs and roots by position, V_nk = Σ_t b_nkt a_ntᵀ, where they are
+    known; inner products then take the cheaper way.
     factor_sizes: (o, i) where the block is one matrix [W, b], for Kronecker questions.
     """
 
     def __init__(
         self,
         V: Tensor,
-        positions: Positions | None = None,
+        positions: Callable[[], Positions] | None = None,
         factor_sizes: tuple[int, int] | None = None,
     ) -> None:
         self.V = V
@@ -75,8 +78,8 @@ class RootMean(Sampled):
         return keep(self, "gram", self._gram)
 
     def _gram(self) -> Tensor:
-        if self.positions is not None and cheaper_by_position(self.positions):
-            return gram_by_position(self.positions)
+        if self.positions is not None and cheaper_by_position(own := self.positions()):
+            return gram_by_position(own)
         return squared_blocks(self.V, self.V)
 
     @cached_property
@@ -120,6 +123,13 @@ def _cast(other: Operator, like: Tensor) -> Operator:
         blocks = other.blocks
         own = blocks.to(like) if isinstance(blocks, Tensor) else [b.to(like) for b in blocks]
         return BlockDiagonal(own, other.order)
+    if isinstance(other, KroneckerEigen):
+        parts = other.left_basis, other.right_basis, other.scale
+        return KroneckerEigen(*(part.to(like) for part in parts))
+    if isinstance(other, Spectral):
+        return Spectral(other.basis.to(like), other.values.to(like))
+    if isinstance(other, Damped):
+        return Damped(_cast(other.base, like), other.damping)
     return other
 
 
@@ -173,6 +183,9 @@ for _structure in (
     Diagonal,
     BlockDiagonal,
     LowRank,
+    KroneckerEigen,
+    Spectral,
+    Damped,
     SampleMean,
 ):
     inner_rule(RootMean, _structure)(_mean_inner)

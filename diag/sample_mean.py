@@ -19,6 +19,7 @@ from torch import Tensor
 from diag.memory import empty
 from diag.operators import (
     BlockDiagonal,
+    Damped,
     Diagonal,
     Kronecker,
     KroneckerSum,
@@ -29,6 +30,7 @@ from diag.operators import (
     inner_rule,
     keep,
 )
+from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.operators.forms import to_dense
 from diag.operators.structures import by_columns
 from diag.sampled import Sampled
@@ -135,6 +137,16 @@ class SampleMean(Sampled):
             factor = other.factor.reshape(o, i, -1).to(a)
             projected = torch.einsum("oik,ni->nok", factor, a)
             return (projected * self.left.apply(projected)).sum((1, 2))
+        if isinstance(other, KroneckerEigen):
+            U, W, scale = (t.to(a) for t in (other.left_basis, other.right_basis, other.scale))
+            bent = (U * self.left.apply(U.expand(self.n, -1, -1))).sum(1)  # u·C_n u, [N, o]
+            return (bent * ((a @ W).square() @ scale.T)).sum(1)
+        if isinstance(other, Spectral):
+            projected = torch.einsum("oik,ni->nok", other.basis.reshape(o, i, -1).to(a), a)
+            return (projected * self.left.apply(projected)).sum(1) @ other.values.to(a)
+        if isinstance(other, Damped):
+            traces = self.left.diagonals().sum(1) * a.square().sum(1)
+            return self.inners(other.base) + other.damping * traces
         matrix = dense(other).reshape(o, i, o, i).to(a)
         halfway = torch.einsum("nj,oipj->noip", a, matrix)
         return torch.einsum("noip,ni,nop->n", halfway, a, self.C)
@@ -273,5 +285,14 @@ def _mean_inner(first: SampleMean, second: Operator) -> Tensor:
     return first.inners(second).mean()
 
 
-for _structure in (Kronecker, KroneckerSum, Diagonal, BlockDiagonal, LowRank):
+for _structure in (
+    Kronecker,
+    KroneckerSum,
+    KroneckerEigen,
+    Diagonal,
+    BlockDiagonal,
+    LowRank,
+    Spectral,
+    Damped,
+):
     inner_rule(SampleMean, _structure)(_mean_inner)

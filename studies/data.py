@@ -90,3 +90,49 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     if found != shape or body.size != int(np.prod(shape)):
         raise ValueError(f"{path} holds {found}, {body.size} bytes; expected a {expected}")
     return body.reshape(shape)
+
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+
+
+def cifar10() -> Data:
+    """CIFAR-10 pictures [n, 3, 32, 32], each channel less its mean over its deviation; labels [n].
+
+    Read from the records in $KRONSCOPE_DATA/cifar10*/*.bin: all of data_batch_* to train, all of
+    test_batch* to test.
+
+    Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
+    """
+    root = os.environ.get("KRONSCOPE_DATA")
+    folders = sorted(Path(root).glob("cifar10*")) if root else []
+    if not folders:
+        raise FileNotFoundError(
+            "CIFAR-10 is read from $KRONSCOPE_DATA/cifar10*/data_batch_*.bin and test_batch*.bin "
+            f"(the binary version of the data set); KRONSCOPE_DATA is {root!r}"
+        )
+    parts = [_pictures(folders[0], pattern) for pattern in ("data_batch_*.bin", "test_batch*.bin")]
+    return Data(*parts[0], *parts[1])
+
+
+def _pictures(folder: Path, pattern: str) -> tuple[Tensor, Tensor]:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"no {pattern} in {folder}")
+    records = np.concatenate([_cifar_records(file) for file in files])
+    pixels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255)
+    mean, std = (torch.tensor(each)[:, None, None] for each in (CIFAR_MEAN, CIFAR_STD))
+    return (pixels - mean) / std, torch.from_numpy(records[:, 0].astype(np.int64))
+
+
+def _cifar_records(file: Path) -> np.ndarray:
+    """[n, 3073] bytes: a label, then red, green and blue planes."""
+    raw = np.fromfile(file, dtype=np.uint8)
+    if len(raw) == 0 or len(raw) % 3073:
+        raise ValueError(
+            f"{file} has {len(raw)} bytes, not a multiple of 3073 (a label and 3 x 32 x 32 "
+            f"pixels): it is truncated or no CIFAR-10 batch; fetch it again"
+        )
+    records = raw.reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{file} holds the label {records[:, 0].max()}; CIFAR-10 has 0 to 9")
+    return records

@@ -69,7 +69,7 @@ def measure(
             yield _row(block, of, "", "noise_floor", math.nan, floor)
             for name, operator in operators(problem, block, of, plan, lives).items():
                 for entry in (metric[m] for m in plan.metrics):
-                    inside = name in lives and not name.endswith(UNDAMPED)
+                    inside = damping_inside(name, lives)
                     keywords = _keywords(entry, problem, block, plan.damping, inside)
                     found = entry.function(truth, operator, **keywords)
                     damping = keywords.get("damping", math.nan)
@@ -95,11 +95,23 @@ def operators(
     return found
 
 
+def damping_inside(name: str, lives: Mapping[str, Any]) -> bool:
+    """Whether a curvature has its damping inside: what an optimizer applies, or a replayed one."""
+    if name in lives:
+        return not name.endswith(UNDAMPED)
+    return approximation[name].damping_inside
+
+
 def _keywords(
     entry: Metric, problem: Problem, block: Block, damping: float, damped_inside: bool
 ) -> dict[str, Any]:
     """The keywords a metric needs; a preconditioner's inverse has its damping inside already."""
-    known = {"damping": damping, "gradient": problem.gradient(block)}
+    known = {
+        "damping": damping,
+        "gradient": problem.gradient(block),
+        "problem": problem,
+        "block": block,
+    }
     keywords = {name: known[name] for name in entry.needs}
     if damped_inside and "damping" in keywords:
         keywords["approximation_damping"] = 0.0

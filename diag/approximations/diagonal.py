@@ -1,4 +1,4 @@
-"""The diagonal of the exact block."""
+"""The diagonal of the exact block, of each kind of curvature that is used as one."""
 
 from diag.blocks import Block
 from diag.exact import truth
@@ -21,3 +21,38 @@ def diagonal(problem: Problem, block: Block, of: str = "ggn") -> Diagonal:
     The Frobenius-nearest diagonal matrix. Works for every block.
     """
     return Diagonal(diagonal_of(truth(problem, block, of)))
+
+
+@approximation(
+    "diagonal_fisher",
+    of="fisher",
+    kind="curvature",
+    reference="diagonal of Martens 2020 (arXiv:1412.1193), section 5",
+    exact_on=("scalar_input_mse",),
+)
+def diagonal_fisher(problem: Problem, block: Block, of: str = "fisher") -> Diagonal:
+    """Diagonal [d] of the Fisher, mean_n E_{t ~ model}[g²]: unless told otherwise over all labels.
+
+    The same numbers as `diagonal` of the same truth; where the GGN is the Fisher, as
+    `diagonal` itself. of: "fisher_mc" for one sampled label per example. Works for every block.
+
+    Raises: ValueError when the loss belongs to no known likelihood.
+    """
+    return diagonal(problem, block, of)
+
+
+@approximation(
+    "diagonal_empirical",
+    of="empirical_fisher",
+    kind="curvature",
+    reference="diagonal of Kunstner et al. 2019 (arXiv:1905.12558), equation 3",
+    exact_on=("scalar_input_mse",),
+)
+def diagonal_empirical(problem: Problem, block: Block, of: str = "empirical_fisher") -> Diagonal:
+    """Diagonal [d] of the empirical Fisher, mean_n g_n² over the data's own labels.
+
+    The second moment of the PER-EXAMPLE gradients; Adam and RMSprop average the square of the
+    minibatch's mean gradient instead. The same numbers as `diagonal` of the same truth. Works for
+    every block.
+    """
+    return diagonal(problem, block, of)

@@ -1,18 +1,20 @@
-"""KFAC: a layer's curvature as one Kronecker product."""
+"""KFAC: a layer's curvature as one Kronecker product; in two versions for shared weights."""
 
+from diag.approximations._terms import kfac_factors, terms
 from diag.blocks import Block
 from diag.operators import Kronecker
+from diag.positions import Positions
 from diag.problem import Problem
 from diag.registry import approximation
-from diag.samples import sample_truth
 
 
 @approximation(
     "kfac",
     of="ggn",
     kind="curvature",
-    reference="Martens and Grosse 2015 (arXiv:1503.05671), section 3",
-    exact_on=("one_example", "deep_linear_mse", "last_layer_mse"),
+    reference="Martens and Grosse 2015 (arXiv:1503.05671), section 3; "
+    "convolutions: Grosse and Martens 2016 (arXiv:1602.01407)",
+    exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
 def kfac(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     """Swap the mean of Kronecker products for the product of their means.
@@ -24,7 +26,33 @@ def kfac(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     with "hessian" what K-BFGS aims at. Gives G [out, out] ⊗ A [in+1, in+1], undamped.
     Exact when all C_n or all a_n a_nᵀ coincide.
 
-    Raises: ValueError for a block that is not a Linear layer with one row per example.
+    A layer used at T positions (convolution, sequence) drops what couples two positions: A is the
+    mean over examples of the SUM over t of a_t a_tᵀ, G the mean over examples and over t of
+    Σ_k b_kt b_ktᵀ, b_k [T, out] example n's roots. This is KFC, and KFAC-expand of Eschenhagen et
+    al. 2023 (arXiv:2311.00636); exact for a linear network with one squared error per position.
+
+    Raises: ValueError for a block that is no such layer; of="hessian" at several positions.
     """
-    truth = sample_truth(problem, block, of, "kfac")
-    return Kronecker(truth.left_mean, truth.right_mean)
+    return Kronecker(*kfac_factors(terms(problem, block, of, "kfac")))
+
+
+@approximation(
+    "kfac_reduce",
+    of="ggn",
+    kind="curvature",
+    reference="Eschenhagen et al. 2023 (arXiv:2311.00636), KFAC-reduce",
+    exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
+)
+def kfac_reduce(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
+    """KFAC with a layer's positions pooled before the outer products.
+
+    A = mean_n ā_n ā_nᵀ with ā_n the mean over t of a_nt; G = mean_n Σ_k (Σ_t b_nkt)(Σ_t b_nkt)ᵀ.
+    Gives G [out, out] ⊗ A [in+1, in+1], undamped; with one position it is `kfac`. Exact for a
+    linear network whose positions are averaged before one squared error.
+
+    Raises: ValueError for a block that is no such layer; of="hessian" at several positions.
+    """
+    found = terms(problem, block, of, "kfac_reduce")
+    if isinstance(found, Positions):
+        found = Positions(found.a.mean(1, keepdim=True), found.b.sum(2, keepdim=True))
+    return Kronecker(*kfac_factors(found))

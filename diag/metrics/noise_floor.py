@@ -3,12 +3,14 @@
 import math
 
 import torch
+from torch import Tensor
 
 from diag.estimate import Estimate
-from diag.intervals import from_replicates, half_split_norms
+from diag.intervals import from_replicates
 from diag.operators import Operator
 from diag.registry import metric
 from diag.sampled import Sampled
+from diag.splits import random_splits, split_floors
 
 SPLITS = 400
 
@@ -20,15 +22,22 @@ SPLITS = 400
     best="0",
     reference="balanced half-samples: McCarthy 1969",
 )
-def noise_floor(truth: Operator, approximation: Operator | None = None) -> Estimate:
+def noise_floor(
+    truth: Operator, approximation: Operator | None = None, weights: Tensor | None = None
+) -> Estimate:
     """How far the exact block of this batch is from the population's: the error's natural unit.
 
     C₁, C₂ are the exact blocks of random halves of the batch. Their difference has four times the
     variance of C itself, so half its norm is the expected distance ‖C − E C‖_F. An approximation
     whose relative error is below this floor cannot be told from the truth with so few examples.
-    Value: root mean square over 400 splits; interval: their 2.5 % and 97.5 % quantiles.
+    Value: root mean square over 400 splits. Interval: their 2.5 % and 97.5 % quantiles, where this
+    batch's own ‖C − E C‖/‖C‖ lies: in 0.92 to 0.96 of batches where the floor is below 0.45, in
+    fewer above (0.72 to 0.89 at 0.5 to 0.75), since heavy tails show in no small batch. No interval
+    from one split.
 
     approximation is not used; it is there so that all metrics are called alike.
+    weights: [s, N], other splits than halves, by `diag.splits.random_splits` or `index_split`; each
+    ‖C₁ − C₂‖ is scaled by its sizes, (N/N₁ + N/N₂)^-½.
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
     del approximation
@@ -38,7 +47,8 @@ def noise_floor(truth: Operator, approximation: Operator | None = None) -> Estim
             f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; "
             f"Linear layers with one row per example have them"
         )
-    halves = half_split_norms(truth.gram, SPLITS) / (4 * truth.gram.mean())
-    return from_replicates(
-        torch.cat([halves.mean()[None], halves]).sqrt(), truth, undefined=math.inf
-    )
+    if weights is None:
+        weights = random_splits(truth.n, truth.n // 2, truth.n // 2, SPLITS)
+    floors = split_floors(truth, weights).cpu()
+    shown = [floors.mean()[None], floors] if len(floors) > 1 else [floors]
+    return from_replicates(torch.cat(shown).sqrt(), truth, undefined=math.inf)

@@ -93,7 +93,7 @@ def dense_inverse(operator: Operator, damping: float) -> Tensor | None:
 
     def compute() -> Tensor | None:
         root = cholesky(operator, damping)
-        return None if root is None else torch.cholesky_inverse(root)
+        return None if root is None else torch.cholesky_solve(torch.eye(len(root)).to(root), root)
 
     return keep(operator, ("inverse", damping), compute)
 

@@ -1,0 +1,40 @@
+"""Eva: one rank-one Kronecker product of means."""
+
+import torch
+
+from diag.approximations._terms import roots
+from diag.approximations._variables import LABELLED
+from diag.blocks import Block
+from diag.operators import Damped, Kronecker
+from diag.problem import Problem
+from diag.registry import approximation
+
+
+@approximation(
+    "eva",
+    of="empirical_fisher",
+    kind="curvature",
+    reference="Zhang et al. 2023 (arXiv:2308.02123)",
+    damping_inside=True,
+)
+def eva(
+    problem: Problem, block: Block, of: str = "empirical_fisher", damping: float = 0.03
+) -> Damped:
+    """γI + ḡḡᵀ ⊗ āāᵀ with the MEANS of a layer's output gradients and inputs.
+
+    ḡ [out] is the mean over examples and positions of the gradient of the PER-EXAMPLE loss w.r.t.
+    the pre-activation (the optimizer's own, of the mean loss, is smaller by the batch size), ā
+    [in+1] the mean over examples and positions of the input with 1 appended. damping: γ, inside
+    the matrix, without which it has rank one; metrics that damp need approximation_damping=0.
+    Only loosely a Fisher: the second moment of means, not the mean of second moments.
+
+    Raises: ValueError for a truth that is no second moment of one gradient per example, a block
+    that is no Linear layer or convolution, or a damping that is not positive.
+    """
+    if of not in LABELLED:
+        raise ValueError(f"eva is made of gradients: of='{of}' has none; known: {list(LABELLED)}")
+    if damping <= 0:
+        raise ValueError(f"damping must be positive, not {damping}: eva's matrix has rank one")
+    found = roots(problem, block, of, "eva")
+    a, g = found.a.mean((0, 1)), found.b.mean((0, 1, 2))
+    return Damped(Kronecker(torch.outer(g, g), torch.outer(a, a)), damping)

@@ -1,0 +1,49 @@
+"""K-BFGS: a layer's Hessian block from the updates of Kronecker-factored BFGS."""
+
+from diag.blocks import Block
+from diag.kbfgs_replay import Replay, replay_state
+from diag.operators import Kronecker, inverse
+from diag.problem import Problem
+from diag.registry import approximation
+
+
+@approximation(
+    "kbfgs",
+    of="hessian",
+    kind="curvature",
+    reference="Goldfarb, Ren and Bahamou 2020 (arXiv:2006.08877)",
+    damping_inside=True,
+)
+def kbfgs(
+    problem: Problem,
+    block: Block,
+    of: str = "hessian",
+    damping: float = 0.3,
+    steps: int = 50,
+    batch: int | None = None,
+) -> Kronecker:
+    """The curvature H_g⁻¹ ⊗ H_a⁻¹ that K-BFGS's preconditioner implies after `steps` minibatches.
+
+    The parameters stay at the problem's θ: each step draws `batch` of its examples (None: a
+    quarter), tries K-BFGS's direction in all layers jointly, learns from the change of the
+    minibatch's pre-activations and their gradients, and goes back. H_g starts at I, H_a at
+    (A + √λ I)⁻¹; pairs are averaged and damped as in the papers. Parameters outside of Linear,
+    Conv1d and Conv2d layers are never moved. Gives [out, out] ⊗ [in+1, in+1].
+
+    The damping is inside (√λ in H_a⁻¹, the pairs' dampings in H_g⁻¹): damped metrics take it with
+    approximation_damping=0, as they do a live preconditioner's inverse. The state itself, with
+    what each damping did, is `diag.kbfgs_replay.replay_state`; trial step and seed are set there.
+
+    Raises: ValueError for an `of` other than "hessian", which is all that the pairs tell of, for a
+    block that is not one whole layer called once (a grouped convolution is not), for settings
+    that are not positive or a batch larger than the problem; RuntimeError where no pair was usable.
+    """
+    if of != "hessian":
+        raise ValueError(
+            f"kbfgs approximates the hessian, not '{of}': it learns from changes of the gradient; "
+            f"to hold it against another truth give that truth to the metric"
+        )
+    state = replay_state(problem, block, Replay(damping, steps, batch))
+    found = inverse(Kronecker(state.H_g, state.H_a))
+    assert isinstance(found, Kronecker)
+    return found

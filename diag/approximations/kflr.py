@@ -1,0 +1,28 @@
+"""KFLR: a layer's Gauss-Newton block as one Kronecker product, by BackPACK."""
+
+from diag import crosscheck
+from diag.blocks import Block
+from diag.operators import Kronecker
+from diag.problem import Problem
+from diag.registry import approximation
+
+
+@approximation("kflr", of="ggn", kind="curvature", reference="Botev et al. 2017 (arXiv:1706.03662)")
+def kflr(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
+    """Kronecker-factored low rank: the exact GGN of the pre-activation times the input's moment.
+
+    mean_n(C_n) ⊗ mean_n(a_n a_nᵀ)  =  G ⊗ A
+
+    G [out, out] comes from BackPACK, which back-propagates a square root of the output Hessian
+    (its rank is at most the number of outputs, hence the name); A [in+1, in+1] is of the layer's
+    inputs with 1 appended. For a Linear layer with one row per example this is `kfac` of the GGN,
+    by another engine. For a convolution with T positions A = mean_n Σ_t a_t a_tᵀ and G is 1/T of
+    the curvature of a shift shared by all positions. Exact when all C_n or all a_n a_nᵀ coincide.
+
+    of: "ggn", or "fisher", which is equal to it.
+
+    Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or a module,
+    loss or setting that BackPACK does not support (docs/backpack.md lists them).
+    """
+    crosscheck.check_target(problem, "kflr", of)
+    return crosscheck.kflr(problem, block)

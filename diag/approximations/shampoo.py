@@ -1,0 +1,80 @@
+"""Shampoo's matrix, and its square."""
+
+from torch import Tensor
+
+from diag.approximations._variables import per_variable, power, variables
+from diag.blocks import Block
+from diag.operators import KroneckerSum
+from diag.problem import Problem
+from diag.registry import approximation
+
+
+@approximation(
+    "shampoo",
+    of="empirical_fisher",
+    kind="curvature",
+    reference="Gupta, Koren and Singer 2018 (arXiv:1802.09568), algorithms 1 and 2",
+)
+def shampoo(
+    problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
+) -> KroneckerSum:
+    """The matrix whose inverse Shampoo applies: one root of a second moment per axis.
+
+    W: L^¼ ⊗ R^¼ with L = E[ĝ ĝᵀ] [out, out], R = E[ĝᵀ ĝ] [in, in];  b: E[ĝ ĝᵀ]^½ [out, out]
+
+    ĝ is the mean gradient of a minibatch of `batch` examples, the expectation a mean over the
+    problem's minibatches (of "ggn", "fisher": exact, with zero-mean gradients). A convolution's
+    weight has three axes (O, I, kh·kw) and exponents 1/6. Undamped; weight and bias are separate,
+    the block between them is zero.
+
+    It approximates a SQUARE ROOT: its square L^½ ⊗ R^½ stands for E[vec ĝ vec ĝᵀ], which is
+    (F + (batch − 1) ∇∇ᵀ) / batch for the empirical Fisher F and minibatches drawn at random, and
+    F / batch where gradients have mean zero. Errors against F itself therefore compare different
+    units; `shampoo_squared` and metrics that are blind to scale do not.
+
+    Raises: ValueError for a block that is no Linear layer or convolution, of="hessian", a batch
+    that does not divide the number of examples.
+    """
+
+    def roots(axes: tuple[Tensor, ...]) -> list[Tensor]:
+        return [power(H, 1 / (2 * len(axes))) for H in axes]
+
+    found = variables(problem, block, of, batch, "shampoo")
+    return per_variable(found, roots, found[-1].columns.stop)
+
+
+@approximation(
+    "shampoo_squared",
+    of="empirical_fisher",
+    kind="curvature",
+    reference="Morwani et al. 2024 (arXiv:2406.17748)",
+)
+def shampoo_squared(
+    problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
+) -> KroneckerSum:
+    """Shampoo's factors without their roots, as an approximation of the Fisher itself.
+
+    W: batch · L ⊗ R / tr L with L = E[ĝ ĝᵀ] [out, out], R = E[ĝᵀ ĝ] [in, in];  b: batch · E[ĝ ĝᵀ]
+
+    One step of the power iteration that leads to the best Kronecker product of batch · E[vec ĝ
+    vec ĝᵀ], from the identity; its trace is that matrix's. For batch = 1 that matrix is the truth
+    `of`. ĝ as in `shampoo`, whose own square is L^½ ⊗ R^½: the same eigenvectors, the eigenvalues'
+    roots. A convolution's weight is the matrix [O, I·kh·kw]. Weight and bias are separate; on a
+    layer without bias and with batch = 1 this is `tkfac`.
+
+    Raises: ValueError for a block that is no Linear layer or convolution, of="hessian", a batch
+    that does not divide the number of examples.
+    """
+
+    def factors(axes: tuple[Tensor, ...]) -> list[Tensor]:
+        return trace_matched(axes, batch)
+
+    found = variables(problem, block, of, batch, "shampoo_squared", flat=True)
+    return per_variable(found, factors, found[-1].columns.stop)
+
+
+def trace_matched(axes: tuple[Tensor, ...], batch: int) -> list[Tensor]:
+    """Factors of batch · (H_1 ⊗ ... ⊗ H_k) / T^{k−1}, T the trace all H_i have in common."""
+    first, *others = axes
+    total = first.trace()
+    return [batch * first, *(H / total if total else H for H in others)]  # zeros stay zeros

@@ -1,0 +1,43 @@
+"""Share of the preconditioned spectrum that lies near one."""
+
+from diag.estimate import Estimate
+from diag.operators import Operator
+from diag.pencils import share_between, within_reach
+from diag.preconditioned import NotPositiveDefiniteError
+from diag.registry import metric
+
+NEAR = (0.5, 2.0)  # within a factor of two of the curvature B was meant to remove
+
+
+@metric(
+    "preconditioned_share",
+    formula="share of the eigenvalues of (B + μI)^−½ (C + λI) (B + μI)^−½ in [½, 2]",
+    range="[0, 1]",
+    best="1",
+    reference="Saad 2003, section 9.2 (the preconditioned matrix)",
+    needs=("damping",),
+)
+def preconditioned_share(
+    truth: Operator,
+    approximation: Operator,
+    damping: float,
+    approximation_damping: float | None = None,
+) -> Estimate:
+    """How many of d directions B scales right, to a factor of two.
+
+    Range [0, 1], 1 is best; 0 where B + μI is not positive definite and preconditions nothing.
+    Unlike the condition number it is not ruled by a single outlier.
+    damping: λ of the truth. approximation_damping: added to B, the same λ unless given; 0 for the
+    inverse of a live preconditioner, which has its damping inside.
+    Exact: from all eigenvalues, for a truth of few columns by counting (Sylvester's law of
+    inertia). Value only: a count has no derivative, so no interval is claimed.
+
+    Raises: ValueError over the memory budget, naming what to ask instead.
+    """
+    truth = within_reach(truth, "preconditioned_share")
+    added = damping if approximation_damping is None else approximation_damping
+    try:
+        share = share_between(truth, damping, approximation, added, NEAR)
+    except NotPositiveDefiniteError:
+        share = 0.0
+    return Estimate(share, n=getattr(truth, "n", 0))

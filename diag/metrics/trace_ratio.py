@@ -1,0 +1,28 @@
+"""Ratio of the traces."""
+
+import math
+
+from diag.estimate import Estimate
+from diag.intervals import from_replicates, norms
+from diag.operators import Operator, trace
+from diag.registry import metric
+from diag.traces import identity_like
+
+
+@metric(
+    "trace_ratio",
+    formula="tr B / tr C",
+    range="(−∞, ∞)",
+    best="1",
+    reference="Gao et al. 2020 (arXiv:2011.10741): methods that keep the trace",
+)
+def trace_ratio(truth: Operator, approximation: Operator) -> Estimate:
+    """Whether the approximation has the right amount of curvature in all, tr B / tr C.
+
+    Range (−∞, ∞), for a positive semi-definite truth and approximation [0, ∞); 1 is best, above 1
+    steps come out too short. NaN for two zero matrices.
+    Interval: bootstrap over the truth's examples, the approximation held fixed; open where a batch
+    cannot tell the truth's trace from zero.
+    """
+    traces = norms(truth, identity_like(truth)).cross
+    return from_replicates(trace(approximation) / traces, truth, undefined=math.inf)

@@ -1,0 +1,60 @@
+"""Cross blocks and off-block mass against the dense matrix of the whole partition."""
+
+import pytest
+import torch
+from torch import nn
+
+from diag import Problem, dense, exact
+from diag.cross import block_norms, cross, off_block_share
+
+
+@pytest.fixture
+def mixed():
+    """A convolution, a norm and two Linear layers: three routes to a block's columns."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LayerNorm(12),
+        nn.Linear(12, 5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+    )
+    return Problem(model, nn.CrossEntropyLoss(), torch.randn(7, 1, 3, 3), torch.randint(3, (7,)))
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher", "empirical_fisher"])
+def test_cross_blocks_equal_parts_of_the_whole(mixed, of):
+    blocks = mixed.blocks()
+    whole = dense(exact.truth(mixed, mixed.group("all", [b.name for b in blocks]), of))
+    ends = torch.tensor([0, *(b.d for b in blocks)]).cumsum(0)
+    norms = block_norms(mixed, blocks, of)
+    scale = whole.abs().max().item()
+    for j, first in enumerate(blocks):
+        for k, second in enumerate(blocks):
+            part = whole[ends[j] : ends[j + 1], ends[k] : ends[k + 1]]
+            assert norms[j, k].item() == pytest.approx(part.norm().item(), rel=1e-9, abs=1e-12)
+            if of == "hessian" and j == k:
+                with pytest.raises(ValueError, match="share parameters"):
+                    cross(mixed, first, second, of)
+                continue
+            found = cross(mixed, first, second, of)
+            assert found.shape == (first.d, second.d)
+            torch.testing.assert_close(
+                found @ torch.eye(second.d), part, rtol=0, atol=1e-12 * scale
+            )
+    diagonal = sum(norms[j, j] ** 2 for j in range(len(blocks)))
+    expected = (1 - diagonal / whole.square().sum()).sqrt().item()
+    assert 0 < off_block_share(norms) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_block_has_nothing_outside(mixed):
+    assert off_block_share(block_norms(mixed, [mixed.block("4")])) == pytest.approx(0, abs=1e-7)
+
+
+def test_refusals(mixed):
+    with pytest.raises(ValueError, match="no truth 'gng'"):
+        block_norms(mixed, mixed.blocks(), "gng")
+    mixed.budget = 1000
+    with pytest.raises(ValueError, match="give fewer examples"):
+        block_norms(mixed, mixed.blocks())
