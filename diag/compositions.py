@@ -1,6 +1,6 @@
-"""Operators made of others: a difference and a product, applied one after the other."""
+"""Operators made of others: a difference, a product, an inverse factorised once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -45,6 +45,17 @@ class Product:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return reduce(lambda found, factor: factor @ found, reversed(self.factors), v)
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """An inverse as what `solver` returns: factorised once, where `Inverse` does it at each `@`."""
+
+    apply: Callable[[Tensor], Tensor]
+    shape: tuple[int, int]
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.apply(v)
 
 
 @to_dense.register

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 class Estimate:
     """A measured value, its 95 % interval [low, high], and n, the examples behind it.
 
-    `value` is exact for the batch the problem holds. The interval says where it would fall on
-    other batches of the same size from the same source, the approximation held fixed. Where
-    nothing is known of the single examples (a truth given as one dense matrix) low and high are
-    NaN: no interval is claimed.
+    `value` is exact for the batch the problem holds. The interval is for the value typical of
+    batches of the same size from the same source, the approximation held fixed; for metrics named
+    `population_*` it is for the population's value. (Batches of one size differ from the population
+    on average: their norms contain the sampling noise.) What simulations found of the 95 % is said
+    in `diag.intervals` and with the metric. Where nothing is known of the single examples (a truth
+    given as one dense matrix) low and high are NaN: no interval is claimed.
     """
 
     value: float

@@ -1,16 +1,30 @@
-"""Intervals: how far a number measured on this batch would move on another one like it.
+"""Intervals: where a number measured on this batch would lie without the accident of this batch.
+
+The interval of a batch's own number is for the number typical of batches of its size, made of the
+means of ‖C‖², <C, B> and ‖C - B‖² over all of them; the approximation is held fixed. It is not for
+the population's number, which a batch's own norms overestimate by their sampling noise (for that:
+the metrics `population_*`), nor for other batches' numbers, which have noise of their own: with
+95 % for the typical value, 85 to 90 % of them lie inside. How often the typical value does lie
+inside, found by simulation with GGN and Hessian blocks of 30 to 300 examples:
+
+- `diag.studentised` (relative_error, relative_error_best_scale, cosine): 0.92 to 0.98, and 0.89 at
+  worst (Hessian, noise floor 0.75);
+- `from_replicates` (what else is made of norms): 0.91 to 1, too cautious near the noise floor,
+  where intervals are up to √3 times wider than needed; 0.8 for empirical Fisher blocks of 30;
+- `from_influence` (inverses and eigenvalues): see there;
+- noise_floor: another claim, see there.
 
 Norms and inner products of a Sampled truth with weights w are w K w and w·t, so a bootstrap
-replicate costs O(N²). Two cares are taken. The naive bootstrap of a norm is biased, because an
-example drawn twice meets itself: replicates leave every n = m pair out (a U-statistic) and only
-their deviations from the U-statistic of the batch are used, put around the batch's own value. And
-the approximation is held fixed: the interval is about the truth's sampling.
+replicate costs O(N²). The naive bootstrap of a norm is biased, because an example drawn twice meets
+itself: replicates leave every n = m pair out (a U-statistic) and only their deviations from the
+U-statistic of the batch are used, put around the batch's own value.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -26,6 +40,8 @@ REPLICATES = 1000
 LEVEL = 0.95
 CANCELLED = 1e-7  # of ‖C‖² + ‖B‖²: below it a difference of squares keeps under 9 digits
 Z = 1.959964  # the normal quantile of LEVEL, for first-order intervals
+
+T = TypeVar("T")
 
 
 @lru_cache(maxsize=4)  # 8 MB each for 1,000 examples
@@ -64,12 +80,19 @@ def residual_square(truth: Operator, approximation: Operator) -> float:
     mean_n dC_n ⊗ dA_n, so that truth - G ⊗ A is that plus (Ḡ - G) ⊗ Ā + G ⊗ (Ā - A): all small
     where the approximation is good.
     """
+    square, cross = inner(truth, truth), inner(truth, approximation)
+    return _residual_square(truth, approximation, square, cross)
+
+
+def _residual_square(
+    truth: Operator, approximation: Operator, square: float, cross: float
+) -> float:
     if isinstance(truth, SampleMean) and isinstance(approximation, Kronecker):
         return _beside_product(truth, approximation)
-    whole = inner(truth, truth) + inner(approximation, approximation)
-    square = whole - 2 * inner(truth, approximation)
-    if square >= CANCELLED * whole:
-        return square
+    whole = square + inner(approximation, approximation)
+    left = whole - 2 * cross
+    if left >= CANCELLED * whole:
+        return left
     # few digits left: subtract term by term, or entry by entry, instead
     if (
         isinstance(truth, SampleMean)
@@ -104,21 +127,31 @@ def norms(truth: Operator, approximation: Operator) -> Norms:
     A truth without per-example terms, or of one example, has its own values only, [1]. Kept with
     the truth as long as the approximation lives, since several metrics ask for the same pair.
     """
-    known = keep(truth, "norms", WeakKeyDictionary)
-    if approximation not in known:
-        known[approximation] = _norms(truth, approximation)
-    return known[approximation]
+    return keep_pair(truth, "norms", approximation, lambda: _norms(truth, approximation))
+
+
+def keep_pair(truth: Operator, key: str, approximation: Operator, compute: Callable[[], T]) -> T:
+    """compute(), once per truth, key and approximation, kept while both live."""
+    known = keep(truth, key, dict)
+    found = known.get(id(approximation))
+    # by identity, for == of two tensors is no yes or no; an id may come again once its owner died
+    if found is None or found[0]() is not approximation:
+        for gone in [name for name, (owner, _) in known.items() if owner() is None]:
+            del known[gone]
+        found = known[id(approximation)] = (ref(approximation), compute())
+    return found[1]
 
 
 def _norms(truth: Operator, approximation: Operator) -> Norms:
     square = inner(truth, truth)
-    cross = inner(truth, approximation)
-    own = [square, cross, residual_square(truth, approximation)]
+    inners = truth.inners(approximation).double() if isinstance(truth, Sampled) else None
+    cross = inner(truth, approximation) if inners is None else inners.mean().item()
+    own = [square, cross, _residual_square(truth, approximation, square, cross)]
     values = torch.tensor(own, dtype=torch.float64)[:, None]
-    if not isinstance(truth, Sampled) or truth.n == 1:
+    if inners is None or truth.n == 1:
         return Norms(*values)
     d_square = deviations(truth)
-    d_cross = inner_deviations(truth.inners(approximation)).double().cpu()
+    d_cross = inner_deviations(inners).cpu()
     moved = values + torch.stack([d_square, d_cross, d_square - 2 * d_cross])
     moved[[0, 2]] = moved[[0, 2]].clamp(min=0)
     return Norms(*torch.cat([values, moved], dim=1))
@@ -152,6 +185,11 @@ def from_influence(value: float, influence: Tensor | None, n: int, log: bool = F
     """First-order (infinitesimal jackknife) interval from each example's influence U_n [N].
 
     The standard error is (Σ U_n²)^½ / N (Jaeckel 1972). log: symmetric in log(value), for ratios.
+    The number typical of batches of this size (its mean over them) lies inside, by simulation with
+    30 and 100 examples: for preconditioned_condition in 0.92 to 1; for step_cosine in 0.84 to 0.97
+    where λ is the mean curvature or more, but in 0.72 to 0.95 at a tenth of it and in 0.55 to 0.9
+    for empirical Fisher blocks. The population's number may lie elsewhere: both metrics are biased
+    by the sampling noise, a condition upwards and a cosine towards 0.
     """
     if influence is None or n < 2 or not math.isfinite(value):
         return Estimate(value, n=n)

@@ -1,17 +1,16 @@
 """Kronecker singular values: the spectrum of a block rearranged by Van Loan and Pitsianis."""
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from diag.blocks import Block
+from diag.lanczos_svd import leading_triples
 from diag.operators import KroneckerSum, Operator, dense, inner, keep
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
 
 REARRANGED_UP_TO = 2**24  # entries of a rearranged block that is decomposed in full
-TOLERANCE = 1e-5  # of a leading singular value found from products alone
+TOLERANCE = 1e-4  # residual of a leading singular triple found from products alone
 
 
 def kronecker_singular_values(operator: Operator, block: Block | None = None) -> Tensor:
@@ -59,6 +58,7 @@ def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = 
         return (tail[1 : ranks + 1] / tail[0]).sqrt()
     leading = leading_kronecker(operator, ranks, block)
     values = leading.left.flatten(1).norm(dim=1).double()  # right factors have norm 1
+    values = torch.cat([values, values.new_zeros(ranks - len(values))])
     left = 1 - values.square().cumsum(0) / inner(operator, operator)
     return left.clamp(min=0).sqrt()
 
@@ -74,22 +74,18 @@ def _by_products(mean: RootMean, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     tall = wide.movedim(2, 0).mT.contiguous()  # [i, N·k, o]
     across, down = wide.reshape(o, -1), tall.reshape(i, -1)
 
-    def forward(x: np.ndarray) -> np.ndarray:
-        X = torch.from_numpy(np.ascontiguousarray(x)).to(V).reshape(i, i)
-        return ((wide @ X).reshape(o, -1) @ across.T / mean.n).reshape(-1).cpu().numpy()
+    def forward(x: Tensor) -> Tensor:
+        return ((wide @ x.reshape(i, i)).reshape(o, -1) @ across.T / mean.n).reshape(-1)
 
-    def backward(y: np.ndarray) -> np.ndarray:
-        Y = torch.from_numpy(np.ascontiguousarray(y)).to(V).reshape(o, o)
-        return ((tall @ Y).reshape(i, -1) @ down.T / mean.n).reshape(-1).cpu().numpy()
+    def backward(y: Tensor) -> Tensor:
+        return ((tall @ y.reshape(o, o)).reshape(i, -1) @ down.T / mean.n).reshape(-1)
 
-    dtype = np.float64 if V.dtype == torch.float64 else np.float32
-    operator = LinearOperator((o * o, i * i), matvec=forward, rmatvec=backward, dtype=dtype)
-    start = np.random.default_rng(rank).standard_normal(min(o, i) ** 2).astype(dtype)
-    U, values, W = svds(operator, k=rank, tol=TOLERANCE, v0=start)
-    order = np.argsort(-values)
-    found = (values[order], U[:, order], W[order])
-    values_, U_, W_ = (torch.from_numpy(np.ascontiguousarray(part)).to(V) for part in found)
-    return values_, U_, W_
+    # near the answer: the input factor; and a little of everything, antisymmetric parts too
+    factor = (down @ down.T).reshape(-1)
+    noise = torch.randn(i * i, generator=torch.Generator().manual_seed(rank)).to(V)
+    start = factor / factor.norm() + 0.1 * noise / noise.norm()
+    found = leading_triples(forward, backward, start, rank, TOLERANCE)
+    return found.values, found.left.T, found.right
 
 
 def _factor_sizes(operator: Operator, block: Block | None) -> tuple[int, int]:

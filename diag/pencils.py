@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.compositions import Product
+from diag.compositions import Product, Solved
 from diag.eigenvalues import eigenvalues
 from diag.operators import (
     BUDGET,
@@ -101,7 +101,8 @@ def inverses(
     """
     pairs = (Damped(approximation, added), Damped(truth, damping))
     if is_thin(truth):
-        return Inverse(pairs[0]), Inverse(pairs[1])
+        P, Q = (Solved(solver(pair, 0.0), pair.shape) for pair in pairs)
+        return P, Q
     found = [dense_inverse(pair.base, pair.damping) for pair in pairs]
     matrices = [
         torch.linalg.inv(dense(pair)) if matrix is None else matrix  # symmetric, indefinite

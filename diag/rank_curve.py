@@ -1,12 +1,14 @@
 """How good can a sum of r Kronecker products be, for every r at once."""
 
 import torch
+from torch import Tensor
 
 from diag.blocks import Block
 from diag.estimate import Estimate
 from diag.intervals import deviations, from_replicates, inner_deviations
 from diag.kronecker import best_kronecker_errors, leading_kronecker
-from diag.operators import Operator, inner
+from diag.operators import KroneckerSum, Operator, inner
+from diag.sample_mean import SampleMean
 from diag.sampled import Sampled
 
 
@@ -28,11 +30,18 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
     moved = whole + deviations(truth)
     left = (values.double() ** 2 * whole)[:, None] + deviations(truth)
     found = []
-    for r, term in enumerate(leading_kronecker(truth, ranks, block).terms):
+    for r, own in enumerate(_by_term(truth, leading_kronecker(truth, ranks, block))):
         # σ_k² moves by 2 σ_k <dC, L_k ⊗ R_k>, and the term holds σ_k L_k ⊗ R_k
-        left[r:] -= 2 * inner_deviations(truth.inners(term).double())
+        left[r:] -= 2 * inner_deviations(own.double()).to(left)
     for value, square in zip(values, left.clamp(min=0), strict=True):
         errors = (square / moved.clamp(min=0)).sqrt()
         replicates = torch.cat([value.double()[None].cpu(), errors.cpu()])
         found.append(from_replicates(replicates, truth, undefined=torch.inf))
     return found
+
+
+def _by_term(truth: Sampled, leading: KroneckerSum) -> Tensor:
+    """Every example's inner product with every term, [r, N]."""
+    if isinstance(truth, SampleMean):
+        return truth.inners_by_term(leading).T
+    return torch.stack([truth.inners(term) for term in leading.terms])

@@ -9,7 +9,7 @@ layer's input with 1 appended. Norms, errors, Kronecker singular values and samp
 inner products between these terms, never a d x d matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -123,7 +123,7 @@ class SampleMean(Sampled):
         if isinstance(other, Kronecker):
             return self.left.inners(other.left) * ((a @ other.right.to(a)) * a).sum(1)
         if isinstance(other, KroneckerSum):
-            return torch.stack([self.inners(term) for term in other.terms]).sum(0)
+            return self.inners_by_term(other).sum(1)
         if isinstance(other, Diagonal):
             weights = other.diagonal.reshape(o, i).to(a)
             return (self.left.diagonals() * (a.square() @ weights.T)).sum(1)
@@ -131,8 +131,7 @@ class SampleMean(Sampled):
             across = (a.double() @ other.a.double().T).square()
             return (cross_gram(self.left, other.left) * across).mean(1)
         if isinstance(other, BlockDiagonal) and self._per_output(other):
-            quadratic = [((a @ block.to(a)) * a).sum(1) for block in other.blocks]
-            return (self.left.diagonals() * torch.stack(quadratic, 1)).sum(1)
+            return (self.left.diagonals() * _quadratics(a, other.blocks)).sum(1)
         if isinstance(other, LowRank):
             factor = other.factor.reshape(o, i, -1).to(a)
             projected = torch.einsum("oik,ni->nok", factor, a)
@@ -150,6 +149,11 @@ class SampleMean(Sampled):
         matrix = dense(other).reshape(o, i, o, i).to(a)
         halfway = torch.einsum("nj,oipj->noip", a, matrix)
         return torch.einsum("noip,ni,nop->n", halfway, a, self.C)
+
+    def inners_by_term(self, other: KroneckerSum) -> Tensor:
+        """<C_n ⊗ a_n a_nᵀ, left_r ⊗ right_r> for every example and term, [N, r]."""
+        right = [((self.a @ own.to(self.a)) * self.a).sum(1) for own in other.right]
+        return self.left.inners(other.left) * torch.stack(right, 1)
 
     def quadratic(self, u: Tensor, v: Tensor) -> Tensor:
         """u·(C_n ⊗ a_n a_nᵀ)v for every example, [N], for u and v [d]."""
@@ -179,6 +183,13 @@ class SampleMean(Sampled):
         left = self.left.inners(other.left).double()
         right = ((self.a @ other.right.to(self.a)) * self.a).sum(1).double()
         return ((left - left.mean()) * (right - right.mean())).mean().item()
+
+
+def _quadratics(a: Tensor, blocks: Tensor | Sequence[Tensor]) -> Tensor:
+    """a_n·block_o a_n for every example and block, [N, o]; some blocks at a time."""
+    some = max(1, 2**22 // a.numel())
+    parts = [torch.stack(list(blocks[j : j + some])) for j in range(0, len(blocks), some)]
+    return torch.cat([((a @ part.to(a)) * a).sum(2) for part in parts]).T
 
 
 class KroneckerSVD(NamedTuple):

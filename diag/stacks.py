@@ -33,7 +33,7 @@ class Stack(Protocol):
         ...
 
     def inners(self, matrix: Tensor) -> Tensor:
-        """<C_n, matrix> for a matrix [k, k], [N]."""
+        """<C_n, matrix> for a matrix [k, k], [N], or for several [r, k, k], [N, r]."""
         ...
 
     def mean(self) -> Tensor:
@@ -103,8 +103,8 @@ class Packed:
         return self._own + shift + shift[:, None] + self.centre.double().square().sum()
 
     def inners(self, matrix: Tensor) -> Tensor:
-        """<C_n, matrix> for a matrix [k, k], [N]."""
-        packed = pack((matrix + matrix.T) / 2).to(self.centre)
+        """<C_n, matrix> for a matrix [k, k], [N], or for several [r, k, k], [N, r]."""
+        packed = pack((matrix + matrix.mT) / 2).to(self.centre).movedim(-1, 0)  # [p] or [p, r]
         return self.deviations @ packed + self.centre @ packed
 
     def mean(self) -> Tensor:
@@ -163,7 +163,9 @@ class Outer:
         return centred(self._own)
 
     def inners(self, matrix: Tensor) -> Tensor:
-        """<C_n, matrix> for a matrix [k, k], [N]."""
+        """<C_n, matrix> for a matrix [k, k], [N], or for several [r, k, k], [N, r]."""
+        if matrix.ndim == 3:
+            return torch.stack([self.inners(own) for own in matrix], 1)
         return ((self.roots @ matrix.to(self.roots)) * self.roots).sum((1, 2))
 
     def mean(self) -> Tensor:
@@ -215,8 +217,8 @@ class Diagonals:
         return summed_gram(self.values)
 
     def inners(self, matrix: Tensor) -> Tensor:
-        """<C_n, matrix> for a matrix [k, k], [N]."""
-        return self.values @ matrix.diagonal().to(self.values)
+        """<C_n, matrix> for a matrix [k, k], [N], or for several [r, k, k], [N, r]."""
+        return self.values @ matrix.diagonal(dim1=-2, dim2=-1).to(self.values).movedim(-1, 0)
 
     def mean(self) -> Tensor:
         """Mean matrix, [k, k]."""

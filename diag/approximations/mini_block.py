@@ -8,7 +8,7 @@ from diag.registry import approximation
 from diag.sample_mean import SampleMean, output_blocks
 from diag.stacks import Diagonals
 
-HELD_UP_TO = 2**25  # entries of all blocks together
+HELD_UP_TO = 2**22  # entries of all blocks together
 
 
 @approximation(
@@ -23,7 +23,7 @@ def mini_block(problem: Problem, block: Block, of: str = "ggn") -> BlockDiagonal
 
     With one row a_n per example that of o is mean_n C_n[o, o] a_n a_nᵀ. Gives out blocks, which are
     contiguous in row-major order; `mini_block_kernel` cuts convolutions finer. Where the blocks
-    would take more than 256 MiB the same matrix is given as (1/N) Σ_n diag(C_n) ⊗ a_n a_nᵀ.
+    would take more than 32 MiB the same matrix is given as (1/N) Σ_n diag(C_n) ⊗ a_n a_nᵀ.
 
     Raises: ValueError for a block that is not one matrix [W, b] of a Linear layer or convolution.
     """

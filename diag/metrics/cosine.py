@@ -1,8 +1,9 @@
 """Matrix cosine."""
 
 from diag.estimate import Estimate
-from diag.intervals import from_replicates, norms
-from diag.operators import Operator, inner
+from diag.moments import batch_moments
+from diag.operators import Operator
+from diag.population import cosine_estimate
 from diag.registry import metric
 
 
@@ -17,9 +18,7 @@ def cosine(truth: Operator, approximation: Operator) -> Estimate:
     """Cosine of the angle between the two matrices, <C, B> / (‖C‖_F ‖B‖_F).
 
     Range [−1, 1], 1 is best; blind to scale. NaN if either matrix is zero.
-    Interval: bootstrap over the truth's examples, the approximation held fixed.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the cosine
+    typical of batches of this size. Where that of the population is asked for: `population_cosine`.
     """
-    found = norms(truth, approximation)
-    own = inner(approximation, approximation)
-    cosines = found.cross / (found.square * own).sqrt()
-    return from_replicates(cosines.clamp(-1, 1), truth, undefined=0.0)
+    return cosine_estimate(batch_moments(truth, approximation))

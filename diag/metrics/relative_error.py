@@ -1,10 +1,9 @@
 """Relative Frobenius error."""
 
-import math
-
 from diag.estimate import Estimate
-from diag.intervals import from_replicates, norms
+from diag.moments import batch_moments
 from diag.operators import Operator
+from diag.population import error_estimate
 from diag.registry import metric
 
 
@@ -19,7 +18,7 @@ def relative_error(truth: Operator, approximation: Operator) -> Estimate:
     """Distance from the truth in units of the truth's own norm, ‖C − B‖_F / ‖C‖_F.
 
     Range [0, ∞), 0 is best, 1 is no better than the zero matrix. NaN for a zero truth.
-    Interval: bootstrap over the truth's examples, the approximation held fixed.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
+    typical of batches of this size. Where that of the population is asked for: `population_error`.
     """
-    found = norms(truth, approximation)
-    return from_replicates((found.error / found.square).sqrt(), truth, undefined=math.inf)
+    return error_estimate(batch_moments(truth, approximation))

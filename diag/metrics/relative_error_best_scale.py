@@ -1,11 +1,16 @@
 """Relative Frobenius error at the best scale."""
 
+import torch
 from torch import Tensor
 
 from diag.estimate import Estimate
-from diag.intervals import Norms, from_replicates, norms
-from diag.operators import Operator, inner
+from diag.intervals import Norms
+from diag.moments import batch_moments
+from diag.operators import Operator
+from diag.population import best_scale_estimate
 from diag.registry import metric
+
+NEAR = 0.9  # squared cosine above which 1 − cos² would cancel
 
 
 @metric(
@@ -21,14 +26,16 @@ def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estim
     min_c ‖C − cB‖_F / ‖C‖_F = √(1 − cos²(C, B)), reached at c = <C,B>/‖B‖². Range [0, 1], 0 is
     best. A learning rate absorbs such a factor, so this is what matters for a step's direction.
     Computed as √((‖C − B‖² − (1 − c)² ‖B‖²) / ‖C‖²), which does not cancel near 0.
-    Interval: bootstrap over the truth's examples, the approximation held fixed.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
+    typical of batches of this size.
     """
-    found = norms(truth, approximation)
-    own = inner(approximation, approximation)
-    return from_replicates(best_scale_error(found, own), truth, undefined=1.0)
+    return best_scale_estimate(batch_moments(truth, approximation))
 
 
 def best_scale_error(found: Norms, own: float) -> Tensor:
     """√(1 − cos²) from the norms and ‖B‖², without its cancellation near 0."""
+    squared_cosine = found.cross.square() / (found.square * own)
     left = found.error - (1 - found.cross / own) ** 2 * own
-    return (left / found.square).clamp(0, 1).sqrt()
+    # far from 1 the cosine loses nothing, while a B of another scale drowns the difference
+    far = 1 - squared_cosine
+    return torch.where(squared_cosine < NEAR, far, left / found.square).clamp(0, 1).sqrt()

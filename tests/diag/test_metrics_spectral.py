@@ -25,6 +25,7 @@ from diag import (
 from diag.eigenspaces import dominant, leading_space, leading_vectors
 from diag.operators import inverse
 from diag.partitions import check_partition, outside_gram, partition_of
+from diag.pencils import count_below
 from diag.registry import approximation
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
@@ -201,6 +202,15 @@ def test_thin_truths_by_small_matrices_alone(monkeypatch, name, kind):
         for one, other in [*ends, (found.high, expected.high)]:
             # the trace of Q·B is a difference over λ: a few digits are lost
             assert one == pytest.approx(other, rel=1e-7, nan_ok=True), metric
+
+
+def test_counting_eigenvalues_by_inertia():
+    truth, B = roots(20, n=3, k=2), Diagonal(torch.rand(20))
+    values = pencil(truth, B)
+    for end in (0.1, 0.5, 1.01, 2.0, 7.0):
+        expected = (values < end).sum().item()
+        assert count_below(truth, LAMBDA, B, LAMBDA, end) == expected
+    assert 0 < expected < 20
 
 
 def test_refusals_name_what_to_ask_instead(monkeypatch):

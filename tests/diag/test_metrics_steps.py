@@ -10,6 +10,7 @@ from torch import nn
 
 from diag import Dense, Diagonal, Problem, approximations, dense, exact, metrics
 from diag.intervals import Z
+from diag.matrix_free import MatrixFree
 from diag.operators import inverse, solve
 from diag.registry import approximation
 from diag.steps import example_decreases, example_losses, example_slopes
@@ -102,6 +103,21 @@ def test_a_model_without_a_minimum_has_no_best_step():
     assert gradient @ solve(tilted, gradient) > 0
     assert math.isnan(found.value)
     assert math.isnan(metrics.step_quality(identity, identity, 0.1, torch.zeros(2)).value)
+    for metric in STEPS:  # every step rises without end
+        assert math.isnan(metric(Dense(-torch.eye(2)), identity, 0.1, gradient).value)
+
+
+def test_a_truth_of_products_alone(classifier):
+    """Solved by conjugate gradients, to a residual of 1e-10."""
+    for block, truth, approx in pairs(classifier):
+        g = classifier.gradient(block)
+        bare = MatrixFree(lambda rows, C=truth: (C @ rows.T).T, g, truth.n)
+        for metric in (*STEPS, metrics.inverse_secant_consistency, metrics.step_cosine):
+            found, expected = (metric(C, approx, LAMBDA, g) for C in (bare, truth))
+            assert found.value == pytest.approx(expected.value, rel=1e-7)
+            assert math.isnan(found.low)
+        found, expected = (metrics.secant_consistency(C, approx, g) for C in (bare, truth))
+        assert found.value == pytest.approx(expected.value, rel=1e-9)
 
 
 def test_secants_equal_dense_formulas(classifier):

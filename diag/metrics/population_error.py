@@ -1,0 +1,31 @@
+"""Relative Frobenius error against the population's block."""
+
+from diag.estimate import Estimate
+from diag.moments import unbiased_moments
+from diag.operators import Operator
+from diag.population import error_estimate
+from diag.registry import metric
+
+
+@metric(
+    "population_error",
+    formula="√max((U − 2<C, B> + ‖B‖²) / U, 0), U = Σ_{n≠m} <T_n, T_m> / (N (N − 1))",
+    range="[0, ∞]",
+    best="0",
+    reference="U-statistics: Hoeffding 1948; interval: Fieller 1954",
+)
+def population_error(truth: Operator, approximation: Operator) -> Estimate:
+    """Distance ‖E C − B‖_F / ‖E C‖_F from the block over all examples there are.
+
+    For an approximation that does not depend on the batch (a live state, another batch): its
+    relative error on the batch is larger, by the noise that even a perfect B has. Numerator and
+    denominator are unbiased as squares; their ratio is up to terms of order 1/N. Range [0, ∞], 0 is
+    best: reported also where the numerator comes out negative, as it does in about half of all
+    batches if B = E C exactly. ∞ where the batch cannot tell E C from zero (U <= 0).
+    For B built from the same batch: `diag.cross_fit.cross_fit`.
+    Interval: bootstrap-t of the ratio by inverted tests; open (∞) where E C may be zero. Two
+    examples give none.
+
+    Raises: ValueError for a truth without per-example terms or with fewer than two examples.
+    """
+    return error_estimate(unbiased_moments(truth, approximation, "population_error"))

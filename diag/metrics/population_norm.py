@@ -1,0 +1,30 @@
+"""Norm of the population's block."""
+
+from diag.estimate import Estimate
+from diag.moments import check_terms
+from diag.operators import Operator
+from diag.population import norm_estimate
+from diag.registry import metric
+
+
+@metric(
+    "population_norm",
+    formula="√max(U, 0), U = Σ_{n≠m} <T_n, T_m> / (N (N − 1))",
+    range="[0, ∞)",
+    best="none: the unit of the others",
+    reference="U-statistics: Hoeffding 1948",
+)
+def population_norm(truth: Operator, approximation: Operator | None = None) -> Estimate:
+    """Frobenius norm ‖E C‖_F of the block over all examples there are, from a batch of them.
+
+    U is unbiased for ‖E C‖² whatever N, where the batch's own ‖C‖² is too large by the squared
+    sampling noise. U may be negative where the batch cannot tell E C from zero; the norm reported
+    is then 0. Range [0, ∞), unit of the curvature. With two examples there is no interval.
+    Interval: bootstrap-t on the scale of log ‖C‖²; covers ‖E C‖ in 0.93 to 0.96 of batches of 30 to
+    300, less (0.87 to 0.92) where the noise floor is near 1 or beyond.
+
+    approximation is not used; it is there so that all metrics are called alike.
+    Raises: ValueError for a truth without per-example terms or with fewer than two examples.
+    """
+    del approximation
+    return norm_estimate(check_terms(truth, "population_norm"))

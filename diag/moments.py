@@ -1,0 +1,188 @@
+"""‖C‖², <C, B> and ‖C - B‖² of a truth made of terms: unbiased ones, the batch's, and replicates.
+
+For N independent examples with terms T_n, Gram matrix K and t_n = <T_n, B>
+
+    U = Σ_{n≠m} K_nm / (N (N - 1)),    t̄ = (1/N) Σ_n t_n,    U - 2 t̄ + ‖B‖²
+
+have the expectations ‖E C‖², <E C, B> and ‖E C - B‖²: U-statistics (Hoeffding 1948), for a B that
+does not depend on the batch. The batch's own ‖C‖² = 1ᵀK1/N² counts the pairs n = m too; it and
+‖C - B‖² exceed the unbiased ones by the squared sampling noise, (mean K_nn - U)/N. Bootstrap
+replicates are made from re-weighted pairs of distinct examples, for an example drawn twice would
+meet itself; each comes with its own variances, for `diag.studentised`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diag.intervals import bootstrap_counts, keep_pair, residual_square
+from diag.operators import Operator, inner, keep
+from diag.sampled import Sampled
+from diag.studentised import Variances
+
+LEAST = 3  # examples for replicates: the influences of two are equal, and show no spread
+
+
+class Replicated(NamedTuple):
+    """A statistic in the batch and its R bootstrap samples, [1 + R], and its variance in each.
+
+    slopes [1 + R, N]: slopes @ t is the covariance of the statistic with the mean of any t [N].
+    """
+
+    values: Tensor
+    variance: Tensor
+    slopes: Tensor
+
+
+class Moments(NamedTuple):
+    """‖C‖², <C, B> and ‖C - B‖² in the batch and its bootstrap samples, [1 + R] each.
+
+    spread: variances of the first two. own: ‖B‖². n: examples. Of a truth without per-example
+    terms, or of fewer than 3 examples, there is the batch alone: [1] each.
+    """
+
+    square: Tensor
+    cross: Tensor
+    error: Tensor
+    spread: Variances
+    own: float
+    n: int
+
+
+def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) -> Moments:
+    """‖E C‖², <E C, B> and ‖E C - B‖² without bias; a square may come out negative.
+
+    Kept with the truth as long as the approximation lives, since several metrics ask for the pair.
+
+    Raises: ValueError naming `asked_by` for a truth without per-example terms or with only one.
+    """
+    terms = check_terms(truth, asked_by)
+
+    def compute() -> Moments:
+        error = residual_square(terms, approximation) - noise(terms)
+        return _moments(terms, unbiased_square(terms), approximation, error)
+
+    return keep_pair(terms, "unbiased moments", approximation, compute)
+
+
+def batch_moments(truth: Operator, approximation: Operator) -> Moments:
+    """‖C‖², <C, B> and ‖C - B‖² of the batch; kept like the unbiased ones.
+
+    Their expectation is what is typical of batches of this size.
+    """
+
+    def compute() -> Moments:
+        error = residual_square(truth, approximation)
+        if isinstance(truth, Sampled) and truth.n > 1:
+            return _moments(truth, batch_square(truth), approximation, error)
+        return _without_terms(truth, approximation, error)
+
+    return keep_pair(truth, "batch moments", approximation, compute)
+
+
+def pooled(parts: list[Moments]) -> Moments:
+    """Mean of the moments of independent batches, each with an approximation of its own.
+
+    A replicate of one is paired with another one of the next: batches of the same size are
+    resampled by the same counts.
+    """
+
+    def mean(values: tuple[Tensor, ...]) -> Tensor:
+        shifted = [torch.cat([v[:1], v[1:].roll(k)]) for k, v in enumerate(values)]
+        return torch.stack(shifted).mean(0)
+
+    square, cross, error = (mean(found) for found in zip(*(p[:3] for p in parts), strict=True))
+    spreads = zip(*(p.spread for p in parts), strict=True)
+    spread = Variances(*(mean(found) / len(parts) for found in spreads))
+    own = sum(p.own for p in parts) / len(parts)
+    return Moments(square, cross, error, spread, own, sum(p.n for p in parts))
+
+
+def check_terms(truth: Operator, asked_by: str) -> Sampled:
+    """The truth. Raises: ValueError naming `asked_by` where it has no terms, or only one."""
+    if not isinstance(truth, Sampled) or truth.n < 2:
+        raise ValueError(
+            f"{asked_by} speaks of the population and needs a truth made of per-example terms with "
+            f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; GGN "
+            f"and Fisher blocks have them, and Hessian blocks of Linear layers with one row per "
+            f"example"
+        )
+    return truth
+
+
+def noise(truth: Sampled) -> float:
+    """Squared sampling noise E‖C - E C‖², unbiased: (mean K_nn - U)/N."""
+    gram = truth.gram.double()
+    return max((gram.diagonal().mean() - gram.mean()).item(), 0.0) / (truth.n - 1)
+
+
+def unbiased_square(truth: Sampled) -> Replicated:
+    """U; an example's influence on it is 2 (mean of K_nm over the others drawn - U).
+
+    Source: Arvesen 1969 (the jackknife of U-statistics). Kept with the truth.
+    """
+
+    def compute() -> Replicated:
+        gram, n = truth.gram.double(), truth.n
+        counts, own = _counts(n).to(gram), gram.diagonal()
+        met = counts @ gram
+        values = ((met * counts).sum(1) - counts.square() @ own) / (n**2 - counts.square().sum(1))
+        influence = 2 * ((met - counts * own) / (n - counts) - values[:, None])
+        centred = influence - (counts * influence).sum(1, keepdim=True) / n
+        slopes = counts * centred / (n * (n - 1))
+        return Replicated(values, (slopes * centred).sum(1), slopes)
+
+    return keep(truth, "unbiased square", compute)
+
+
+def batch_square(truth: Sampled) -> Replicated:
+    """‖C‖² of the batch, U + (mean K_nn - U)/N. Kept with the truth."""
+
+    def compute() -> Replicated:
+        pairs, n = unbiased_square(truth), truth.n
+        own = truth.gram.diagonal().double()
+        mean, variance = _mean(own)
+        slopes = _counts(n).to(own) * (own - mean[:, None]) / (n * (n - 1))
+        crossed = 2 * (n - 1) * (pairs.slopes @ own)
+        return Replicated(
+            ((n - 1) * pairs.values + mean) / n,
+            ((n - 1) ** 2 * pairs.variance + crossed + variance) / n**2,
+            ((n - 1) * pairs.slopes + slopes) / n,
+        )
+
+    return keep(truth, "batch square", compute)
+
+
+def _mean(each: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the numbers [N] in the batch and its bootstrap samples, and its variance, [1 + R]."""
+    n, centre = len(each), each.mean()
+    apart = torch.stack([each - centre, (each - centre).square()], dim=1)
+    moved = torch.cat([apart.mean(0)[None], bootstrap_counts(n).to(each) @ apart / n])
+    return centre + moved[:, 0], (moved[:, 1] - moved[:, 0].square()) / (n - 1)
+
+
+def _counts(n: int) -> Tensor:
+    """How often the batch itself and its bootstrap samples draw each example, [1 + R, n]."""
+    return torch.cat([torch.ones(1, n, dtype=torch.float64), bootstrap_counts(n)])
+
+
+def _moments(truth: Sampled, square: Replicated, approximation: Operator, error: float) -> Moments:
+    """`error`, the batch's own, comes from outside: it keeps its digits where B is close."""
+    inners = truth.inners(approximation).double()
+    cross, variance = _mean(inners)
+    change = square.values - square.values[0] - 2 * (cross - cross[0])
+    rows = [square.values, cross, error + change]
+    rows += [square.variance, square.slopes @ inners, variance]
+    known = len(change) if truth.n >= LEAST else 1
+    first, second, third, *spread = (row[:known].cpu() for row in rows)
+    own = inner(approximation, approximation)
+    return Moments(first, second, third, Variances(*spread), own, truth.n)
+
+
+def _without_terms(truth: Operator, approximation: Operator, error: float) -> Moments:
+    values = (inner(truth, truth), inner(truth, approximation), error)
+    first, second, third = (torch.tensor([v], dtype=torch.float64) for v in values)
+    nothing = torch.full((1,), torch.nan, dtype=torch.float64)
+    spread, own = Variances(nothing, nothing, nothing), inner(approximation, approximation)
+    return Moments(first, second, third, spread, own, getattr(truth, "n", 0))

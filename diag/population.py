@@ -1,0 +1,94 @@
+"""Estimates from moments: norm, relative error and cosine, of the population or of the batch.
+
+From unbiased moments they speak of the block over all examples there are; from the batch's own, of
+the batch, and their intervals cover what is typical of batches of this size. Coverage of both is
+measured in tests/diag/test_coverage.py.
+"""
+
+import math
+
+import torch
+
+from diag.estimate import Estimate
+from diag.moments import LEAST, Moments, noise, unbiased_square
+from diag.sampled import Sampled
+from diag.studentised import Part, quantiles, ratio_interval
+
+
+def norm_estimate(truth: Sampled) -> Estimate:
+    """√max(U, 0), with an interval on the scale of log(U + S²), S² the squared sampling noise.
+
+    U + S² is the batch's own ‖C‖², which is positive also where U is not.
+    """
+    square, extra = unbiased_square(truth), noise(truth)
+    value = _root(square.values[0].item())
+    if truth.n < LEAST:
+        return Estimate(value, n=truth.n)
+    shifted = square.values.cpu() + extra
+    errors = square.variance.cpu().clamp(min=0).sqrt() / shifted
+    least, greatest = quantiles((shifted / shifted[0]).log(), errors)
+    whole, error = shifted[0].item(), errors[0].item()
+    low, high = (_root(whole * _exp(-z * error) - extra) for z in (greatest, least))
+    return _holding(value, low, high, truth.n)
+
+
+def error_estimate(found: Moments) -> Estimate:
+    """‖C - B‖ / ‖C‖ from squares cut off at 0; ∞ where ‖C‖² is, NaN where both are."""
+    value = (found.error[0].clamp(min=0) / found.square[0].clamp(min=0)).sqrt().item()
+    if len(found.square) == 1:
+        return Estimate(value, n=found.n)
+    one = torch.ones_like(found.square)
+    top, bottom = Part(found.error, one, -2 * one), Part(found.square, one, 0 * one)
+    low, high = ratio_interval(top, bottom, found.spread)
+    return _holding(value, _root(low), _root(high), found.n)
+
+
+def cosine_estimate(found: Moments) -> Estimate:
+    """<C, B> / (‖C‖ ‖B‖) cut to [-1, 1]; NaN where ‖C‖² is not positive.
+
+    The interval is that of cos·|cos|, a ratio of smooth functions of the moments.
+    """
+    cross, bottom = found.cross, found.own * found.square
+    value = (cross[0] / bottom[0].sqrt()).clamp(-1, 1).item()
+    if len(cross) == 1:
+        return Estimate(value, n=found.n)
+    zero = torch.zeros_like(cross)
+    low, high = ratio_interval(
+        Part(cross * cross.abs(), zero, 2 * cross.abs()),
+        Part(bottom, zero + found.own, zero),
+        found.spread,
+    )
+    low, high = (math.copysign(min(_root(abs(end)), 1.0), end) for end in (low, high))
+    return _holding(value, low, high, found.n)
+
+
+def best_scale_estimate(found: Moments) -> Estimate:
+    """min_c ‖C - c B‖ / ‖C‖ = √(1 - cos²), as the root of (‖C‖² ‖B‖² - <C, B>²) / (‖C‖² ‖B‖²).
+
+    The numerator is taken from ‖C - B‖², to which it is close where B is.
+    """
+    cross, own = found.cross, found.own
+    top = own * found.error - (own - cross).square()
+    bottom = own * found.square
+    value = (top[0] / bottom[0]).clamp(0, 1).sqrt().item()
+    if len(cross) == 1:
+        return Estimate(value, n=found.n)
+    zero = torch.zeros_like(cross)
+    low, high = ratio_interval(
+        Part(top, zero + own, -2 * cross), Part(bottom, zero + own, zero), found.spread
+    )
+    low, high = (min(_root(end), 1.0) for end in (low, high))
+    return _holding(value, low, high, found.n)
+
+
+def _root(square: float) -> float:
+    return math.sqrt(max(square, 0.0))
+
+
+def _exp(power: float) -> float:
+    return math.exp(power) if power < 700 else math.inf  # where doubles end
+
+
+def _holding(value: float, low: float, high: float, n: int) -> Estimate:
+    """An interval holds its value, which a skewed one need not."""
+    return Estimate(value, min(low, value), max(high, value), n)
