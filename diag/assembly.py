@@ -37,7 +37,7 @@ def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> i
         )
         return each * problem.n * k * (block.d + positions)
     o, i = block.members[0].matrix_shape
-    return each * problem.n * (i + (k * o if k**2 <= o else o * (o + 1) // 2))
+    return each * problem.n * (i + (k * o if 4 * k**2 <= o else o * (o + 1) // 2))
 
 
 def assembled(
@@ -118,7 +118,7 @@ class _Rows:
             return
         roots = found.b[0][:, :, self.outputs].movedim(0, 1)  # [n, k, o]
         _, k, o = roots.shape
-        if k**2 <= o:  # roots take less room and arithmetic than matrices
+        if 4 * k**2 <= o:  # roots take less arithmetic than matrices, and less room
             self.roots.append(roots.clone())
             return
         if self.packed is None:

@@ -19,6 +19,7 @@ from diag.operators import (
     dense,
     like,
 )
+from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
 
@@ -80,6 +81,17 @@ def _(operator: Damped) -> Tensor:
 @eigenvalues_in_any_order.register
 def _(operator: Inverse) -> Tensor:
     return 1 / eigenvalues_in_any_order(operator.base)
+
+
+@eigenvalues_in_any_order.register
+def _(operator: KroneckerEigen) -> Tensor:
+    return operator.scale.flatten()
+
+
+@eigenvalues_in_any_order.register
+def _(operator: Spectral) -> Tensor:
+    zeros = operator.values.new_zeros(operator.shape[0] - len(operator.values))
+    return torch.cat([operator.values, zeros])
 
 
 @eigenvalues_in_any_order.register

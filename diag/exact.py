@@ -55,7 +55,7 @@ def ggn(problem: Problem, block: Block, backend: str = "torch.func") -> Operator
     Raises: ValueError for an unknown backend or a module BackPACK does not support.
     Source: Schraudolph 2002, section 3.
     """
-    if _by_backpack(backend):
+    if by_backpack(backend):
         return crosscheck.ggn(problem, block)
     return _truth(problem, block, "ggn")
 
@@ -89,7 +89,7 @@ def fisher_mc(
     Raises: ValueError for samples < 1, a loss that belongs to no known likelihood, an unknown
     backend or a module BackPACK does not support.
     """
-    if _by_backpack(backend):
+    if by_backpack(backend):
         return crosscheck.fisher_mc(problem, block, samples, generator)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
@@ -107,7 +107,7 @@ def empirical_fisher(problem: Problem, block: Block, backend: str = "torch.func"
     Raises: ValueError for an unknown backend or a module BackPACK does not support.
     Source: Kunstner et al. 2019 (arXiv:1905.12558), equation 3.
     """
-    if _by_backpack(backend):
+    if by_backpack(backend):
         return crosscheck.empirical_fisher(problem, block)
     return _truth(problem, block, "empirical_fisher")
 
@@ -154,7 +154,8 @@ def truths(problem: Problem, blocks: Sequence[Block], of: str) -> Iterator[tuple
             yield block, truth(problem, block, of)
 
 
-def _by_backpack(backend: str) -> bool:
+def by_backpack(backend: str) -> bool:
+    """Whether BackPACK is asked for. Raises: ValueError for an unknown backend."""
     if backend not in BACKENDS:
         raise ValueError(f"no backend '{backend}'; known: {list(BACKENDS)}")
     return backend == "backpack"

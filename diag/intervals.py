@@ -114,11 +114,15 @@ def _beside_product(truth: SampleMean, approximation: Kronecker) -> float:
 
 
 class Norms(NamedTuple):
-    """‖C‖², <C, B> and ‖C - B‖², each [1 + REPLICATES]: the batch's own value first."""
+    """‖C‖², <C, B> and ‖C - B‖², each [1 + REPLICATES]: the batch's own value first.
+
+    inners: <T_n, B> [N], float64, of a truth made of per-example terms.
+    """
 
     square: Tensor
     cross: Tensor
     error: Tensor
+    inners: Tensor | None = None
 
 
 def norms(truth: Operator, approximation: Operator) -> Norms:
@@ -148,13 +152,14 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     cross = inner(truth, approximation) if inners is None else inners.mean().item()
     own = [square, cross, _residual_square(truth, approximation, square, cross)]
     values = torch.tensor(own, dtype=torch.float64)[:, None]
-    if inners is None or truth.n == 1:
-        return Norms(*values)
+    if not isinstance(truth, Sampled) or inners is None or truth.n == 1:
+        return Norms(values[0], values[1], values[2], inners)
     d_square = deviations(truth)
     d_cross = inner_deviations(inners).cpu()
     moved = values + torch.stack([d_square, d_cross, d_square - 2 * d_cross])
     moved[[0, 2]] = moved[[0, 2]].clamp(min=0)
-    return Norms(*torch.cat([values, moved], dim=1))
+    square_too, cross_too, error_too = torch.cat([values, moved], dim=1)
+    return Norms(square_too, cross_too, error_too, inners)
 
 
 def deviations(truth: Sampled) -> Tensor:

@@ -33,7 +33,8 @@ def leading_triples(
     Raises: RuntimeError when MOST_STEPS are not enough.
     Source: Golub and Van Loan 2013, section 10.4.
     """
-    rights, lefts = [start / start.norm()], []
+    rights: list[Tensor] = [start / start.norm()]
+    lefts: list[Tensor] = []
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     for _ in range(MOST_STEPS):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diag.intervals import bootstrap_counts, keep_pair, residual_square
+from diag.intervals import bootstrap_counts, keep_pair, norms
 from diag.operators import Operator, inner, keep
 from diag.sampled import Sampled
 from diag.studentised import Variances
@@ -60,8 +60,7 @@ def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) ->
     terms = check_terms(truth, asked_by)
 
     def compute() -> Moments:
-        error = residual_square(terms, approximation) - noise(terms)
-        return _moments(terms, unbiased_square(terms), approximation, error)
+        return _moments(terms, approximation, unbiased_square(terms), noise(terms))
 
     return keep_pair(terms, "unbiased moments", approximation, compute)
 
@@ -73,10 +72,12 @@ def batch_moments(truth: Operator, approximation: Operator) -> Moments:
     """
 
     def compute() -> Moments:
-        error = residual_square(truth, approximation)
         if isinstance(truth, Sampled) and truth.n > 1:
-            return _moments(truth, batch_square(truth), approximation, error)
-        return _without_terms(truth, approximation, error)
+            return _moments(truth, approximation, batch_square(truth), 0.0)
+        own = norms(truth, approximation)
+        nothing = Variances(*torch.full((3, 1), torch.nan, dtype=torch.float64))
+        n, size = getattr(truth, "n", 0), inner(approximation, approximation)
+        return Moments(own.square[:1], own.cross[:1], own.error[:1], nothing, size, n)
 
     return keep_pair(truth, "batch moments", approximation, compute)
 
@@ -167,22 +168,18 @@ def _counts(n: int) -> Tensor:
     return torch.cat([torch.ones(1, n, dtype=torch.float64), bootstrap_counts(n)])
 
 
-def _moments(truth: Sampled, square: Replicated, approximation: Operator, error: float) -> Moments:
-    """`error`, the batch's own, comes from outside: it keeps its digits where B is close."""
-    inners = truth.inners(approximation).double()
-    cross, variance = _mean(inners)
+def _moments(truth: Sampled, approximation: Operator, square: Replicated, excess: float) -> Moments:
+    """The moments whose ‖C‖² is `square`, and ‖C - B‖² less by `excess` than the batch's own.
+
+    That one is taken as it is, for it keeps its digits where B is close.
+    """
+    own = norms(truth, approximation)
+    assert own.inners is not None
+    cross, variance = _mean(own.inners)
     change = square.values - square.values[0] - 2 * (cross - cross[0])
-    rows = [square.values, cross, error + change]
-    rows += [square.variance, square.slopes @ inners, variance]
+    rows = [square.values, cross, own.error[0].item() - excess + change]
+    rows += [square.variance, square.slopes @ own.inners, variance]
     known = len(change) if truth.n >= LEAST else 1
     first, second, third, *spread = (row[:known].cpu() for row in rows)
-    own = inner(approximation, approximation)
-    return Moments(first, second, third, Variances(*spread), own, truth.n)
-
-
-def _without_terms(truth: Operator, approximation: Operator, error: float) -> Moments:
-    values = (inner(truth, truth), inner(truth, approximation), error)
-    first, second, third = (torch.tensor([v], dtype=torch.float64) for v in values)
-    nothing = torch.full((1,), torch.nan, dtype=torch.float64)
-    spread, own = Variances(nothing, nothing, nothing), inner(approximation, approximation)
-    return Moments(first, second, third, spread, own, getattr(truth, "n", 0))
+    size = inner(approximation, approximation)
+    return Moments(first, second, third, Variances(*spread), size, truth.n)

@@ -12,21 +12,25 @@ import torch
 from diag.estimate import Estimate
 from diag.moments import LEAST, Moments, noise, unbiased_square
 from diag.sampled import Sampled
-from diag.studentised import Part, quantiles, ratio_interval
+from diag.studentised import ROUNDING, Part, quantiles, ratio_interval
+
+NEAR = 0.9  # squared cosine above which 1 - cos² would cancel
 
 
 def norm_estimate(truth: Sampled) -> Estimate:
-    """√max(U, 0), with an interval on the scale of log(U + S²), S² the squared sampling noise.
+    """√max(U, 0), with an interval on the scale of log(U + 2 S²), S² the squared sampling noise.
 
-    U + S² is the batch's own ‖C‖², which is positive also where U is not.
+    U + S² is the batch's own ‖C‖², so that U + 2 S² is positive also where U is not.
     """
-    square, extra = unbiased_square(truth), noise(truth)
+    square, extra = unbiased_square(truth), 2 * noise(truth)
     value = _root(square.values[0].item())
     if truth.n < LEAST:
         return Estimate(value, n=truth.n)
     shifted = square.values.cpu() + extra
+    if not shifted[0] > 0:  # nor is any term
+        return Estimate(value, value, value, truth.n)
     errors = square.variance.cpu().clamp(min=0).sqrt() / shifted
-    least, greatest = quantiles((shifted / shifted[0]).log(), errors)
+    least, greatest = quantiles((shifted / shifted[0]).log(), errors, ROUNDING)
     whole, error = shifted[0].item(), errors[0].item()
     low, high = (_root(whole * _exp(-z * error) - extra) for z in (greatest, least))
     return _holding(value, low, high, truth.n)
@@ -65,11 +69,12 @@ def cosine_estimate(found: Moments) -> Estimate:
 def best_scale_estimate(found: Moments) -> Estimate:
     """min_c ‖C - c B‖ / ‖C‖ = √(1 - cos²), as the root of (‖C‖² ‖B‖² - <C, B>²) / (‖C‖² ‖B‖²).
 
-    The numerator is taken from ‖C - B‖², to which it is close where B is.
+    Near 1 the numerator is taken from ‖C - B‖², to which it is close where B is.
     """
     cross, own = found.cross, found.own
-    top = own * found.error - (own - cross).square()
     bottom = own * found.square
+    near = cross[0] ** 2 > NEAR * bottom[0]
+    top = own * found.error - (own - cross).square() if near else bottom - cross.square()
     value = (top[0] / bottom[0]).clamp(0, 1).sqrt().item()
     if len(cross) == 1:
         return Estimate(value, n=found.n)

@@ -21,6 +21,7 @@ from diag.operators import (
     dense_inverse,
     solver,
 )
+from diag.operators.eigen import KroneckerEigen
 
 DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
 INVERTED_UP_TO = 6000  # up to here many products with a dense inverse are fastest
@@ -63,6 +64,14 @@ def _(operator: Kronecker, damping: float) -> Root:
     right, V = torch.linalg.eigh(operator.right)
     basis, back = Kronecker(U, V), Kronecker(U.T.contiguous(), V.T.contiguous())
     values = torch.outer(left, right).reshape(-1) + damping
+    return _root(values, lambda v: basis @ v, lambda v: back @ v)
+
+
+@square_root.register
+def _(operator: KroneckerEigen, damping: float) -> Root:
+    basis = Kronecker(operator.left_basis, operator.right_basis)
+    back = Kronecker(operator.left_basis.T.contiguous(), operator.right_basis.T.contiguous())
+    values = operator.scale.reshape(-1) + damping
     return _root(values, lambda v: basis @ v, lambda v: back @ v)
 
 

@@ -70,7 +70,7 @@ class Problem:
         checks.check_batch(inputs, targets)
         checks.check_hooks(model)
         self.model = hook_free_copy(model).to(dtype=dtype).eval()
-        self.loss = copy.deepcopy(loss).to(dtype=dtype) if isinstance(loss, nn.Module) else loss
+        self.loss = hook_free_copy(loss).to(dtype=dtype) if isinstance(loss, nn.Module) else loss
         self.inputs, self.targets = (_cast(t.detach(), dtype) for t in (inputs, targets))
         self.likelihood = likelihood
         self.notes: list[str] = []

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from diag.intervals import LEVEL
 
+ROUNDING = 1e-15  # of a squared norm in float64
+
 
 class Variances(NamedTuple):
     """Of two moments, the first and the second, and their covariance, [1 + REPLICATES] each."""
@@ -44,19 +46,21 @@ def ratio_interval(top: Part, bottom: Part, spread: Variances) -> tuple[float, f
     tt, tb, bb = (_covariance(*pair, spread) for pair in pairs)
     ratio = top.values[0] / bottom.values[0]
     errors = (tt - 2 * ratio * tb + ratio**2 * bb).clamp(min=0).sqrt()
-    least, greatest = quantiles(top.values - ratio * bottom.values, errors)
+    gap = top.values - ratio * bottom.values
+    least, greatest = quantiles(gap, errors, ROUNDING * bottom.values[0].item())
     own = [numbers[0].item() for numbers in (top.values, bottom.values, tt, tb, bb)]
     return _end(own, greatest, -1), _end(own, least, 1)
 
 
-def quantiles(values: Tensor, errors: Tensor) -> tuple[float, float]:
+def quantiles(values: Tensor, errors: Tensor, rounding: float) -> tuple[float, float]:
     """2.5 % and 97.5 % quantiles of (replicate - batch's own value) / replicate's standard error.
 
-    values and errors: [1 + REPLICATES], the batch's own first. A replicate that knows nothing (it
-    drew one example only) widens the interval at both ends.
+    values and errors: [1 + REPLICATES], the batch's own first. rounding: of the values; no standard
+    error is less. A replicate that knows nothing (it drew one example only) widens the interval at
+    both ends.
     """
     moved = values[1:] - values[0]
-    z = torch.where(moved == 0, 0.0, moved / errors[1:])
+    z = torch.where(moved == 0, 0.0, moved / errors[1:].clamp(min=rounding))
     tail = (1 - LEVEL) / 2
     ends = []
     for share, side in ((tail, -math.inf), (1 - tail, math.inf)):

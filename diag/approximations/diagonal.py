@@ -1,11 +1,18 @@
 """The diagonal of the exact block, of each kind of curvature that is used as one."""
 
+from diag import crosscheck
 from diag.blocks import Block
-from diag.exact import truth
+from diag.exact import by_backpack, truth
 from diag.operators import Diagonal
 from diag.operators import diagonal as diagonal_of
 from diag.problem import Problem
 from diag.registry import approximation
+
+BY_BACKPACK = {
+    "hessian": crosscheck.diag_hessian,
+    "ggn": crosscheck.diag_ggn,
+    "fisher_mc": crosscheck.diag_fisher_mc,
+}
 
 
 @approximation(
@@ -15,11 +22,20 @@ from diag.registry import approximation
     reference="Becker and LeCun 1989",
     exact_on=("scalar_input_mse",),
 )
-def diagonal(problem: Problem, block: Block, of: str = "ggn") -> Diagonal:
+def diagonal(
+    problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.func"
+) -> Diagonal:
     """Keep the diagonal [d] of the exact block `of` the named truth, drop all else.
 
-    The Frobenius-nearest diagonal matrix. Works for every block.
+    The Frobenius-nearest diagonal matrix. Works for every block. backend="backpack": BackPACK's
+    DiagHessian, DiagGGNExact or DiagGGNMC, for the blocks it supports.
+
+    Raises: ValueError for an unknown backend, or one that cannot do this block or truth.
     """
+    if by_backpack(backend):
+        if of not in BY_BACKPACK:
+            raise ValueError(f"BackPACK has no diagonal of the {of}; it has {list(BY_BACKPACK)}")
+        return BY_BACKPACK[of](problem, block)
     return Diagonal(diagonal_of(truth(problem, block, of)))
 
 

@@ -21,7 +21,8 @@ def population_error(truth: Operator, approximation: Operator) -> Estimate:
     relative error on the batch is larger, by the noise that even a perfect B has. Numerator and
     denominator are unbiased as squares; their ratio is up to terms of order 1/N. Range [0, ∞], 0 is
     best: reported also where the numerator comes out negative, as it does in about half of all
-    batches if B = E C exactly. ∞ where the batch cannot tell E C from zero (U <= 0).
+    batches if B = E C exactly. ∞ where the batch cannot tell E C from zero (U <= 0), NaN if the
+    numerator is not positive either.
     For B built from the same batch: `diag.cross_fit.cross_fit`.
     Interval: bootstrap-t of the ratio by inverted tests; open (∞) where E C may be zero. Two
     examples give none.

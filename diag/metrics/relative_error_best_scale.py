@@ -5,9 +5,11 @@ from torch import Tensor
 
 from diag.estimate import Estimate
 from diag.intervals import Norms
+from diag.matrix_free import MatrixFree
 from diag.moments import batch_moments
 from diag.operators import Operator
 from diag.population import best_scale_estimate
+from diag.probed import probed_best_scale_error
 from diag.registry import metric
 
 NEAR = 0.9  # squared cosine above which 1 − cos² would cancel
@@ -28,7 +30,10 @@ def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estim
     Computed as √((‖C − B‖² − (1 − c)² ‖B‖²) / ‖C‖²), which does not cancel near 0.
     Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
     typical of batches of this size.
+    A truth known by products alone is estimated from 100 random probes, with their interval.
     """
+    if isinstance(truth, MatrixFree):
+        return probed_best_scale_error(truth, approximation)
     return best_scale_estimate(batch_moments(truth, approximation))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diag.operators.like import like
 from diag.operators.structures import (
     BlockDiagonal,
     Damped,
@@ -44,10 +45,12 @@ def dense(operator: Operator, budget: int = BUDGET) -> Tensor:
 @singledispatch
 def to_dense(operator: Any) -> Tensor:
     """Return the matrix [d, d] whatever its size; a structure registers its own form here."""
-    raise TypeError(
-        f"no dense form of {type(operator).__name__}; give an operator of diag.operators, "
-        f"a tensor [d, d], or apply it to an identity yourself"
-    )
+    if not hasattr(operator, "shape") or not hasattr(operator, "__matmul__"):
+        raise TypeError(
+            f"no dense form of {type(operator).__name__}; give an operator of diag.operators, "
+            f"a tensor [d, d], or anything with .shape and @"
+        )
+    return operator @ torch.eye(operator.shape[0]).to(like(operator))
 
 
 @to_dense.register
