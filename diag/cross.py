@@ -33,14 +33,14 @@ def cross(problem: Problem, first: Block, second: Block, of: str = "ggn") -> Cro
     vectors that are zero outside `second`.
 
     Raises: ValueError for an unknown truth, for a loss that is not convex in the outputs (its GGN
-        has no real root), for a Hessian between blocks that share parameters, or for columns over the problem's budget.
+        has no real root), for a Hessian between blocks that share parameters.
     """
     shape = (first.d, second.d)
     if of == "hessian":
         if set(first.parameters) & set(second.parameters):
             raise ValueError(
-                f"blocks '{first.name}' and '{second.name}' share parameters; their Hessian is part "
-                f"of exact.hessian of the block that holds both"
+                f"blocks '{first.name}' and '{second.name}' share parameters; their Hessian is "
+                f"part of exact.hessian of the block that holds both"
             )
         both = Block(f"{first.name} x {second.name}", (*first.members, *second.members))
         whole = block_products(problem, both, of, 1, None)

@@ -50,6 +50,14 @@ class Moments(NamedTuple):
     n: int
 
 
+class Squares(NamedTuple):
+    """<E C, B>² and ‖E C‖², unbiased, in the batch and its bootstrap samples, and their spread."""
+
+    cross: Tensor
+    square: Tensor
+    spread: Variances
+
+
 def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) -> Moments:
     """‖E C‖², <E C, B> and ‖E C - B‖² without bias; a square may come out negative.
 
@@ -63,6 +71,20 @@ def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) ->
         return _moments(terms, approximation, unbiased_square(terms), noise(terms))
 
     return keep_pair(terms, "unbiased moments", approximation, compute)
+
+
+def unbiased_squares(truth: Sampled, approximation: Operator) -> Squares:
+    """<E C, B>² as Σ_{n≠m} t_n t_m / (N (N - 1)), beside ‖E C‖² and with their variances."""
+    square, n = unbiased_square(truth), truth.n
+    inners = norms(truth, approximation).inners
+    assert inners is not None
+    counts = _counts(n).to(inners)
+    met = (counts @ inners)[:, None] * inners
+    values, influence = _over_pairs(met, inners.square(), counts)
+    variance = (counts * influence.square()).sum(1) / (n * (n - 1))
+    covariance = (square.slopes * influence).sum(1)
+    spread = (numbers.cpu() for numbers in (variance, covariance, square.variance))
+    return Squares(values.cpu(), square.values.cpu(), Variances(*spread))
 
 
 def batch_moments(truth: Operator, approximation: Operator) -> Moments:
@@ -119,20 +141,14 @@ def noise(truth: Sampled) -> float:
 
 
 def unbiased_square(truth: Sampled) -> Replicated:
-    """U; an example's influence on it is 2 (mean of K_nm over the others drawn - U).
-
-    Source: Arvesen 1969 (the jackknife of U-statistics). Kept with the truth.
-    """
+    """U, with variances by the jackknife of U-statistics (Arvesen 1969); kept with the truth."""
 
     def compute() -> Replicated:
         gram, n = truth.gram.double(), truth.n
-        counts, own = _counts(n).to(gram), gram.diagonal()
-        met = counts @ gram
-        values = ((met * counts).sum(1) - counts.square() @ own) / (n**2 - counts.square().sum(1))
-        influence = 2 * ((met - counts * own) / (n - counts) - values[:, None])
-        centred = influence - (counts * influence).sum(1, keepdim=True) / n
-        slopes = counts * centred / (n * (n - 1))
-        return Replicated(values, (slopes * centred).sum(1), slopes)
+        counts = _counts(n).to(gram)
+        values, influence = _over_pairs(counts @ gram, gram.diagonal(), counts)
+        slopes = counts * influence / (n * (n - 1))
+        return Replicated(values, (slopes * influence).sum(1), slopes)
 
     return keep(truth, "unbiased square", compute)
 
@@ -153,6 +169,18 @@ def batch_square(truth: Sampled) -> Replicated:
         )
 
     return keep(truth, "batch square", compute)
+
+
+def _over_pairs(met: Tensor, own: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """U-statistic Σ_{n≠m} c_n c_m k_nm / Σ_{n≠m} c_n c_m for counts c, [1 + R], and its influence.
+
+    met [1 + R, N]: Σ_m c_m k_nm. own [N]: k_nn. The influence [1 + R, N] of an example is twice the
+    mean of its k_nm with the others drawn, less the mean influence.
+    """
+    n = counts.shape[1]
+    values = ((met * counts).sum(1) - counts.square() @ own) / (n**2 - counts.square().sum(1))
+    influence = 2 * ((met - counts * own) / (n - counts) - values[:, None])
+    return values, influence - (counts * influence).sum(1, keepdim=True) / n
 
 
 def _mean(each: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ import math
 import torch
 
 from diag.estimate import Estimate
-from diag.moments import LEAST, Moments, noise, unbiased_square
+from diag.moments import LEAST, Moments, noise, unbiased_square, unbiased_squares
+from diag.operators import Operator, inner
 from diag.sampled import Sampled
 from diag.studentised import ROUNDING, Part, quantiles, ratio_interval
 
@@ -48,7 +49,7 @@ def error_estimate(found: Moments) -> Estimate:
 
 
 def cosine_estimate(found: Moments) -> Estimate:
-    """<C, B> / (‖C‖ ‖B‖) cut to [-1, 1]; NaN where ‖C‖² is not positive.
+    """<C, B> / (‖C‖ ‖B‖) of the batch; NaN for a zero truth.
 
     The interval is that of cos·|cos|, a ratio of smooth functions of the moments.
     """
@@ -64,6 +65,28 @@ def cosine_estimate(found: Moments) -> Estimate:
     )
     low, high = (math.copysign(min(_root(abs(end)), 1.0), end) for end in (low, high))
     return _holding(value, low, high, found.n)
+
+
+def unbiased_cosine_estimate(truth: Sampled, approximation: Operator) -> Estimate:
+    """±√(<E C, B>² / (‖E C‖² ‖B‖²)) from unbiased squares, with the sign of <C, B>.
+
+    Cut to [-1, 1], 0 where the first square is negative, NaN where the second is not positive. The
+    interval is that of cos²; where it reaches 0 the sign is not known either.
+    """
+    squares, own = unbiased_squares(truth, approximation), inner(approximation, approximation)
+    sign = math.copysign(1.0, inner(truth, approximation))
+    value, n = math.nan, truth.n
+    if squares.square[0] * own > 0:
+        value = sign * min(_root((squares.cross[0] / squares.square[0]).item() / own), 1.0)
+    if n < LEAST:
+        return Estimate(value, n=n)
+    one, zero = torch.ones_like(squares.cross), torch.zeros_like(squares.cross)
+    ends = ratio_interval(
+        Part(squares.cross, one, zero), Part(own * squares.square, zero, own * one), squares.spread
+    )
+    least, most = (min(_root(end), 1.0) for end in ends)
+    low, high = sorted((sign * (least if ends[0] > 0 else -most), sign * most))
+    return _holding(value, low, high, n)
 
 
 def best_scale_estimate(found: Moments) -> Estimate:

