@@ -97,7 +97,7 @@ def _qualified(problem: Problem) -> dict[str, Layer]:
         outputs = model(inputs)
         summed = len(inputs) * problem.loss(outputs, targets)
     sound = [n for n in calls if _by_example(calls[n], few)]
-    if not sound:
+    if not sound or not summed.requires_grad:  # the model calls them without gradients
         return {}
     zs = [call.z for name in sound for call in calls[name]]
     g = iter(torch.autograd.grad(summed, zs, retain_graph=True, allow_unused=True))

@@ -1,14 +1,13 @@
 """Intervals: where a number measured on this batch would lie without the accident of this batch.
 
 The interval of a batch's own number is for the number typical of batches of its size, made of the
-means of ‖C‖², <C, B> and ‖C - B‖² over all of them; the approximation is held fixed. It is not for
+means of ‖C‖², <C, B>² and ‖C - B‖² over all of them; the approximation is held fixed. It is not for
 the population's number, which a batch's own norms overestimate by their sampling noise (for that:
 the metrics `population_*`), nor for other batches' numbers, which have noise of their own: with
-95 % for the typical value, 85 to 90 % of them lie inside. How often the typical value does lie
+95 % for the typical value, 83 to 90 % of them lie inside. How often the typical value does lie
 inside, found by simulation with GGN and Hessian blocks of 30 to 300 examples:
 
-- `diag.studentised` (relative_error, relative_error_best_scale, cosine): 0.92 to 0.98, and 0.89 at
-  worst (Hessian, noise floor 0.75);
+- `diag.studentised` (relative_error, relative_error_best_scale, cosine): 0.91 to 0.985;
 - `from_replicates` (what else is made of norms): 0.91 to 1, too cautious near the noise floor,
   where intervals are up to √3 times wider than needed; 0.8 for empirical Fisher blocks of 30;
 - `from_influence` (inverses and eigenvalues): see there;

@@ -23,7 +23,7 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
     """
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, not {ranks}")
-    values = best_kronecker_errors(truth, ranks, block)
+    values = best_kronecker_errors(truth, ranks, block).cpu()  # where the deviations are
     if not isinstance(truth, Sampled) or truth.n == 1:
         return [Estimate(value, n=getattr(truth, "n", 0)) for value in values.tolist()]
     whole = inner(truth, truth)

@@ -25,7 +25,7 @@ class Approximation:
 
     of: the truth it approximates unless told otherwise. kind: "curvature" or "preconditioner".
     damping_inside: damped metrics take it as it is, with approximation_damping=0.
-    exact_on: names of cases (tests/diag/cases.py) on which theory makes it equal to the truth.
+    exact_on: names of cases (tests/diag/conftest.py) on which theory makes it equal to the truth.
     """
 
     name: str

@@ -45,7 +45,7 @@ def noise_floor(
         raise ValueError(
             f"the noise floor splits the batch and needs a truth made of per-example terms with "
             f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; "
-            f"Linear layers with one row per example have them"
+            f"the GGN and the Fishers of every layer have them"
         )
     if weights is None:
         weights = random_splits(truth.n, truth.n // 2, truth.n // 2, SPLITS)

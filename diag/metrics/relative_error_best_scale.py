@@ -27,7 +27,7 @@ def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estim
 
     min_c ‖C − cB‖_F / ‖C‖_F = √(1 − cos²(C, B)), reached at c = <C,B>/‖B‖². Range [0, 1], 0 is
     best. A learning rate absorbs such a factor, so this is what matters for a step's direction.
-    Computed as √((‖C − B‖² − (1 − c)² ‖B‖²) / ‖C‖²), which does not cancel near 0.
+    Computed near 0 from ‖C − B‖², which does not cancel there, and elsewhere from the cosine.
     Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
     typical of batches of this size.
     A truth known by products alone is estimated from 100 random probes, with their interval.
