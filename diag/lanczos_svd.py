@@ -28,7 +28,8 @@ def leading_triples(
     One product with each a step, all vectors kept orthogonal; stops when every residual
     ‖Aᵀu − σv‖ is below tolerance times the greatest value (a value then errs by the square of that
     over its distance to the others) or nothing is left to find: fewer triples than asked for come
-    back from a map of lower rank.
+    back from a map of lower rank. Of a value that occurs several times exactly one triple is found,
+    as in every Lanczos process from one start.
 
     Raises: RuntimeError when MOST_STEPS are not enough.
     Source: Golub and Van Loan 2013, section 10.4.

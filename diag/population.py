@@ -10,8 +10,16 @@ import math
 import torch
 
 from diag.estimate import Estimate
-from diag.moments import LEAST, Moments, noise, unbiased_square, unbiased_squares
-from diag.operators import Operator, inner
+from diag.moments import (
+    LEAST,
+    Moments,
+    check_terms,
+    noise,
+    unbiased_moments,
+    unbiased_square,
+    unbiased_squares,
+)
+from diag.operators import Operator
 from diag.sampled import Sampled
 from diag.studentised import ROUNDING, Part, quantiles, ratio_interval
 
@@ -57,36 +65,52 @@ def cosine_estimate(found: Moments) -> Estimate:
     value = (cross[0] / bottom[0].sqrt()).clamp(-1, 1).item()
     if len(cross) == 1:
         return Estimate(value, n=found.n)
-    zero = torch.zeros_like(cross)
-    low, high = ratio_interval(
-        Part(cross * cross.abs(), zero, 2 * cross.abs()),
-        Part(bottom, zero + found.own, zero),
-        found.spread,
-    )
-    low, high = (math.copysign(min(_root(abs(end)), 1.0), end) for end in (low, high))
-    return _holding(value, low, high, found.n)
+    if (ends := _near_orthogonal(found)) is None:
+        zero = torch.zeros_like(cross)
+        top = Part(cross * cross.abs(), zero, 2 * cross.abs())
+        squares = ratio_interval(top, Part(bottom, zero + found.own, zero), found.spread)
+        ends = [math.copysign(min(_root(abs(end)), 1.0), end) for end in squares]
+    return _holding(value, ends[0], ends[1], found.n)
 
 
-def unbiased_cosine_estimate(truth: Sampled, approximation: Operator) -> Estimate:
+def unbiased_cosine_estimate(truth: Operator, approximation: Operator, asked_by: str) -> Estimate:
     """±√(<E C, B>² / (‖E C‖² ‖B‖²)) from unbiased squares, with the sign of <C, B>.
 
     Cut to [-1, 1], 0 where the first square is negative, NaN where the second is not positive. The
-    interval is that of cos²; where it reaches 0 the sign is not known either.
+    interval is that of cos².
     """
-    squares, own = unbiased_squares(truth, approximation), inner(approximation, approximation)
-    sign = math.copysign(1.0, inner(truth, approximation))
-    value, n = math.nan, truth.n
+    moments = unbiased_moments(truth, approximation, asked_by)
+    squares = unbiased_squares(check_terms(truth, asked_by), approximation)
+    own, n = moments.own, moments.n
+    sign = math.copysign(1.0, moments.cross[0].item())
+    value = math.nan
     if squares.square[0] * own > 0:
         value = sign * min(_root((squares.cross[0] / squares.square[0]).item() / own), 1.0)
     if n < LEAST:
         return Estimate(value, n=n)
-    one, zero = torch.ones_like(squares.cross), torch.zeros_like(squares.cross)
-    ends = ratio_interval(
-        Part(squares.cross, one, zero), Part(own * squares.square, zero, own * one), squares.spread
-    )
-    least, most = (min(_root(end), 1.0) for end in ends)
-    low, high = sorted((sign * (least if ends[0] > 0 else -most), sign * most))
-    return _holding(value, low, high, n)
+    if (ends := _near_orthogonal(moments)) is None:
+        one, zero = torch.ones_like(squares.cross), torch.zeros_like(squares.cross)
+        top, bottom = Part(squares.cross, one, zero), Part(own * squares.square, zero, own * one)
+        found = ratio_interval(top, bottom, squares.spread)
+        ends = sorted(sign * min(_root(end), 1.0) for end in found)
+    return _holding(value, ends[0], ends[1], n)
+
+
+def _near_orthogonal(found: Moments) -> list[float] | None:
+    """Ends for the cosine where the sign of <C, B> is not known: its own over the least ‖C‖ ‖B‖.
+
+    There a square of <C, B> has no first-order variance. None where the sign is known.
+    """
+    one, zero = torch.ones_like(found.cross), torch.zeros_like(found.cross)
+    alone = Part(one, zero, zero)
+    low, high = ratio_interval(Part(found.cross, zero, one), alone, found.spread)
+    if not low <= 0 <= high:
+        return None
+    least = ratio_interval(Part(found.square, one, zero), alone, found.spread)[0]
+    size = _root(least * found.own)
+    return [
+        max(min(end / size, 1.0), -1.0) if size else math.copysign(1.0, end) for end in (low, high)
+    ]
 
 
 def best_scale_estimate(found: Moments) -> Estimate:
@@ -101,12 +125,13 @@ def best_scale_estimate(found: Moments) -> Estimate:
     value = (top[0] / bottom[0]).clamp(0, 1).sqrt().item()
     if len(cross) == 1:
         return Estimate(value, n=found.n)
+    if (ends := _near_orthogonal(found)) is not None:
+        return _holding(value, _root(1 - max(end**2 for end in ends)), 1.0, found.n)
     zero = torch.zeros_like(cross)
     low, high = ratio_interval(
         Part(top, zero + own, -2 * cross), Part(bottom, zero + own, zero), found.spread
     )
-    low, high = (min(_root(end), 1.0) for end in (low, high))
-    return _holding(value, low, high, found.n)
+    return _holding(value, min(_root(low), 1.0), min(_root(high), 1.0), found.n)
 
 
 def _root(square: float) -> float:

@@ -47,8 +47,8 @@ def ratio_interval(top: Part, bottom: Part, spread: Variances) -> tuple[float, f
     ratio = top.values[0] / bottom.values[0]
     errors = (tt - 2 * ratio * tb + ratio**2 * bb).clamp(min=0).sqrt()
     gap = top.values - ratio * bottom.values
-    least, greatest = quantiles(gap, errors, ROUNDING * bottom.values[0].item())
     own = [numbers[0].item() for numbers in (top.values, bottom.values, tt, tb, bb)]
+    least, greatest = quantiles(gap, errors, ROUNDING * (abs(own[0]) + own[1]))
     return _end(own, greatest, -1), _end(own, least, 1)
 
 

@@ -1,7 +1,6 @@
 """Matrix cosine with the population's block."""
 
 from diag.estimate import Estimate
-from diag.moments import check_terms
 from diag.operators import Operator
 from diag.population import unbiased_cosine_estimate
 from diag.registry import metric
@@ -27,4 +26,4 @@ def population_cosine(truth: Operator, approximation: Operator) -> Estimate:
 
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
-    return unbiased_cosine_estimate(check_terms(truth, "population_cosine"), approximation)
+    return unbiased_cosine_estimate(truth, approximation, "population_cosine")

@@ -276,10 +276,12 @@ def test_many_blocks_in_one_sweep_are_what_each_is_alone():
 def test_a_narrow_layer_condenses_the_roots():
     """20 outputs behind a code of 2: the roots of what lies before the code are 2, not 20."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 2), nn.Tanh(), nn.Linear(2, 20))
+    model = nn.Sequential(
+        nn.Linear(6, 17), nn.Tanh(), nn.Linear(17, 2), nn.Tanh(), nn.Linear(2, 20)
+    )
     problem = Problem(model, half_squares, torch.randn(5, 6), torch.randn(5, 20))
     found = exact.ggn(problem, problem.block("0"))
-    assert found.left.roots.shape == (5, 2, 9)
+    assert found.left.roots.shape == (5, 2, 17)
     expected = by_definition_ggn(problem, problem.block("0"))
     torch.testing.assert_close(dense(found), expected, rtol=0, atol=1e-12)
 
