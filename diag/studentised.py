@@ -61,13 +61,11 @@ def quantiles(values: Tensor, errors: Tensor, rounding: float) -> tuple[float, f
     """
     moved = values[1:] - values[0]
     z = torch.where(moved == 0, 0.0, moved / errors[1:].clamp(min=rounding))
-    tail = (1 - LEVEL) / 2
-    ends = []
-    for share, side in ((tail, -math.inf), (1 - tail, math.inf)):
-        known = z.nan_to_num(nan=side, posinf=math.inf, neginf=-math.inf)
-        # nearest: between two infinite replicates there is nothing to interpolate
-        ends.append(torch.quantile(known, share, interpolation="nearest").item())
-    return ends[0], ends[1]
+    ordered, unknown = z.sort().values, int(z.isnan().sum())  # NaN comes last
+    tail = (1 - LEVEL) / 2 * (len(z) - 1)
+    first, last = round(tail) - unknown, round(len(z) - 1 - tail)
+    low = ordered[first].item() if first >= 0 else -math.inf
+    return low, ordered[last].item() if last < len(z) - unknown else math.inf
 
 
 def _covariance(first: Part, second: Part, spread: Variances) -> Tensor:

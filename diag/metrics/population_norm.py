@@ -20,7 +20,7 @@ def population_norm(truth: Operator, approximation: Operator | None = None) -> E
     U is unbiased for ‖E C‖² whatever N, where the batch's own ‖C‖² is too large by the squared
     sampling noise. U may be negative where the batch cannot tell E C from zero; the norm reported
     is then 0. Range [0, ∞), unit of the curvature. With two examples there is no interval.
-    Interval: bootstrap-t on a logarithmic scale; covers in 0.92 to 0.96 of batches of 30 to 300, in
+    Interval: bootstrap-t on a logarithmic scale; covers in 0.92 to 0.97 of batches of 30 to 300, in
     0.86 to 0.93 where heavy tails put the sampling noise near the norm or above it.
 
     approximation is not used; it is there so that all metrics are called alike.

@@ -30,6 +30,7 @@ def step_cosine(
     approximation_damping: added to B, the same λ unless given; 0 for the inverse of a live
     preconditioner, which has its damping inside.
     Interval: first order, from each example's influence on the exact step; g and B held fixed.
+    How often it holds what it is for: `diag.intervals.from_influence`.
 
     Raises: torch.linalg.LinAlgError for a singular damped matrix.
     """
