@@ -1,7 +1,9 @@
 """KFAC: a layer's curvature as one Kronecker product; in two versions for shared weights."""
 
+from diag import crosscheck
 from diag.approximations._terms import kfac_factors, terms
 from diag.blocks import Block
+from diag.exact import by_backpack
 from diag.operators import Kronecker
 from diag.positions import Positions
 from diag.problem import Problem
@@ -16,7 +18,7 @@ from diag.registry import approximation
     "convolutions: Grosse and Martens 2016 (arXiv:1602.01407)",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
-def kfac(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
+def kfac(problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.func") -> Kronecker:
     """Swap the mean of Kronecker products for the product of their means.
 
     mean_n(C_n ⊗ a_n a_nᵀ)  ≈  mean_n(C_n) ⊗ mean_n(a_n a_nᵀ)  =  G ⊗ A
@@ -31,8 +33,15 @@ def kfac(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     Σ_k b_kt b_ktᵀ, b_k [T, out] example n's roots. This is KFC, and KFAC-expand of Eschenhagen et
     al. 2023 (arXiv:2311.00636); exact for a linear network with one squared error per position.
 
-    Raises: ValueError for a block that is no such layer; of="hessian" at several positions.
+    backend="backpack": BackPACK's KFAC, which samples one label per example (of="fisher_mc").
+
+    Raises: ValueError for a block that is no such layer; of="hessian" at several positions; an
+        unknown backend, or one that cannot do this block or truth.
     """
+    if by_backpack(backend):
+        if of != "fisher_mc":
+            raise ValueError(f"BackPACK's KFAC is of='fisher_mc', not '{of}'; kflr is of the ggn")
+        return crosscheck.kfac(problem, block)
     return Kronecker(*kfac_factors(terms(problem, block, of, "kfac")))
 
 

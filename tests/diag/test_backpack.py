@@ -10,6 +10,11 @@ from diag.sampled import Sampled
 # 1e-9 of the largest entry: float64 rounding of two engines, with room for sums of some thousands
 CLOSE = 1e-9
 EACH = pytest.mark.parametrize("loss", ["mse", "cross_entropy", "logistic"])
+DIAGONALS = {
+    "hessian": crosscheck.diag_hessian,
+    "ggn": crosscheck.diag_ggn,
+    "fisher_mc": crosscheck.diag_fisher_mc,
+}
 NETS = pytest.mark.parametrize("net", ["mlp", "cnn"])
 
 
@@ -164,3 +169,22 @@ def test_convolution_is_scaled_to_the_block(method):
         close(of_bias, dense(exact.ggn(problem, problem.block("0.bias"))))
     assert (dense(found) - truth).norm() < (T * dense(found) - truth).norm()
     assert (dense(found) - truth).norm() < truth.norm()
+
+
+def test_chosen_by_backend(classifier):
+    """The approximations BackPACK has of its own, by the same names as ours."""
+    block = classifier.block("0")
+    for of, direct in DIAGONALS.items():
+        found = approximations.diagonal(classifier, block, of=of, backend="backpack")
+        torch.testing.assert_close(found.diagonal, direct(classifier, block).diagonal)
+    ours = approximations.diagonal(classifier, block, of="hessian")
+    theirs = approximations.diagonal(classifier, block, of="hessian", backend="backpack")
+    torch.testing.assert_close(theirs.diagonal, ours.diagonal)
+    sampled = approximations.kfac(classifier, block, of="fisher_mc", backend="backpack")
+    torch.testing.assert_close(dense(sampled), dense(crosscheck.kfac(classifier, block)))
+    with pytest.raises(ValueError, match="no backend 'backpac'; known"):
+        approximations.kfac(classifier, block, backend="backpac")
+    with pytest.raises(ValueError, match="BackPACK's KFAC is of='fisher_mc', not 'ggn'"):
+        approximations.kfac(classifier, block, backend="backpack")
+    with pytest.raises(ValueError, match="BackPACK has no diagonal of the fisher"):
+        approximations.diagonal(classifier, block, of="fisher", backend="backpack")
