@@ -38,7 +38,7 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
     if isinstance(operator, RootMean) and (o * i) ** 2 > REARRANGED_UP_TO:
         values, U, V = keep(operator, ("svds", rank), lambda: _by_products(operator, rank))
     else:
-        U, values, V = torch.linalg.svd(_rearranged(operator, block), full_matrices=False)
+        U, values, V = keep(operator, ("rearranged", o, i), lambda: _decomposed(operator, block))
         U, values, V = U[:, :rank], values[:rank], V[:rank]
     lefts, rights = U.T.reshape(-1, o, o), V.reshape(-1, i, i)
     return KroneckerSum(values[:, None, None] * lefts, rights)
@@ -102,6 +102,11 @@ def _factor_sizes(operator: Operator, block: Block | None) -> tuple[int, int]:
     if member is None or not member.w_bar:
         raise ValueError(f"block {block} is not one matrix [W, b], so it has no Kronecker factors")
     return member.matrix_shape
+
+
+def _decomposed(operator: Operator, block: Block | None) -> tuple[Tensor, Tensor, Tensor]:
+    U, values, V = torch.linalg.svd(_rearranged(operator, block), full_matrices=False)
+    return U, values, V
 
 
 def _rearranged(operator: Operator, block: Block | None) -> Tensor:

@@ -17,7 +17,10 @@ from diag.problem import Problem
 def parameter_roots(
     problem: Problem, names: Sequence[str], rows: slice, roots: Tensor
 ) -> dict[str, Tensor]:
-    """Pull the roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}."""
+    """Pull the roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}.
+
+    By vmap, or example by example where a module knows no vmap or its result does not add up.
+    """
     model = problem.model
     own = {name: model.get_parameter(name).detach() for name in names}
 
@@ -31,6 +34,8 @@ def parameter_roots(
     try:
         found = vmap(one)(problem.inputs[rows], roots.movedim(1, 0))  # {name: [n, k, *shape]}
         sound = _agree(problem, own, rows, roots, found)
+    except torch.OutOfMemoryError:  # no reason to go on more slowly
+        raise
     except RuntimeError:  # some modules (nn.LSTM, data-dependent code) know no vmap
         sound = False
     if not sound:

@@ -87,7 +87,13 @@ def columns_of(member: Member) -> slice:
 
 def _whole_layer(problem: Problem, block: Block) -> Member:
     member, known = block.single, layers(problem)
-    if member is None or not member.w_bar or member.rows or member.module not in known:
+    if (
+        member is None
+        or not member.w_bar
+        or member.rows
+        or member.columns
+        or member.module not in known
+    ):
         raise ValueError(
             f"block '{block.name}' is no whole Linear, Conv1d or Conv2d layer whose parameters "
             f"act through its outputs alone; such layers here: {list(known)}"

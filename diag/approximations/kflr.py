@@ -7,7 +7,13 @@ from diag.problem import Problem
 from diag.registry import approximation
 
 
-@approximation("kflr", of="ggn", kind="curvature", reference="Botev et al. 2017 (arXiv:1706.03662)")
+@approximation(
+    "kflr",
+    of="ggn",
+    kind="curvature",
+    reference="Botev et al. 2017 (arXiv:1706.03662)",
+    exact_on=("one_example", "deep_linear_mse", "last_layer_mse"),
+)
 def kflr(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     """Kronecker-factored low rank: the exact GGN of the pre-activation times the input's moment.
 

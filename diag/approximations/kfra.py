@@ -7,7 +7,13 @@ from diag.problem import Problem
 from diag.registry import approximation
 
 
-@approximation("kfra", of="ggn", kind="curvature", reference="Botev et al. 2017 (arXiv:1706.03662)")
+@approximation(
+    "kfra",
+    of="ggn",
+    kind="curvature",
+    reference="Botev et al. 2017 (arXiv:1706.03662)",
+    exact_on=("one_example", "deep_linear_mse", "last_layer_mse"),
+)
 def kfra(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     """Kronecker-factored recursive approximation: G ⊗ A with G from a recursion over modules.
 
