@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from optim import positions
 from optim.layers import Block
 from optim.linalg import factor_dtype
+from optim.passes import full_precision
 
 UNSEEN = (
     "has a gradient but its forward was not seen while training; call the module itself (not "
@@ -28,21 +30,48 @@ NOT_WARM = "saw no batch during warm_up; each closure must run the whole model"
 
 @dataclass(eq=False)
 class Call:
-    """One pass of a batch through a block: inputs x [m, in], sampled gradients g [m, out]."""
+    """One pass of a batch through a block: its input x and sampled gradient g, as they came.
+
+    examples: of the batch; 0 if an earlier call in the same forward counted them already, and
+    this one adds positions. forward: number of the model's forward it belongs to. z: mean output.
+    """
 
     block: Block
     x: Tensor
+    examples: int
+    rows: int
+    forward: int
+    z: Tensor | None = None
     g: Tensor | None = None
     counted: bool = False  # a second backward through the same graph finds it True
+
+    def inputs(self) -> Tensor:
+        """What the weights were multiplied with, [groups, m, T, in], without the 1."""
+        return positions.inputs(self.block, self.x)
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Gradients w.r.t. the output, delivered or sampled, as [groups, m, T, out]."""
+        return positions.gradients(self.block, g.to(self.x.dtype))
 
 
 @dataclass(eq=False)
 class Totals:
-    """What backward has delivered for a block since zero_grad: named means over `count` rows."""
+    """What backward has delivered for a block since zero_grad: named means over `rows`.
 
-    count: int = 0
+    A row is one example at one position; there are rows / examples positions. kept: whatever of
+    the batch is needed whole until the step.
+    """
+
+    examples: int = 0
+    rows: int = 0
     backward: int = -1  # id of the backward that added last
     means: dict[str, Tensor] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+
+    @property
+    def positions(self) -> float:
+        """T, positions per example."""
+        return self.rows / self.examples
 
 
 Accumulate = Callable[[Totals, Call, Tensor], None]
@@ -55,10 +84,9 @@ class _Hook:
         self.capture = weakref.ref(capture)
         self.method = method
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         capture = self.capture()
-        if capture is not None:
-            getattr(capture, self.method)(*args)
+        return None if capture is None else getattr(capture, self.method)(*args)
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
@@ -75,20 +103,26 @@ def _nothing(*_: Any) -> None:
 class Capture:
     """Totals of every block, by name.
 
-    accumulate(totals, call, delivered): adds one backward; delivered [m, out] is the gradient of
-        the loss as the user scaled it (g_n / m under a mean). None switches capturing off.
+    accumulate(totals, call, delivered): adds one backward; delivered, of the output's shape, is
+        the gradient of the loss as the user scaled it (g_n / m under a mean). None: no capturing.
     sample(output) -> score: if set, the score is back-propagated from the model's output to the
         pre-activations and arrives as call.g.
     eager: count a call when the forward is done, without waiting for backward (warm_up).
+    outputs_only: parameters need no gradient now (second pass); only pre-activations get one.
+    wants_outputs: call.z is wanted.
     """
+
+    _sampling = False  # of whichever optimizer: its backward delivers to nobody's statistics
 
     def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
         self.totals: dict[str, Totals] = {}
         self.accumulate: Accumulate | None = None
         self.sample: Callable[[Tensor], Tensor] | None = None
         self.eager = False
-        self._blocks = {block.module: block for block in blocks}
-        self._paused = False
+        self.outputs_only = False
+        self.wants_outputs = False
+        self._blocks: dict[nn.Module, Block] = {block.module: block for block in blocks}
+        self._forward = 0
         # calls of the forward under way; the edges stay out of Call, which the graph holds:
         # graph -> hook -> call -> edge -> graph would never be freed
         self._open: list[tuple[Call, GradientEdge | None]] | None = None
@@ -102,50 +136,56 @@ class Capture:
         self.totals = {}
 
     @contextmanager
-    def recording(self, accumulate: Accumulate | None, *, eager: bool = False) -> Iterator[None]:
+    def recording(
+        self, accumulate: Accumulate | None, *, eager: bool = False, outputs_only: bool = False
+    ) -> Iterator[None]:
         """Inside, accumulate by this function, from empty totals."""
-        before = self.accumulate, self.eager
-        self.accumulate, self.eager = accumulate, eager
+        before = self.accumulate, self.eager, self.outputs_only
+        self.accumulate, self.eager, self.outputs_only = accumulate, eager, outputs_only
         self.clear()
         try:
             yield
         finally:
-            self.accumulate, self.eager = before
+            self.accumulate, self.eager, self.outputs_only = before
 
     def collect(self, blocks: list[Block], missing: str = UNSEEN) -> dict[Block, Totals]:
         """The totals of these blocks.
 
         Raises: ValueError naming a block without statistics (and saying what is `missing`), or
-        the blocks, if they saw different numbers of rows.
+        the blocks, if they saw different numbers of examples.
         """
         for block in blocks:
             if block.name not in self.totals:
                 raise ValueError(f"layer '{block.name}' {missing}")
         found = {block: self.totals[block.name] for block in blocks}
-        counts = {block.name: total.count for block, total in found.items()}
+        counts = {block.name: total.examples for block, total in found.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(
-                f"layers saw different numbers of rows: {counts}; supported is one row per "
-                "example in every layer (weight sharing is not yet supported)"
+                f"layers saw different numbers of examples: {counts}; dimension 0 of every "
+                "layer's input must be the batch, positions come after it: [batch, ..., in]"
             )
         return found
 
     def _model_starts(self, *_: Any) -> None:
         self._open = []
+        self._forward += 1
 
     def _layer_done(
-        self, module: nn.Linear, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
-    ) -> None:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor
+    ) -> Tensor | None:
         eager_now = self.eager and self.sample is None
-        training = torch.is_grad_enabled() and z.requires_grad
-        if self.accumulate is None or self._paused or not (training or eager_now):
-            return
         block = self._blocks.get(module)
-        if block is None:
-            return
-        x = args[0] if args else kwargs["input"]
-        self._refuse(block, x)
-        call = Call(block, x.detach().to(factor_dtype(block.weight)))
+        if block is None or self.accumulate is None or Capture._sampling:
+            return None
+        if not (eager_now or torch.is_grad_enabled()):
+            return None
+        replaced = None
+        if self.outputs_only and not z.requires_grad:
+            # a clone, since an in-place activation may follow and refuses a leaf
+            z = replaced = z.requires_grad_().clone()
+        if not (eager_now or z.requires_grad):
+            return None
+        call = self._call(block, args[0] if args else kwargs["input"], z)
         if self._open is not None:
             wants_edge = self.sample is not None
             self._open.append((call, get_gradient_edge(z) if wants_edge else None))
@@ -153,19 +193,25 @@ class Capture:
             self._commit(call, z.detach())
         elif not self.eager:
             z.register_hook(lambda gradient: self._commit(call, gradient))
+        return replaced
 
-    def _refuse(self, block: Block, x: Tensor) -> None:
-        """Raise ValueError for what is not one row per example."""
-        if x.ndim != 2:
+    def _call(self, block: Block, x: Tensor, z: Tensor) -> Call:
+        """The record of this call. Raises: ValueError for an input without a batch dimension."""
+        dims = 4 if isinstance(block.module, nn.Conv2d) else 2
+        if x.ndim < dims:
             raise ValueError(
-                f"layer '{block.name}' got an input of shape {tuple(x.shape)}; supported is "
-                "[batch, in], one row per example (weight sharing is not yet supported)"
+                f"layer '{block.name}' got an input of shape {tuple(x.shape)}; dimension 0 must "
+                f"be the batch: {'[batch, channels, h, w]' if dims == 4 else '[batch, ..., in]'}"
             )
-        if any(call.block is block for call, _ in self._open or ()):
-            raise ValueError(
-                f"layer '{block.name}' was called twice in one forward; supported is one call, "
-                "one row per example (weight sharing is not yet supported)"
-            )
+        again = any(call.block is block for call, _ in self._open or ())
+        mean = None
+        if self.wants_outputs:
+            with torch.no_grad(), full_precision(z.device):
+                mean = z.detach().to(factor_dtype(block.weight))
+                mean = mean.mean((0, 2, 3)) if dims == 4 else mean.flatten(0, -2).mean(0)
+        rows = z.numel() // block.weight.shape[0]
+        x = x.detach().to(factor_dtype(block.weight))
+        return Call(block, x, 0 if again else len(x), rows, self._forward, mean)
 
     def _model_done(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         opened, self._open = self._open or [], None
@@ -183,23 +229,24 @@ class Capture:
     def _back_propagate(
         self, opened: list[tuple[Call, GradientEdge | None]], output: Tensor
     ) -> None:
-        """call.g [m, out] = the sampled score, taken back to each pre-activation."""
+        """call.g = the sampled score, taken back to each pre-activation."""
         assert self.sample is not None
         for call, _ in opened:
             if len(call.x) != len(output):
                 raise ValueError(
-                    f"layer '{call.block.name}' saw {len(call.x)} rows, the model's output has "
-                    f"{len(output)}; supported is one row per example"
+                    f"layer '{call.block.name}' saw {len(call.x)} examples, the model's output "
+                    f"has {len(output)}; dimension 0 must be the batch in both"
                 )
         edges = [edge for _, edge in opened if edge is not None]
-        score = self.sample(output.detach()).to(output.dtype)
-        self._paused = True
+        with full_precision(output.device):
+            score = self.sample(output.detach()).to(output.dtype)
+        Capture._sampling = True
         try:
             gradients = torch.autograd.grad(
                 output, edges, score, retain_graph=True, allow_unused=True
             )
         finally:
-            self._paused = False
+            Capture._sampling = False
         for (call, _), g in zip(opened, gradients, strict=True):
             call.g = None if g is None else g.detach().to(call.x.dtype)
             if self.eager and g is not None:
@@ -207,7 +254,7 @@ class Capture:
 
     @torch.no_grad()
     def _commit(self, call: Call, delivered: Tensor) -> None:
-        if self._paused or self.accumulate is None:
+        if Capture._sampling or self.accumulate is None:
             return
         if self.sample is not None and call.g is None and not call.counted:
             raise ValueError(
@@ -215,9 +262,11 @@ class Capture:
                 "a call of the model itself, and the model's output must depend on it"
             )
         total = self._total(call.block)
-        self.accumulate(total, call, delivered.detach().to(call.x.dtype))
+        with full_precision(delivered.device):
+            self.accumulate(total, call, delivered.detach().to(call.x.dtype))
         if not call.counted:
-            total.count += len(call.x)
+            total.examples += call.examples
+            total.rows += call.rows
         # the graph may outlive the step (a kept loss), the batch should not
         call.counted, call.x, call.g = True, call.x.new_empty(0), None
 
@@ -229,7 +278,8 @@ class Capture:
         """
         backward = torch._C._current_graph_task_id()
         total = self.totals.get(block.name)
-        if total is None or (block.weight.grad is None and total.backward != backward):
+        cleared = block.weight.grad is None and not self.outputs_only
+        if total is None or (cleared and total.backward != backward):
             total = self.totals[block.name] = Totals()
         total.backward = backward
         return total

@@ -1,11 +1,12 @@
 """Refusing bad settings early, with the value and the way out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-CLOSURE_HELP = """KBFGS evaluates the loss twice a step and needs a closure, as torch.optim.LBFGS:
+OWN = ("lr", "damping", "momentum", "decay", "weight_decay", "decoupled_weight_decay")
+CLOSURE_HELP = """{} evaluates the loss twice a step and needs a closure, as torch.optim.LBFGS:
 
     def closure():
         opt.zero_grad()
@@ -45,8 +46,16 @@ def common(settings: dict[str, Any]) -> None:
     not_negative("lr", settings["lr"])
     positive("damping", settings["damping"])
     fraction("momentum", settings["momentum"])
-    fraction("decay", settings["decay"])
+    if "decay" in settings:
+        fraction("decay", settings["decay"])
     not_negative("weight_decay", settings["weight_decay"])
+
+
+def periods(settings: dict[str, Any]) -> None:
+    """Check update_every and refresh_every where the method has them."""
+    for name in ("update_every", "refresh_every"):
+        if name in settings:
+            at_least_one(name, settings[name])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -62,8 +71,49 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def needed(closure: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+def grouped(
+    model: nn.Module, groups: list[dict[str, Any]] | None, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The trainable parameters in groups as torch wants them: the rest first, then `groups`.
+
+    groups: as for torch.optim: {"params": parameters of the model, "lr": ..., "damping": ...}.
+    Settings other than `OWN` are shared by all groups.
+
+    Raises: ValueError for a bad setting, a stranger's parameter or one in two groups.
+    """
+    every = trainable(model)
+    if groups is None:
+        return [{"params": every}]
+    taken: list[Tensor] = []
+    made = []
+    for group in groups:
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        made.append({**group, "params": [p for p in params if p.requires_grad]})
+        group_settings({**settings, **group}, [k for k in group if k != "params"])
+        taken += made[-1]["params"]
+    if len(set(taken)) < len(taken):
+        raise ValueError("a parameter stands in two of the groups")
+    if strangers := len(set(taken) - set(every)):
+        raise ValueError(f"{strangers} parameters of the groups are not in {type(model).__name__}")
+    rest = [p for p in every if p not in set(taken)]
+    return [{"params": rest}, *made] if rest else made
+
+
+def group_settings(settings: dict[str, Any], own: list[str]) -> None:
+    """Check one group's settings, of which it brings its `own`."""
+    common(settings)
+    if shared := [name for name in own if name not in OWN]:
+        raise ValueError(f"{shared} cannot differ between groups; those that can: {list(OWN)}")
+
+
+def choice(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise ValueError unless the value is one of the known."""
+    if value not in known:
+        raise ValueError(f"no {name} {value!r}; known: {list(known)}")
+
+
+def needed(closure: Callable[[], Tensor] | None, who: str = "KBFGS") -> Callable[[], Tensor]:
     """The closure; TypeError with an example if there is none."""
     if closure is None:
-        raise TypeError(CLOSURE_HELP)
+        raise TypeError(CLOSURE_HELP.format(who))
     return closure

@@ -1,40 +1,37 @@
 """K-BFGS and K-BFGS(L): inverse Hessian blocks H_g ⊗ H_a, both factors by BFGS.
 
-Source: Goldfarb, Ren, Bahamou 2020, arXiv:2006.08877, and its published code.
+Source: Goldfarb, Ren, Bahamou 2020, arXiv:2006.08877, and its published code; convolutions: Ren,
+Bahamou, Goldfarb 2021, arXiv:2102.06737.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optim import checks
-from optim.bfgs import acceptable, append_, bfgs_, double_damping
-from optim.capture import NOT_WARM, Call, Capture, Totals
-from optim.checkpoint import exact_state
-from optim.layers import (
-    Block,
-    add_gradient_,
-    find_blocks,
-    live_blocks,
-    move_,
-    plain_steps_,
-    pre_activation_mean,
+from optim import checks, kbfgs_statistics
+from optim.capture import Totals
+from optim.harness import Harness
+from optim.kbfgs_formulas import (
+    SPLITS,
+    held_h_g,
+    input_action_,
+    patch_action_,
+    split_damping,
+    start_h_a,
+    start_h_g,
+    update_h_g_,
 )
-from optim.linalg import (
-    all_finite,
-    damped_inverses,
-    factor_dtype,
-    lerp_if_,
-    running_mean,
-    second_moment,
-)
-from optim.operators import CompactInverse, Kronecker
-from optim.passes import random_state, replayed, run, untouched
-from optim.summary import table
+from optim.layers import Block
+from optim.linalg import finite, known_true, learn_, per
+from optim.momentum import average
+from optim.operators import Kronecker, Operator, by_group
+from optim.passes import parameters_at_rest, random_state, replayed, run, untouched
+from optim.scaling import refuse_scaler
+from optim.stacks import Stack
 
 COUNTS = (
     "H_g accepted",
@@ -47,78 +44,39 @@ COUNTS = (
 )
 
 
-def means(totals: Totals, call: Call, delivered: Tensor) -> None:
-    """Mean input x̄ [in+1] and mean gradient ḡ [out]: all that the second pass is asked for.
-
-    The rows delivered under a mean loss are g_n / m, so their sum is the mean.
-    """
-    if not call.counted:
-        ones, seen = call.block.bias is not None, totals.count
-        totals.means["x"] = running_mean(totals.means.get("x"), call.x, seen, ones=ones)
-    g = delivered.sum(0)
-    totals.means["g"] = totals.means["g"] + g if "g" in totals.means else g
-
-
-def moments(totals: Totals, call: Call, delivered: Tensor) -> None:
-    """The means and the second moment of the inputs, [in+1, in+1]."""
-    if not call.counted:
-        ones, seen = call.block.bias is not None, totals.count
-        totals.means["xx"] = second_moment(totals.means.get("xx"), call.x, seen, ones=ones)
-    means(totals, call, delivered)
-
-
-def held_h_g(state: dict[str, Tensor]) -> Tensor | CompactInverse:
-    """H_g as the state holds it: dense, or by its last pairs."""
-    if "H_g" in state:
-        return state["H_g"]
-    return CompactInverse(state["S"], state["Y"], state["R"], state["YY"])
-
-
-def update_h_g_(
-    state: dict[str, Tensor], s: Tensor, y: Tensor, gradient: Tensor, mu_2: float
-) -> Tensor:
-    """One damped BFGS update of H_g by the averaged pair.
-
-    Returns: [3] bool: accepted, Powell fired, second damping fired.
-    """
-    H = held_h_g(state)
-    pair = double_damping(s, y, H, mu_2)
-    accept = pair.valid & acceptable(pair.s, pair.y, gradient)
-    store = append_ if isinstance(H, CompactInverse) else bfgs_
-    accept = store(H, pair.s, pair.y, accept)  # type: ignore[arg-type]
-    return torch.stack([accept, pair.powell & pair.valid, pair.second & pair.valid])
-
-
-def hessian_action_(H_a: Tensor, A: Tensor, x: Tensor, lambda_a: float) -> Tensor:
-    """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
-
-    Returns: whether it was accepted, 0-d bool tensor.
-    """
-    s = H_a @ x
-    y = torch.addmv(s, A, s, beta=lambda_a)
-    return bfgs_(H_a, s, y, acceptable(s, y, x))
-
-
 class KBFGS(Optimizer):
-    """Kronecker-factored BFGS: W_bar <- W_bar - lr H_g M H_a for each nn.Linear.
+    """Kronecker-factored BFGS: W_bar <- W_bar - lr H_g M H_a, per Linear and Conv2d.
 
     M <- momentum M + (1 - momentum) (∇ + weight_decay W_bar) is an average: heavy-ball
-    learning rates (m <- 0.9 m + ∇) differ by a factor of ten. Weight decay is coupled (L2), for
-    biases too. Parameters outside nn.Linear layers take lr M. `summary()` says which are which.
+    learning rates (m <- 0.9 m + ∇) differ by a factor of ten. Parameters outside such layers take
+    lr M. `summary()` says which are which.
 
     Each step evaluates the closure twice on the same batch, at θ and at θ - lr P; dropout masks
-    repeat, buffers and .grad end as the first evaluation left them. The closure must call
-    zero_grad, and return the mean over the batch of per-example losses; for micro-batches of
-    m_i out of M examples scale each loss by m_i / M.
+    repeat, buffers and .grad end as the first evaluation left them. In the second evaluation
+    parameters get no gradients (.grad is None). The closure must call zero_grad and backward, and
+    return the mean over the batch of per-example losses; for micro-batches of m_i out of M
+    examples scale each loss by m_i / M.
 
-    model: its layers see one row per example, [batch, in], once per forward.
-    lr: step size, >= 0.  damping: λ > 0; λ_A = mu_2 = √λ.
+    model: dimension 0 of every layer's input is the batch.
+    lr: step size, >= 0.  damping: λ > 0; λ_A = mu_2 = √λ, but see damping_split.
     momentum, decay: of M, and of A and of the pair (s, y), in [0, 1).
+    weight_decay: L2, for biases too; with decoupled_weight_decay=True W_bar shrinks by
+        lr * weight_decay instead.
     history: None for dense H_g [out, out]; p for K-BFGS(L), the last p pairs.
+    update_every: steps between updates of the factors; the others take one evaluation.
+    pair_decay: of (s, y) alone; the paper takes 0 for full batches. None: decay.
+    damping_split: of convolutions with T places; "equal" as above, "sqrtT" λ_A = √λ √T and
+        mu_2 = √λ / √T.
+    groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
-    State of each weight: A, H_a [in+1, in+1]; H_g [out, out], or S, Y [p, out] with R, YY [p, p];
-    averaged s, y [out]; momentum [out, in+1]; counts, in the order of `COUNTS`. Factors are
-    float32, or float64 for float64 parameters. The number of steps is param_groups[0]["step"].
+    A Linear layer's A = E[Σ ã ãᵀ] is a running average (over positions it sums); H_g learns from
+    doubly damped pairs. A convolution forms no A: its H_a learns from the action of the
+    minibatch's on its mean patch, its H_g from pairs with mu_2 s added to y always.
+
+    State of each weight: A (Linear), H_a [in+1, in+1]; H_g [out, out], or S, Y [p, out] with R, YY
+    [p, p]; averaged s, y [out]; momentum [out, in+1]; counts, in the order of `COUNTS`; after an
+    axis of groups in grouped convolutions. Factors are float32, or float64 for float64
+    parameters. The number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it.
     Source: arXiv:2006.08877, algorithm and defaults of its published code (MNIST autoencoder,
@@ -138,6 +96,8 @@ class KBFGS(Optimizer):
         True
     """
 
+    _step_supports_amp_scaling = True  # to see a GradScaler, and refuse it
+
     def __init__(
         self,
         model: nn.Module,
@@ -147,6 +107,12 @@ class KBFGS(Optimizer):
         decay: float = 0.9,
         weight_decay: float = 0.0,
         history: int | None = None,
+        update_every: int = 1,
+        *,
+        pair_decay: float | None = None,
+        damping_split: str = "equal",
+        decoupled_weight_decay: bool = False,
+        groups: list[dict[str, Any]] | None = None,
     ) -> None:
         settings = {
             "lr": lr,
@@ -154,182 +120,205 @@ class KBFGS(Optimizer):
             "momentum": momentum,
             "decay": decay,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "history": history,
+            "update_every": update_every,
+            "pair_decay": pair_decay,
+            "damping_split": damping_split,
         }
         checks.common(settings)
+        checks.periods(settings)
+        checks.choice("damping_split", damping_split, SPLITS)
         if history is not None:
             checks.at_least_one("history", history)
-        super().__init__(checks.trainable(model), {**settings, "history": history, "step": 0})
-        self._model = model
-        self._blocks = find_blocks(model)
-        self._capture = Capture(model, self._blocks)
-        self._frozen = False
+        if pair_decay is not None:
+            checks.fraction("pair_decay", pair_decay)
+        super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
+        self._harness = Harness(self, model, COUNTS, average)
+        self._harness.capture.wants_outputs = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One iteration; returns the loss before it.
 
         Raises: TypeError without a closure; ValueError naming a layer whose statistics are
-        missing or are not those of one row per example.
+        missing or do not fit, and under a GradScaler.
         """
-        closure = checks.needed(closure)
-        start = random_state(self._model)
-        with self._capture.recording(None if self._frozen else moments):
+        closure, harness = checks.needed(closure), self._harness
+        refuse_scaler(self)
+        start, update = random_state(harness.model), self._updates()
+        with harness.capture.recording(kbfgs_statistics.first if update else None):
             loss = run(closure)
-        blocks = live_blocks(self._blocks)
-        first = {} if self._frozen else self._capture.collect(blocks)
-        z = {block: self._learn_a(block, total) for block, total in first.items()}
-        for block in blocks:
-            self._move(block)
-        plain_steps_(self, self._blocks)
+        with harness.exact():
+            live = harness.live()
+            first = harness.collected(live) if update else {}
+            for stack, totals in first.items():
+                self._learn_a(stack, totals)
+            harness.ready(live)
+            for stack, blocks in live.items():
+                ok = harness.absorb(stack, blocks)
+                P = held_h_g(stack) @ stack["momentum"] @ stack["H_a"]
+                harness.move(stack, blocks, P, ok)
+            harness.plain_steps()
         second = self._second_pass(closure, start, first) if first else {}
-        for block in first:
-            self._learn_h(block, first[block], second[block], z[block])
-        self._capture.clear()
-        self.param_groups[0]["step"] += 1
+        with harness.exact():
+            for stack in first:
+                self._learn_h(stack, first[stack], second[stack])
+        harness.capture.clear()
+        harness.end()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients and the statistics gathered with them."""
         super().zero_grad(set_to_none)
-        self._capture.clear()
+        self._harness.capture.clear()
 
     def warm_up(self, closures: Iterable[Callable[[], Any]]) -> None:
-        """Start A from the mean over batches of E[x̃ x̃ᵀ], as the paper does, before step 1.
+        """Start A from the mean over batches of E[Σ ã ãᵀ], as the paper does, before step 1.
 
         closures: each runs the model on one batch (a forward is enough, under no_grad too).
         Parameters, .grad and buffers end as they were.
 
         Raises: RuntimeError after the first step; ValueError if a layer saw no batch.
         """
-        if self.param_groups[0]["step"] or self.state:
-            raise RuntimeError("warm_up comes once, before the first step")
-        A: dict[Block, Tensor] = {}
-        with untouched(self._model):
-            for j, closure in enumerate(closures, start=1):
-                with self._capture.recording(_moments_of_x, eager=True):
-                    closure()
-                totals = self._capture.collect(self._blocks, NOT_WARM)
-                for block, total in totals.items():
-                    xx = total.means["xx"]
-                    A[block] = A[block].lerp_(xx, 1 / j) if block in A else xx
-        self._capture.clear()
-        if not A:
-            raise ValueError("warm_up saw no batch: its argument is an iterable of callables")
-        for block in self._blocks:
-            self._start(block, A[block])
+        harness, A = self._harness, dict[Stack, Tensor]()
+        with torch.no_grad():
+            moment = kbfgs_statistics.moment
+            for batch, found in harness.warming(closures, moment, eager=True):
+                for stack, totals in found.items():
+                    new = kbfgs_statistics.input_factors(stack, totals)
+                    A[stack] = A[stack].lerp_(new, 1 / batch) if stack in A else new.clone()
+            for stack in harness.stacks:
+                self._start(stack, stack.blocks, A[stack])
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> AbstractContextManager[None]:
         """Inside, steps leave A, H_a, H_g and the pair as they are, and need one pass only."""
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
+        return self._harness.frozen()
 
-    def preconditioner(self) -> dict[str, Kronecker]:
+    def preconditioner(self) -> dict[str, Operator]:
         """{module name: H_g ⊗ H_a}, live views of what the next step applies.
 
         For history=p the left factor is a CompactInverse; `left @ torch.eye(out)` makes it dense.
 
         Raises: RuntimeError before there is a state.
         """
-        states = {b.name: self.state[b.weight] for b in self._blocks if b.weight in self.state}
-        if not states:
-            raise RuntimeError("no state yet: take a step or call warm_up first")
-        return {name: Kronecker(held_h_g(s), s["H_a"]) for name, s in states.items()}
+        maps = {}
+        for stack, block in self._harness.started():
+            H_g, place = held_h_g(stack), stack.places[block]
+            members = range(place.start, place.stop)
+            maps[block.name] = by_group([Kronecker(H_g[i], stack["H_a"][i]) for i in members])
+        return maps
 
     def summary(self) -> str:
         """A table: each parameter, how it is trained, the memory of its state, its counters."""
-        return table(self, self._model, self._blocks, COUNTS)
+        return self._harness.summary()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch; layers move to the group of their weight."""
+        super().add_param_group(param_group)
+        if "_harness" in self.__dict__:
+            self._harness.joined()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()` bit for bit, factors in their own precision."""
         super().load_state_dict(state_dict)
-        exact_state(self, state_dict)
-        self._capture.clear()
+        self._harness.loaded(state_dict)
 
-    def _start(self, block: Block, A: Tensor) -> dict[str, Tensor]:
-        """First state of a block: H_g = I, H_a = (A + √damping I)⁻¹, the only inverse taken."""
-        (out, size), dtype = block.shape, factor_dtype(block.weight)
-        new: dict[str, Any] = {"dtype": dtype, "device": block.weight.device}
-        (H_a,) = damped_inverses([A], self.param_groups[0]["damping"] ** 0.5)
-        if H_a is None:
-            raise RuntimeError(
-                f"layer '{block.name}': A + √damping I cannot be inverted; look for inputs that "
-                "are not finite or very large, scale them, or raise the damping"
-            )
-        state = self.state[block.weight]
-        state.update(A=A, H_a=H_a)
-        p = self.param_groups[0]["history"]
-        if p is None:
-            state["H_g"] = torch.eye(out, **new)
-        else:
-            state["S"], state["Y"] = torch.zeros(p, out, **new), torch.zeros(p, out, **new)
-            state["R"], state["YY"] = torch.eye(p, **new), torch.zeros(p, p, **new)
-        state["s"], state["y"] = torch.zeros(out, **new), torch.zeros(out, **new)
-        state["momentum"] = torch.zeros(out, size, **new)
-        state["counts"] = torch.zeros(len(COUNTS), dtype=torch.int64, device=block.weight.device)
-        return state
+    def _updates(self) -> bool:
+        harness = self._harness
+        return harness.step % harness.setting("update_every") == 0 and not harness.is_frozen
 
-    def _learn_a(self, block: Block, total: Totals) -> Tensor:
-        """A <- decay A + (1 - decay) E[x̃ x̃ᵀ]; returns z̄ at the old point.
+    def _start(self, stack: Stack, blocks: Iterable[Block], A: Tensor) -> None:
+        """H_g = I and H_a = (A + λ_A I)⁻¹, the only inverse taken, for blocks that begin now."""
+        new = self._harness.start(stack, blocks)
+        if new:
+            start_h_g(stack, new, self._harness.setting("history"))
+            start_h_a(stack, new, A, self._dampings(stack)[0])
+
+    def _learn_a(self, stack: Stack, totals: dict[Block, Totals]) -> None:
+        """A <- decay A + (1 - decay) A_k; layers seen for the first time begin.
 
         Skipped at step 0 after warm_up: that A is of the whole data set already.
         """
-        group, xx = self.param_groups[0], total.means.pop("xx")
-        ok = all_finite(xx.diagonal())
-        xx.nan_to_num_(0.0, 0.0, 0.0)
-        state = self.state.get(block.weight)
-        if not state:
-            self._start(block, xx.mul_(ok * (1 - group["decay"])))
-        elif group["step"] > 0:
-            lerp_if_(state["A"], xx, 1 - group["decay"], ok)
-        return pre_activation_mean(block, total.means["x"])
-
-    def _move(self, block: Block) -> None:
-        """W_bar <- W_bar - lr H_g M H_a, with the factors of the step before."""
-        group, state = self.param_groups[0], self.state.get(block.weight)
-        if not state:
-            raise RuntimeError(f"layer '{block.name}' has no state to freeze: take a step first")
-        finite = add_gradient_(state["momentum"], block, group)
-        state["counts"][-1] += ~finite
-        move_(block, held_h_g(state) @ state["momentum"] @ state["H_a"], group["lr"], finite)
+        weight = 1 - stack.group["decay"]
+        new = [block for block in totals if block not in stack.started]
+        T = next(iter(totals.values())).positions
+        stack.positions = T
+        if new or not stack.convolutional:
+            A = kbfgs_statistics.input_factors(stack, totals)
+            ok = finite(A.diagonal(dim1=-2, dim2=-1)) & stack.mask(totals)
+            self._start(stack, new, A.nan_to_num(0.0, 0.0, 0.0).mul_(per(ok, A)).mul_(weight))
+            old = [block for block in totals if block not in new]
+            if old and not stack.convolutional and self._harness.step > 0:
+                learn_(stack["A"], A, weight, ok & stack.mask(old))
 
     def _second_pass(
-        self, closure: Callable[[], Tensor], start: Any, first: dict[Block, Totals]
-    ) -> dict[Block, Totals]:
+        self,
+        closure: Callable[[], Tensor],
+        start: Any,
+        first: dict[Stack, dict[Block, Totals]],
+    ) -> dict[Stack, dict[Block, Totals]]:
         """Means at the new point, on the same batch with the same dropout masks."""
-        with untouched(self._model), replayed(self._model, start):
-            with self._capture.recording(means):
-                run(closure)
-            second = self._capture.collect(list(first))
-        for block, total in first.items():
-            if second[block].count != total.count:
-                raise ValueError(
-                    f"the closure's two calls gave layer '{block.name}' {total.count} and "
-                    f"{second[block].count} rows: both must use the same batch, so draw it "
-                    "outside the closure"
-                )
+        harness = self._harness
+        model = harness.model
+        quiet = getattr(model, "no_sync", nullcontext)  # DistributedDataParallel's
+        with untouched(model), replayed(model, start), parameters_at_rest(model), quiet():
+            with harness.capture.recording(kbfgs_statistics.second, outputs_only=True):
+                _run_again(closure)
+            second = harness.collected({stack: list(totals) for stack, totals in first.items()})
+        for stack, totals in first.items():
+            for block, total in totals.items():
+                if second[stack][block].rows != total.rows:
+                    raise ValueError(
+                        f"the closure's two calls gave layer '{block.name}' {total.rows} and "
+                        f"{second[stack][block].rows} rows: both must use the same batch, so "
+                        "draw it outside the closure"
+                    )
         return second
 
-    def _learn_h(self, block: Block, first: Totals, second: Totals, z: Tensor) -> None:
+    def _learn_h(
+        self, stack: Stack, first: dict[Block, Totals], second: dict[Block, Totals]
+    ) -> None:
         """Average the pair, update H_g by it and H_a by its Hessian action, and count."""
-        state, group = self.state[block.weight], self.param_groups[0]
-        root = group["damping"] ** 0.5
-        s = pre_activation_mean(block, second.means["x"]) - z
-        y = second.means["g"] - first.means["g"]
-        ok = all_finite(s) & all_finite(y)
-        for key, new in (("s", s), ("y", y)):
-            lerp_if_(state[key], torch.where(ok, new, 0.0), 1 - group["decay"], ok)
+        lambda_a, mu_2 = self._dampings(stack)
+        z, g = kbfgs_statistics.point(stack, first)
+        z_new, g_new = kbfgs_statistics.point(stack, second)
+        s, y = z_new - z, g_new - g
+        live = stack.mask(first)
+        ok = finite(s) & finite(y) & live
+        decay = stack.group["pair_decay"]
+        weight = 1 - (stack.group["decay"] if decay is None else decay)
+        learn_(stack["s"], s, weight, ok)
+        learn_(stack["y"], y, weight, ok)
         # a bad pair left the averages alone; NaN as gradient norm makes the skip rule refuse it
-        gradient = torch.where(ok, first.means["g"], float("nan"))
-        g_flags = update_h_g_(state, state["s"], state["y"], gradient, root)
-        accepted = hessian_action_(state["H_a"], state["A"], first.means["x"], root)
-        flags = [g_flags[0], ~g_flags[0], accepted, ~accepted, g_flags[1], g_flags[2], ~ok]
-        state["counts"] += torch.stack(flags)
+        gradient = g if known_true(ok) else torch.where(ok[:, None], g, float("nan"))
+        accepted, powell, shifted = update_h_g_(stack, gradient, mu_2)
+        x = stack.gathered({block: total.means["x"] for block, total in first.items()})
+        act = patch_action_ if stack.convolutional else input_action_
+        acted = act(stack, x, lambda_a, first)
+        flags = {
+            "H_g accepted": accepted,
+            "H_g skipped": ~accepted & live,
+            "H_a accepted": acted,
+            "H_a skipped": ~acted & live,
+            "Powell fired": powell & live,
+            "second damping fired": shifted & live,
+            "not finite": ~ok & live,
+        }
+        self._harness.count(stack, flags)
+
+    def _dampings(self, stack: Stack) -> tuple[float, float]:
+        """λ_A and mu_2."""
+        split = self._harness.setting("damping_split") if stack.convolutional else "equal"
+        return split_damping(stack.group["damping"], split, stack.positions)
 
 
-def _moments_of_x(totals: Totals, call: Call, _: Tensor) -> None:
-    ones, seen = call.block.bias is not None, totals.count
-    totals.means["xx"] = second_moment(totals.means.get("xx"), call.x, seen, ones=ones)
+def _run_again(closure: Callable[[], Tensor]) -> None:
+    try:
+        run(closure)
+    except Exception as error:
+        error.add_note(
+            "This was the closure's second call in one step of KBFGS, in which parameters get no "
+            "gradients: what the closure does with .grad must allow for None."
+        )
+        raise

@@ -12,6 +12,16 @@ def factor_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether Python may look at values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def known_true(ok: Tensor) -> bool:
+    """Whether all of `ok` is true, if that can be known for nothing; else False."""
+    return free_to_read(ok) and bool(ok.all())
+
+
 def all_finite(tensor: Tensor) -> Tensor:
     """Whether no entry is NaN or infinite, as a 0-d bool tensor, in one pass.
 
@@ -20,89 +30,83 @@ def all_finite(tensor: Tensor) -> Tensor:
     return torch.isfinite(tensor.sum())
 
 
-def lerp_if_(average: Tensor, new: Tensor, weight: float, ok: Tensor) -> None:
-    """Average <- (1 - weight) average + weight new where ok (0-d bool), else unchanged.
+def finite(stacked: Tensor) -> Tensor:
+    """Which matrices or vectors of a stack [b, ...] are finite throughout, [b] bool."""
+    return torch.isfinite(stacked.flatten(1).sum(1))
 
-    `new` must be finite: a zero weight does not silence a NaN.
+
+def per(ok: Tensor, like: Tensor) -> Tensor:
+    """A value for each matrix [b] in the shape and precision to multiply a stack [b, ...]."""
+    return ok.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def learn_(average: Tensor, new: Tensor, weight: float, ok: Tensor) -> None:
+    """Average <- (1 - weight) average + weight new, where ok [b]; stacks [b, ...]; spoils new."""
+    if known_true(ok):
+        average.lerp_(new, weight)
+    else:
+        # a zero weight does not silence a NaN; nan_to_num is six times faster than where on a CPU
+        average.lerp_(new.nan_to_num_(0.0, 0.0, 0.0), per(ok, average) * weight)
+
+
+def running_mean(mean: Tensor | None, new: Tensor, count: int, seen: int) -> Tensor:
+    """The mean of `count` rows joined to that of `seen` earlier ones."""
+    return new if mean is None else mean.lerp_(new, count / (seen + count))
+
+
+def second_moment(mean: Tensor | None, a: Tensor, seen: int, *, ones: bool) -> Tensor:
+    """Mean over rows of ã ãᵀ with ã = [a; 1] (or a), joined to that of `seen` earlier rows.
+
+    a [groups, N, in] -> [groups, in+1, in+1] with `ones`, else [groups, in, in]. The 1 is never
+    appended to a: the product goes straight into the corner and the border holds the mean.
     """
-    average.lerp_(new, ok.to(average.dtype) * weight)
-
-
-def running_mean(mean: Tensor | None, x: Tensor, seen: int, *, ones: bool) -> Tensor:
-    """Mean over rows of [x, 1] (or of x), joined to the mean of `seen` earlier rows.
-
-    x [m, in] -> [in+1] with `ones`, else [in].
-    """
-    rows = x.mean(0)
-    new = torch.cat([rows, rows.new_ones(1)]) if ones else rows
-    return new if mean is None else mean.lerp_(new, len(x) / (seen + len(x)))
-
-
-def second_moment(mean: Tensor | None, x: Tensor, seen: int, *, ones: bool) -> Tensor:
-    """Mean over rows of a aᵀ with a = [x; 1] (or x), joined to that of `seen` earlier rows.
-
-    x [m, in] -> [in+1, in+1] with `ones`, else [in, in]. The 1 is never appended to x: the
-    product goes straight into the corner of the result and the border holds the plain mean.
-    """
-    size, total = x.shape[1], seen + len(x)
-    first = mean is None
+    groups, count, size = a.shape
+    total, first = seen + count, mean is None
     if mean is None:
-        mean = x.new_empty(size + ones, size + ones)
+        mean = a.new_empty(groups, size + ones, size + ones)
     # beta=0 does not read the empty memory
-    gram_(mean[:size, :size], x, beta=0 if first else seen / total, alpha=1 / total)
+    gram_(mean[:, :size, :size], a, beta=0 if first else seen / total, alpha=1 / total)
     if ones:
-        border = running_mean(None if first else mean[:, size].clone(), x, seen, ones=True)
-        mean[:, size] = border
-        mean[size, :] = border
+        border = a.mean(1)
+        if not first:
+            border = mean[:, :size, size].lerp(border, count / total)
+        mean[:, :size, size] = mean[:, size, :size] = border
+        mean[:, size, size] = 1.0
     return mean
 
 
-def gram_(out: Tensor, x: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """Out <- beta out + alpha xᵀ x, in place, x [m, n], out [n, n] symmetric.
+def gram_(out: Tensor, a: Tensor, *, beta: float, alpha: float) -> Tensor:
+    """Out <- beta out + alpha aᵀ a, in place; a [groups, N, n], out [groups, n, n] symmetric.
 
     On a CPU a large one is made strip by strip up to the diagonal and mirrored: 5/8 of the
     arithmetic (PyTorch has no symmetric product). A GPU prefers one call.
     """
-    size = x.shape[1]
-    rows = size if size < SMALL or x.device.type != "cpu" else -(-size // STRIPS)
-    for start in range(0, size, rows):
-        stop = min(start + rows, size)
-        strip = out[start:stop, :stop]
-        strip.addmm_(x[:, start:stop].T, x[:, :stop], beta=beta, alpha=alpha)
-        out[:start, start:stop] = strip[:, :start].T
+    size = a.shape[2]
+    if size < SMALL or not free_to_read(a):
+        return out.baddbmm_(a.mT, a, beta=beta, alpha=alpha)
+    rows = -(-size // STRIPS)
+    for one, x in zip(out, a, strict=True):
+        for start in range(0, size, rows):
+            stop = min(start + rows, size)
+            strip = one[start:stop, :stop]
+            strip.addmm_(x[:, start:stop].T, x[:, :stop], beta=beta, alpha=alpha)
+            one[:start, start:stop] = strip[:, :start].T
     return out
 
 
-def damped_inverse(M: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(M + damping I)⁻¹ [n, n] by Cholesky, and whether it worked (0-d bool tensor).
+def damped_inverse(M: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(M + damping I)⁻¹ [b, n, n] by Cholesky, and for which it worked ([b] bool).
+
+    damping: a number, or one for each matrix, [b].
 
     Known by hand:
-        >>> inverse, ok = damped_inverse(torch.eye(2), 3.0)
-        >>> inverse.diagonal().tolist(), bool(ok)
+        >>> inverse, ok = damped_inverse(torch.eye(2)[None], 3.0)
+        >>> inverse[0].diagonal().tolist(), bool(ok)
         ([0.25, 0.25], True)
     """
     damped = M.clone()
-    damped.diagonal().add_(damping)
+    shift = damping[:, None] if isinstance(damping, Tensor) else damping
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     L, info = torch.linalg.cholesky_ex(damped)
     inverse = torch.cholesky_inverse(L)
-    return inverse, (info == 0) & all_finite(inverse)
-
-
-def damped_inverses(matrices: list[Tensor], damping: float) -> list[Tensor | None]:
-    """(M + damping I)⁻¹ of each matrix; a failure is tried again in float64, then None.
-
-    Waits for the device once, however many matrices: call it on refresh steps only.
-    """
-    if not matrices:
-        return []
-    tried = [damped_inverse(M, damping) for M in matrices]
-    worked = torch.stack([ok for _, ok in tried]).tolist()
-    results: list[Tensor | None] = []
-    for M, (inverse, _), ok in zip(matrices, tried, worked, strict=True):
-        results.append(inverse if ok else _inverse_in_float64(M, damping))
-    return results
-
-
-def _inverse_in_float64(M: Tensor, damping: float) -> Tensor | None:
-    inverse, ok = damped_inverse(M.double(), damping)
-    return inverse.to(M.dtype) if ok else None
+    return inverse, (info == 0) & finite(inverse)

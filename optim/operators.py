@@ -1,5 +1,6 @@
 """What `preconditioner()` returns: linear maps with `.shape` and `@`, views of the live state."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,34 @@ class Kronecker:
 
 
 @dataclass(frozen=True, eq=False)
+class BlockDiagonal:
+    """Square blocks along the diagonal of the row-major vec of W_bar, in order.
+
+    Two blocks of size one:
+        >>> (BlockDiagonal([torch.ones(1, 1), 2 * torch.ones(1, 1)]) @ torch.ones(2)).tolist()
+        [1.0, 2.0]
+    """
+
+    blocks: Sequence[Operator] | Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(d, d), d the sum of the blocks' sizes."""
+        d = sum(block.shape[0] for block in self.blocks)
+        return torch.Size((d, d))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Apply to a vector [d] or to the columns of a matrix [d, k]."""
+        parts = other.split([block.shape[0] for block in self.blocks])
+        return torch.cat([block @ part for block, part in zip(self.blocks, parts, strict=True)])
+
+
+def by_group(maps: Sequence[Operator]) -> Operator:
+    """The map of a layer from those of its groups, whose rows of W_bar are contiguous."""
+    return maps[0] if len(maps) == 1 else BlockDiagonal(maps)
+
+
+@dataclass(frozen=True, eq=False)
 class CompactInverse:
     """H_g of K-BFGS(L): BFGS on its last p pairs from H = I, never formed.
 
@@ -73,14 +102,19 @@ class CompactInverse:
 
     @property
     def shape(self) -> torch.Size:
-        """(out, out)."""
-        return torch.Size((self.S.shape[1], self.S.shape[1]))
+        """(out, out), after the axis of a stack if there is one."""
+        out = self.S.shape[-1]
+        return torch.Size((*self.S.shape[:-2], out, out))
+
+    def __getitem__(self, place: int) -> "CompactInverse":
+        """One member of a stack."""
+        return CompactInverse(self.S[place], self.Y[place], self.R[place], self.YY[place])
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        """Apply to [out] or [out, k] in O(p * out * k)."""
-        v = other.reshape(other.shape[0], -1)
+        """Apply to [out] or [out, k], of a stack to [b, out, k], in O(p * out * k)."""
+        v = other if other.ndim > 1 else other[:, None]
         u = torch.linalg.solve_triangular(self.R, self.S @ v, upper=True)
-        inner = self.R.diagonal().unsqueeze(1) * u
-        inner.addmm_(self.YY, u).addmm_(self.Y, v, alpha=-1)
-        t = torch.linalg.solve_triangular(self.R.T, inner, upper=False)
-        return torch.addmm(v, self.S.T, t).addmm_(self.Y.T, u, alpha=-1).reshape(other.shape)
+        inner = self.R.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * u
+        inner = inner + self.YY @ u - self.Y @ v
+        t = torch.linalg.solve_triangular(self.R.mT, inner, upper=False)
+        return (v + self.S.mT @ t - self.Y.mT @ u).reshape(other.shape)

@@ -1,4 +1,4 @@
-"""Running the user's closure an extra time without leaving a trace."""
+"""Running the user's closure an extra time without leaving a trace; arithmetic of our own."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +7,39 @@ import torch
 from torch import Tensor, nn
 
 RandomState = dict[torch.device, Tensor]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, no autocast and no TF32: factors and steps are made in their own precision."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        products, convolutions = (
+            torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32,
+        )
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def parameters_at_rest(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter requires a gradient: a backward skips the products for them."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
 
 
 def random_state(model: nn.Module) -> RandomState:

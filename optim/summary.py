@@ -73,7 +73,8 @@ def _treatments(model: nn.Module, blocks: list[Block]) -> dict[Tensor, str]:
 
 def _counters(state: dict[str, Tensor], names: Sequence[str]) -> str:
     """Those that are not zero."""
-    numbers = state["counts"].tolist() if "counts" in state else []
+    # the groups of a grouped convolution count for themselves
+    numbers = state["counts"].reshape(-1, len(names)).sum(0).tolist() if "counts" in state else []
     parts = [f"{name} {n}" for name, n in zip(names, numbers, strict=bool(numbers)) if n]
     if "nonfinite" in state and int(state["nonfinite"]):
         parts.append(f"not finite {int(state['nonfinite'])}")

@@ -98,10 +98,9 @@ class Net(nn.Module):
 
 
 MISUSES = {
-    "layer 'layer' got an input of shape .1, 16, 6.*one row per example": lambda layer, x: layer(
-        x[None]
-    )[0],
-    "layer 'layer' was called twice in one forward": lambda layer, x: layer(layer(x)),
+    r"layer 'layer' got an input of shape \(6,\); dimension 0 must be the batch": lambda layer, x: (
+        torch.stack([layer(row) for row in x])
+    ),
     "layer 'layer' has a gradient but its forward was not seen": lambda layer, x: F.linear(
         x, layer.weight, layer.bias
     ),
@@ -120,7 +119,7 @@ def test_misused_layers(kind, message):
 
 
 @every
-def test_layers_that_see_different_numbers_of_rows(kind):
+def test_layers_that_see_different_numbers_of_examples(kind):
     class Pairs(nn.Module):
         def __init__(self):
             super().__init__()
@@ -130,7 +129,7 @@ def test_layers_that_see_different_numbers_of_rows(kind):
             return self.two(self.one(x.reshape(-1, 3)).reshape(-1, 6))
 
     model = Pairs()
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match=r"saw .*examples.*dimension 0"):
         train(MAKE[kind](model), model, batches(1))
 
 
@@ -139,6 +138,21 @@ def test_closure_that_changes_batch():
     opt = KBFGS(model)
     with pytest.raises(ValueError, match="both must use the same batch"):
         opt.step(lambda: closure_of(opt, model, next(data))())
+
+
+def test_closure_that_needs_gradients_in_the_second_pass():
+    model, x = autoencoder(), batches(1)[0]
+    opt = KBFGS(model)
+
+    def closure():
+        loss = closure_of(opt, model, x)()
+        model[0].weight.grad.clamp_(-1, 1)
+        return loss
+
+    with pytest.raises(AttributeError) as caught:
+        opt.step(closure)
+    assert "must allow for None" in caught.value.__notes__[0]
+    assert model[0].weight.requires_grad
 
 
 def test_output_that_is_no_tensor():

@@ -49,7 +49,7 @@ def test_ten_steps_of_the_oracle():
     twin = autoencoder()
     opt = KFAC(model, lr, damping, decay=decay, weight_decay=tau, refresh_every=every)
     labels = torch.Generator()
-    labels.set_state(opt._labels.get_state())
+    labels.set_state(opt._harness.labels.get_state())
     A, G, M, inverse = {}, {}, {}, {}
     for k, x in enumerate(data):
         opt.step(closure_of(opt, model, x))
@@ -150,7 +150,7 @@ def test_warm_up_is_the_mean_over_batches():
     before = [p.detach().clone() for p in model.parameters()]
     opt = KFAC(model)
     labels = torch.Generator()
-    labels.set_state(opt._labels.get_state())
+    labels.set_state(opt._harness.labels.get_state())
     opt.warm_up([lambda x=x: model(x) for x in data])
     each = [dense_factors(model, x, lambda z: sampled_score("bernoulli", z, labels)) for x in data]
     for name, product in opt.curvature().items():
@@ -181,6 +181,6 @@ def test_second_moment_in_pieces(size):
     x = torch.randn(20, size)
     a = torch.cat([x, torch.ones(20, 1)], 1)
     for ones, rows in ((True, a), (False, x)):
-        mean = second_moment(None, x[:8], 0, ones=ones)
-        mean = second_moment(mean, x[8:], 8, ones=ones)
-        torch.testing.assert_close(mean, rows.T @ rows / 20)
+        mean = second_moment(None, x[None, :8], 0, ones=ones)
+        mean = second_moment(mean, x[None, 8:], 8, ones=ones)
+        torch.testing.assert_close(mean[0], rows.T @ rows / 20)

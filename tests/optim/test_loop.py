@@ -99,7 +99,8 @@ def test_low_precision_model_keeps_float32_factors(kind):
     opt.load_state_dict(saved)
     for state, other in zip(opt.state.values(), saved["state"].values(), strict=True):
         for key, value in state.items():
-            assert value.dtype == (torch.int64 if key in ("counts", "failures") else torch.float32)
+            counter = key == "counts" or key.endswith("failures")
+            assert value.dtype == (torch.int64 if counter else torch.float32)
             assert torch.equal(value, other[key])
     train(opt, model, data[2:])
     assert model[0].weight.dtype == torch.bfloat16
@@ -244,7 +245,8 @@ def test_one_bad_layer_stops_alone(kind):
         opt.zero_grad()
         loss = loss_of(model, data[1])
         loss.backward()
-        model[0].weight.grad[0, 0] = float("inf")
+        if model[0].weight.grad is not None:  # K-BFGS's second pass makes none
+            model[0].weight.grad[0, 0] = float("inf")
         return loss
 
     opt.step(closure)
@@ -332,10 +334,10 @@ def test_copies_of_the_model_are_free_of_the_optimizer(kind):
     opt.zero_grad()
     loss_of(model, x).backward()
     if kind.startswith("kfac"):
-        before = opt._capture.totals["0"].count
+        before = opt._harness.capture.totals["0"].examples
         loss_of(twin, x).backward()
         loss_of(thawed, x).backward()
-        assert opt._capture.totals["0"].count == before == 16
+        assert opt._harness.capture.totals["0"].examples == before == 16
     del opt
     loss_of(model, x).backward()
 

@@ -1,0 +1,104 @@
+"""The factors A and G of the Kronecker family: how backward brings them, and how they are averaged.
+
+A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E_n[(1/T) Σ_t g gᵀ] a MEAN
+(KFC, arXiv:1602.01407); with one row per example both are plain means. g is the gradient of the
+per-example loss, of labels drawn from the model or of the data's own.
+"""
+
+from torch import Tensor
+
+from optim import positions
+from optim.capture import Accumulate, Call, Totals
+from optim.layers import Block
+from optim.linalg import finite, gram_, learn_, second_moment
+from optim.stacks import Stack
+
+BOTH_AT_ONCE = (
+    "two backwards through one forward; gradients of the data's labels are needed whole for each "
+    "example, so add the losses first"
+)
+
+
+def add_input_moment(totals: Totals, call: Call) -> None:
+    """means["A"]: mean over rows of ã ãᵀ, [groups, in+1, in+1]."""
+    seen, ones = totals.rows, call.block.bias is not None
+    for piece in positions.pieces(call.block, call.x):
+        a = positions.inputs(call.block, piece).flatten(1, 2)
+        totals.means["A"] = second_moment(totals.means.get("A"), a, seen, ones=ones)
+        seen += a.shape[1]
+
+
+def sampled_factors(totals: Totals, call: Call, _: Tensor) -> None:
+    """Means over rows of ã ãᵀ and of g gᵀ [groups, out, out], g of labels drawn from the model."""
+    if call.counted:
+        return
+    assert call.g is not None
+    add_input_moment(totals, call)
+    g = call.gradients(call.g).flatten(1, 2)
+    totals.means["G"] = second_moment(totals.means.get("G"), g, totals.rows, ones=False)
+
+
+def empirical_factors(totals: Totals, call: Call, delivered: Tensor) -> None:
+    """As above, with the data's own labels, from what backward delivers under a mean loss.
+
+    delivered = g_n / M for M examples in all micro-batches, which step() knows: the sum of
+    delivered deliveredᵀ is kept.
+    """
+    once(call)
+    add_input_moment(totals, call)
+    g = call.gradients(delivered).flatten(1, 2)
+    GG = totals.means.setdefault("GG", g.new_zeros(len(g), g.shape[2], g.shape[2]))
+    gram_(GG, g, beta=1.0, alpha=1.0)
+
+
+def once(call: Call) -> None:
+    """Raise ValueError at a second backward through the same forward."""
+    if call.counted:
+        raise ValueError(f"layer '{call.block.name}': {BOTH_AT_ONCE}")
+
+
+def factors_of(likelihood: str) -> Accumulate:
+    """Which of the two: by the data's labels for "empirical", else by sampled ones."""
+    return empirical_factors if likelihood == "empirical" else sampled_factors
+
+
+def input_factor(totals: Totals) -> Tensor:
+    """A [groups, in+1, in+1], summed over positions; spoils the totals."""
+    A = totals.means["A"]
+    return A if totals.rows == totals.examples else A.mul_(totals.positions)
+
+
+def output_factor(totals: Totals, scale: float) -> Tensor:
+    """G [groups, out, out]; scale: what the loss was multiplied with. Spoils the totals."""
+    if "G" in totals.means:
+        return totals.means["G"]
+    return totals.means["GG"].mul_((totals.examples / scale) ** 2 / totals.rows)
+
+
+def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Tensor:
+    """A <- decay A + (1 - decay) A_k and G likewise, unless one of the two is not finite.
+
+    Returns: which matrices learned, [size] bool.
+    """
+    A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
+    G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
+    if "A" not in stack:
+        stack.hold(A=stack.zeros(*A.shape[1:]), G=stack.zeros(*G.shape[1:]))
+    ok = finite(A.diagonal(dim1=-2, dim2=-1)) & finite(G.diagonal(dim1=-2, dim2=-1))
+    if len(totals) < len(stack.blocks):
+        ok = ok & stack.mask(totals)
+    weight = 1 - stack.group["decay"]
+    learn_(stack["A"], A, weight, ok)
+    learn_(stack["G"], G, weight, ok)
+    return ok
+
+
+def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: float = 1.0) -> None:
+    """A and G as running means over the batches of warm_up; this is number `batch`, from 1."""
+    A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
+    G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
+    if batch == 1:
+        stack.hold(A=A.clone(), G=G.clone())
+    else:
+        stack["A"].lerp_(A, 1 / batch)
+        stack["G"].lerp_(G, 1 / batch)

@@ -1,0 +1,273 @@
+"""What every optimizer here does around its own formulas, held by the optimizer as one object.
+
+Blocks in stacks, capturing, momentum and moves, parameters without a block, mixed precision,
+frozen steps, checkpoints, the summary. The methods are their own classes and call what they need.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from optim import checks, momentum
+from optim.capture import NOT_WARM, UNSEEN, Accumulate, Capture, Totals
+from optim.checkpoint import exact_state
+from optim.layers import Block, find_blocks, live_blocks
+from optim.likelihoods import sampled_score
+from optim.linalg import free_to_read
+from optim.momentum import Form, plain_step_
+from optim.passes import full_precision, run, untouched
+from optim.refresh import Job, Refresher, is_due, offsets
+from optim.scaling import take_scale
+from optim.stacks import Stack, make_stacks
+from optim.summary import table
+
+
+class Harness:
+    """The layers of one optimizer and its dealings with the training loop.
+
+    counts: names of the entries of each block's state["counts"]; "not finite" must be among them,
+    and "failed inverses" for methods that refresh. form: of the momentum. hint: what to do about
+    failures. variables: single parameters in place of layers.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        counts: tuple[str, ...],
+        form: Form,
+        variables: list[Any] | None = None,
+    ) -> None:
+        self.optimizer, self.model, self.counts, self.form = optimizer, model, counts, form
+        layers = find_blocks(model) if variables is None else []
+        self.blocks: list[Any] = layers if variables is None else variables
+        self.capture = Capture(model, layers)
+        self.is_frozen = False
+        self.scale = 1.0
+        self.delivers = False  # whether statistics are made of gradients as backward delivers them
+        self.labels: torch.Generator | None = None
+        self.refresher = Refresher(
+            counts.index("failed inverses") if "failed inverses" in counts else 0,
+            "raise the damping, lower lr, or look for inputs that are not finite or very large",
+        )
+        self.regroup()
+
+    def regroup(self) -> None:
+        """Sort blocks into stacks, by the parameter groups as they are now."""
+        groups = self.optimizer.param_groups
+        self.groups = {p: group for group in groups for p in group["params"]}
+        mine = [block for block in self.blocks if block.weight in self.groups]
+        self.stacks = make_stacks(mine, groups, self.optimizer.state)
+        self.stack_of = {block: stack for stack in self.stacks for block in stack.blocks}
+        self._offsets: dict[tuple[int, ...], list[int]] = {}
+        for stack in self.stacks:
+            stack.adopt()
+
+    @property
+    def step(self) -> int:
+        """Number of steps taken."""
+        return self.optimizer.param_groups[0]["step"]
+
+    def setting(self, name: str) -> Any:
+        """A setting that all groups share: the first group's."""
+        return self.optimizer.param_groups[0][name]
+
+    def sample(self, likelihood: str) -> None:
+        """Sample labels from a generator of the optimizer's own, unless they are the data's."""
+        self.delivers = likelihood == "empirical"
+        if not self.delivers:
+            device = self.optimizer.param_groups[0]["params"][0].device
+            self.labels = torch.Generator(device).manual_seed(torch.initial_seed())
+            self.capture.sample = self.score
+
+    def schedule(self, accumulate: Accumulate) -> None:
+        """Capture for the coming step, if it is one that updates."""
+        update = self.step % self.setting("update_every") == 0 and not self.is_frozen
+        self.capture.accumulate = accumulate if update else None
+
+    def joined(self) -> None:
+        """A parameter group has been added: check it, give it the number of steps."""
+        groups = self.optimizer.param_groups
+        first, new = groups[0], groups[-1]
+        new["step"] = first["step"]
+        differing = [k for k in first if k != "params" and new[k] != first[k]]
+        checks.group_settings(new, differing)
+        self.regroup()
+
+    def score(self, output: Tensor) -> Tensor:
+        """Score of one sampled label per example."""
+        assert self.labels is not None
+        return sampled_score(self.setting("likelihood"), output, self.labels)
+
+    def begin(self) -> bool:
+        """Undo a GradScaler's scale; False where it found an overflow and the step must not be.
+
+        Raises: RuntimeError about an inverse that keeps failing; ValueError as `take_scale`.
+        """
+        self.refresher.settle()
+        scale = take_scale(self.optimizer, needed=self.delivers)
+        if scale is None:
+            self.capture.clear()
+            return False
+        self.scale = scale
+        return True
+
+    def end(self) -> None:
+        """Count the step."""
+        for group in self.optimizer.param_groups:
+            group["step"] += 1
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Arithmetic without autocast and TF32."""
+        return full_precision(self.stacks[0].device if self.stacks else torch.device("cpu"))
+
+    def live(self) -> dict[Stack, list[Block]]:
+        """The blocks that have a gradient now, by stack."""
+        found: dict[Stack, list[Block]] = {}
+        for block in live_blocks(b for b in self.blocks if b in self.stack_of):
+            found.setdefault(self.stack_of[block], []).append(block)
+        return found
+
+    def collected(
+        self, live: dict[Stack, list[Block]], missing: str = UNSEEN
+    ) -> dict[Stack, dict[Block, Totals]]:
+        """What capturing has gathered for these blocks, by stack."""
+        totals = self.capture.collect([b for members in live.values() for b in members], missing)
+        return {stack: {b: totals[b] for b in members} for stack, members in live.items()}
+
+    def start(self, stack: Stack, blocks: Iterable[Block]) -> list[Block]:
+        """Blocks of the stack whose state begins now; their counters are made."""
+        if "counts" not in stack:
+            stack.hold(
+                counts=stack.zeros(len(self.counts), dtype=torch.int64),
+                momentum=stack.zeros(*stack.shape),
+            )
+        return stack.start(blocks)
+
+    def count(self, stack: Stack, flags: dict[str, Tensor]) -> None:
+        """Add flags [size] bool to the counters of these names."""
+        for name, flag in flags.items():
+            stack["counts"][:, self.counts.index(name)] += flag
+
+    def ready(self, live: dict[Stack, list[Block]]) -> None:
+        """Raise RuntimeError naming a live block that has no state yet."""
+        for stack, blocks in live.items():
+            for block in blocks:
+                if block not in stack.started:
+                    raise RuntimeError(
+                        f"layer '{block.name}' has no statistics yet: its first step must be one "
+                        "that updates (step number divisible by update_every, not frozen)"
+                    )
+
+    def absorb(self, stack: Stack, live: list[Block]) -> Tensor:
+        """Momentum of the stack; whose gradient was finite, [size] bool."""
+        ok = momentum.absorb_(stack, live, self.groups, self.form)
+        if not (free_to_read(ok) and bool(ok.all())):
+            self.count(stack, {"not finite": ~ok & stack.mask(live)})
+        return ok
+
+    def gradient(self, stack: Stack, live: list[Block], *, decay: bool = True) -> Tensor:
+        """∇ [size, out, in+1], zero for blocks that are not live."""
+        return momentum.gradient(stack, live, self.groups, decay=decay)
+
+    def move(self, stack: Stack, live: list[Block], P: Tensor, ok: Tensor) -> None:
+        """W_bar <- W_bar - lr P; spoils P."""
+        momentum.move_(stack, live, P, ok, self.groups)
+
+    def plain_steps(self) -> None:
+        """The plain rule for every parameter that has a gradient and no block."""
+        inside = {p for block in self.stack_of for p in block.parameters}
+        for parameter, group in self.groups.items():
+            if parameter not in inside and parameter.grad is not None:
+                plain_step_(parameter, self.optimizer.state[parameter], group, self.form)
+
+    def refresh(self, jobs: list[Job], *, all_until: int = 1) -> None:
+        """Solve the jobs that come at this step and count the blocks they refresh."""
+        due = self.due(jobs, all_until=all_until)
+        self.refresher.solve(due)
+        for stack in {job.stack for job in due}:
+            blocks = {block for job in due if job.stack is stack for block in job.blocks}
+            self.count(stack, {"refreshes": stack.mask(blocks)})
+
+    def due(self, jobs: list[Job], *, all_until: int) -> list[Job]:
+        """The jobs that come at this step: all in the first steps, then each once per period.
+
+        A block without a result is always due. With stagger=True the jobs of a period are shared
+        out over its steps by their cost.
+        """
+        every = self.setting("refresh_every")
+        key = tuple(job.n for job in jobs for _ in range(job.stack.size))
+        if key not in self._offsets:
+            costs = [float(job.n**3 * job.stack.size) for job in jobs]
+            shared = self.setting("stagger")
+            self._offsets[key] = offsets(costs, every) if shared else [0] * len(jobs)
+        chosen = []
+        for job, offset in zip(jobs, self._offsets[key], strict=True):
+            due = self.step < all_until or is_due(self.step, every, offset)
+            job.blocks = job.stack.started if due else job.new
+            if job.blocks:
+                chosen.append(job)
+        return chosen
+
+    @contextmanager
+    def frozen(self, schedule: Callable[[], None] | None = None) -> Iterator[None]:
+        """Inside, `is_frozen` is true; `schedule` is called at both ends."""
+        before, self.is_frozen = self.is_frozen, True
+        if schedule is not None:
+            schedule()
+        try:
+            yield
+        finally:
+            self.is_frozen = before
+            if schedule is not None:
+                schedule()
+
+    def warming(
+        self, closures: Iterable[Callable[[], Any]], accumulate: Accumulate, *, eager: bool
+    ) -> Iterator[tuple[int, dict[Stack, dict[Block, Totals]]]]:
+        """Run each closure at the untouched model; (1, 2, ...) with what capturing gathered.
+
+        Raises: RuntimeError after the first step; ValueError if there is no closure or a layer
+        saw no batch.
+        """
+        if self.step or self.optimizer.state:
+            raise RuntimeError("warm_up comes once, before the first step")
+        everything = {stack: stack.blocks for stack in self.stacks}
+        batches = 0
+        with untouched(self.model):
+            for closure in closures:
+                batches += 1
+                with self.capture.recording(accumulate, eager=eager):
+                    run(closure)
+                    found = self.collected(everything, NOT_WARM)
+                yield batches, found
+        self.capture.clear()
+        if not batches:
+            raise ValueError("warm_up saw no batch: its argument is an iterable of callables")
+
+    def started(self) -> list[tuple[Stack, Block]]:
+        """Every block with a state. Raises: RuntimeError before there is one."""
+        found = [(s, b) for b, s in self.stack_of.items() if b in s.started]
+        if not found:
+            raise RuntimeError("no state yet: take a step or call warm_up first")
+        return found
+
+    def summary(self) -> str:
+        """A table: each parameter, how it is trained, the memory of its state, its counters."""
+        return table(self.optimizer, self.model, list(self.stack_of), self.counts)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What state_dict holds beside torch's own: the label generator."""
+        return {} if self.labels is None else {"labels": self.labels.get_state()}
+
+    def loaded(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict that torch has loaded, bit for bit."""
+        exact_state(self.optimizer, state_dict)
+        if self.labels is not None and "labels" in state_dict:
+            self.labels.set_state(state_dict["labels"].cpu())
+        self.regroup()
+        self.capture.clear()

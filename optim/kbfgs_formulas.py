@@ -1,0 +1,116 @@
+"""K-BFGS's updates of H_g and H_a for the layers of one stack."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from optim.bfgs import (
+    acceptable,
+    append_,
+    bfgs_,
+    double_damping,
+    powell_and_shift,
+    times,
+)
+from optim.capture import Totals
+from optim.kbfgs_statistics import patch_moments
+from optim.layers import Block
+from optim.linalg import damped_inverse
+from optim.operators import CompactInverse
+from optim.stacks import Stack
+
+SPLITS = ("equal", "sqrtT")
+
+
+def split_damping(damping: float, split: str, T: float) -> tuple[float, float]:
+    """λ_A and mu_2, whose product is λ; T positions.
+
+    A is a sum over positions and H_g⁻¹ a mean: "sqrtT" gives each its share of the damping.
+    Source: arXiv:2102.06737; which of the two its final version uses is open.
+    """
+    root = damping**0.5
+    return (root, root) if split == "equal" else (root * T**0.5, root / T**0.5)
+
+
+def held_h_g(stack: Stack) -> Tensor | CompactInverse:
+    """H_g as the stack holds it: dense, or by its last pairs."""
+    if "H_g" in stack:
+        return stack["H_g"]
+    return CompactInverse(stack["S"], stack["Y"], stack["R"], stack["YY"])
+
+
+def start_h_g(stack: Stack, blocks: Iterable[Block], history: int | None) -> None:
+    """H_g = I of blocks that begin, no pairs yet."""
+    out = stack.shape[0]
+    p = history or out
+    square = ("H_g", stack.eyes(out)) if history is None else ("R", stack.eyes(p))
+    start = dict([square], s=stack.zeros(out), y=stack.zeros(out))
+    if history is not None:
+        start |= {"S": stack.zeros(p, out), "Y": stack.zeros(p, out), "YY": stack.zeros(p, p)}
+    _begin(stack, blocks, start)
+
+
+def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: float) -> None:
+    """H_a = (A + λ_A I)⁻¹ of blocks that begin; a convolution keeps no A.
+
+    Raises: RuntimeError naming a layer for which that is not possible.
+    """
+    damping = A.new_full((len(A),), lambda_a)
+    H_a, ok = damped_inverse(A, damping)
+    wanted = stack.mask(blocks)
+    if not bool((ok | ~wanted).all()):  # before the first step: waiting is no loss
+        again, good = damped_inverse(A.double(), damping.double())
+        H_a = torch.where(ok[:, None, None], H_a, again.to(H_a.dtype))
+        for block in blocks:
+            if not bool((ok | good)[stack.places[block]].all()):
+                raise RuntimeError(
+                    f"layer '{block.name}': A + √damping I cannot be inverted; look for inputs "
+                    "that are not finite or very large, scale them, or raise the damping"
+                )
+    _begin(stack, blocks, {"H_a": H_a} if stack.convolutional else {"A": A, "H_a": H_a})
+
+
+def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> None:
+    """Give these blocks their part of the tensors, leave the other blocks' as they are."""
+    for key, value in start.items():
+        if key not in stack:
+            stack.hold(**{key: value.clone()})
+        for block in blocks:
+            stack.of(block, key).copy_(value[stack.places[block]])
+
+
+def update_h_g_(stack: Stack, gradient: Tensor, mu_2: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One damped BFGS update of H_g by the averaged pair.
+
+    gradient: raw mean gradient ḡ [size, out] of the skip rule.
+
+    Returns: where it was accepted, where Powell's damping fired, where the second; [size] bool.
+    """
+    H = held_h_g(stack)
+    damped = powell_and_shift if stack.convolutional else double_damping
+    pair = damped(stack["s"], stack["y"], H, mu_2)
+    accept = pair.valid & acceptable(pair.s, pair.y, gradient)
+    store = append_ if isinstance(H, CompactInverse) else bfgs_
+    accept = store(H, pair.s, pair.y, accept)  # type: ignore[arg-type]
+    return accept, pair.powell & pair.valid, pair.second & pair.valid
+
+
+def input_action_(stack: Stack, x: Tensor, lambda_a: float, _: dict[Block, Totals]) -> Tensor:
+    """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
+
+    Returns: where it was accepted, [size] bool.
+    """
+    s = times(stack["H_a"], x)
+    y = times(stack["A"], s).add_(s, alpha=lambda_a)
+    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x))
+
+
+def patch_action_(stack: Stack, x: Tensor, lambda_a: float, totals: dict[Block, Totals]) -> Tensor:
+    """As `input_action_` with the minibatch's own A, which is never formed.
+
+    Source: arXiv:2102.06737.
+    """
+    s = times(stack["H_a"], x)
+    y = patch_moments(stack, totals, s).add_(s, alpha=lambda_a)
+    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & stack.mask(totals))

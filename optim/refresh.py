@@ -1,0 +1,197 @@
+"""Inverses and roots of factors: when they are due, in batches of one size, and failures.
+
+A result that fails is tried again in float64; if that fails too, the last good one stays, the
+failure is counted, and training stops with the remedies after several in a row. On a GPU nobody
+waits for the verdict: flags are copied to the host in the background, and the second try comes with
+a later step.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optim.layers import Block
+from optim.linalg import free_to_read, known_true, per
+from optim.stacks import Stack
+
+PATIENCE = 3  # failures in a row before training is stopped
+Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class Job:
+    """stack[result] <- solver(stack[factor], damping), for each matrix of a stack.
+
+    solver(M [b, n, n], damping [b]) -> results and for which they are good, [b] bool. For results
+    that are several tensors, one may give them side by side in one.
+    """
+
+    stack: Stack
+    factor: str
+    result: str
+    solver: Solver
+    damping: float | Tensor
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def new(self) -> list[Block]:
+        """Started blocks that have no result yet."""
+        have = self.stack.solved.get(self.result, set())
+        return [block for block in self.stack.started if block not in have]
+
+    @property
+    def failures(self) -> Tensor:
+        """How often in a row each matrix failed, [size]; part of the layers' state."""
+        name = f"{self.factor}_failures"
+        if name not in self.stack:
+            self.stack.hold(**{name: self.stack.zeros(dtype=torch.int64)})
+        return self.stack[name]
+
+    @property
+    def n(self) -> int:
+        """Size of each matrix."""
+        return self.stack[self.factor].shape[-1]
+
+    @property
+    def key(self) -> tuple:
+        """Jobs with the same key are solved together."""
+        M = self.stack[self.factor]
+        return self.solver, self.n, M.dtype, M.device
+
+    def dampings(self) -> Tensor:
+        """One damping for each matrix, [b]."""
+        M = self.stack[self.factor]
+        if isinstance(self.damping, Tensor):
+            return self.damping.to(M.dtype).expand(len(M))
+        return M.new_full((len(M),), self.damping)
+
+
+def is_due(step: int, every: int, offset: int = 0) -> bool:
+    """Whether something done every so many steps comes at this one."""
+    return (step - offset) % every == 0
+
+
+def offsets(costs: Sequence[float], every: int) -> list[int]:
+    """Steps of a period at which jobs come, so that no step has much more to do than another.
+
+    The dearest first, each to the step with least to do.
+
+    Two dear jobs and two cheap ones over two steps:
+        >>> offsets([8, 1, 8, 1], 2)
+        [0, 0, 1, 1]
+    """
+    loads, chosen = [0.0] * every, [0] * len(costs)
+    for j in sorted(range(len(costs)), key=lambda j: -costs[j]):
+        chosen[j] = loads.index(min(loads))
+        loads[chosen[j]] += costs[j]
+    return chosen
+
+
+@dataclass(eq=False)
+class _Verdict:
+    """Flags on their way to the host."""
+
+    job: Job
+    live: Tensor
+    ok: Tensor
+    event: torch.cuda.Event | None = None
+
+    @property
+    def arrived(self) -> bool:
+        return self.event is None or self.event.query()
+
+
+@dataclass(eq=False)
+class Refresher:
+    """Solves jobs, keeps the last good results, counts failures.
+
+    count: index in each stack's "counts" of the number of failures. hint: what to do about them.
+    """
+
+    count: int
+    hint: str
+    pending: list[_Verdict] = field(default_factory=list)
+
+    def solve(self, jobs: Iterable[Job]) -> None:
+        """Solve all jobs, those of one size in one batch, and keep what is good.
+
+        Raises: RuntimeError as `settle`.
+        """
+        batches: dict[tuple, list[Job]] = {}
+        for job in jobs:
+            batches.setdefault(job.key, []).append(job)
+        for members in batches.values():
+            self._solve_together(members)
+        self.settle()
+
+    def settle(self) -> None:
+        """Look at the flags that have arrived: try failures again in float64, count what fails.
+
+        Raises: RuntimeError naming a layer that failed several times in a row, or had no result
+        to fall back on.
+        """
+        arrived = [verdict for verdict in self.pending if verdict.arrived]
+        self.pending = [verdict for verdict in self.pending if verdict not in arrived]
+        for verdict in arrived:
+            if bool(verdict.ok.all()):
+                verdict.job.failures.masked_fill_(verdict.live, 0)
+            else:
+                self._again(verdict)
+
+    def _solve_together(self, jobs: list[Job]) -> None:
+        sizes = [job.stack.size for job in jobs]
+        factors = [job.stack[job.factor] for job in jobs]
+        together = factors[0] if len(jobs) == 1 else torch.cat(factors)
+        dampings = torch.cat([job.dampings() for job in jobs])
+        results, oks = jobs[0].solver(together, dampings)
+        for job, result, ok in zip(jobs, results.split(sizes), oks.split(sizes), strict=True):
+            live = job.stack.mask(job.blocks)
+            job.stack.solved.setdefault(job.result, set()).update(job.blocks)
+            _keep(job, result, ok & live)
+            self.pending.append(_on_its_way(job, live, ok | ~live))
+
+    def _again(self, verdict: _Verdict) -> None:
+        job = verdict.job
+        M, dampings = job.stack[job.factor].double(), job.dampings().double()
+        result, good = job.solver(M, dampings)
+        failed = ~verdict.ok.to(good.device)
+        _keep(job, result.to(job.stack.dtype), good & failed)
+        failures, lost = job.failures, failed & ~good
+        failures.copy_(torch.where(lost, failures + 1, 0))
+        job.stack["counts"][:, self.count] += lost
+        had_none = job.stack[job.result].flatten(1).abs().sum(1) == 0
+        stop = (failures >= PATIENCE) | (lost & had_none)
+        if bool(stop.any()):
+            self._give_up(job, stop)
+
+    def _give_up(self, job: Job, stop: Tensor) -> None:
+        names = [b.name for b in job.stack.blocks if bool(stop[job.stack.places[b]].any())]
+        times = int(job.failures.max())
+        raise RuntimeError(
+            f"layer '{names[0]}': {job.factor} could not be inverted, {times} times in a row; "
+            f"{self.hint}"
+        )
+
+
+def _keep(job: Job, result: Tensor, ok: Tensor) -> None:
+    """stack[result] <- result where ok, in place, so that views stay live."""
+    stack = job.stack
+    if job.result not in stack:
+        stack.hold(**{job.result: torch.zeros_like(result)})
+    held = stack[job.result]
+    if known_true(ok):
+        held.copy_(result)
+    else:
+        held.copy_(torch.where(per(ok, held) > 0, result, held))
+
+
+def _on_its_way(job: Job, live: Tensor, ok: Tensor) -> _Verdict:
+    if free_to_read(ok):
+        return _Verdict(job, live, ok)
+    host = torch.empty(ok.shape, dtype=torch.bool, pin_memory=True)
+    host.copy_(ok, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _Verdict(job, live, host, event)

@@ -1,0 +1,48 @@
+"""Mixed precision with a GradScaler: taking its scale off gradients and captured statistics."""
+
+import torch
+from torch.optim import Optimizer
+
+NEEDS_SCALER = (
+    "scaler.unscale_(optimizer) has taken the scale off .grad, but the gradients captured at the "
+    "layers still carry it; tell the optimizer before training: optimizer.scaler = scaler"
+)
+
+
+def take_scale(optimizer: Optimizer, *, needed: bool) -> float | None:
+    """The scale that captured gradients carry; .grad is rid of it. None: overflow, do not step.
+
+    GradScaler.step leaves `found_inf` and, unless unscale_ was called before, `grad_scale` on an
+    optimizer that asks for them. It waits for the device to read `found_inf`, as GradScaler does.
+
+    needed: whether the method uses captured gradients. optimizer.scaler, if the user has set it,
+    tells the scale after an unscale_.
+
+    Raises: ValueError where it is needed, unscale_ was called and the scaler is not known.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None:
+        return 1.0
+    if bool(found_inf):
+        return None
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None and not needed:
+        return 1.0
+    if scale is None:
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is None:
+            raise ValueError(NEEDS_SCALER)
+        return scaler.get_scale()
+    grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    torch._foreach_mul_(grads, 1.0 / float(scale))
+    return float(scale)
+
+
+def refuse_scaler(optimizer: Optimizer) -> None:
+    """Raise ValueError if a GradScaler is stepping this optimizer, which needs a closure."""
+    if getattr(optimizer, "found_inf", None) is not None:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss twice a step, at another scale than "
+            "GradScaler's; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which "
+            "needs no scaler, or use a one-pass method such as KFAC"
+        )
