@@ -21,11 +21,19 @@ BOTH_AT_ONCE = (
 
 def add_input_moment(totals: Totals, call: Call) -> None:
     """means["A"]: mean over rows of ã ãᵀ, [groups, in+1, in+1]."""
-    seen, ones = totals.rows, call.block.bias is not None
-    for piece in positions.pieces(call.block, call.x):
-        a = positions.inputs(call.block, piece).flatten(1, 2)
-        totals.means["A"] = second_moment(totals.means.get("A"), a, seen, ones=ones)
+    totals.means["A"], _ = input_moment(totals.means.get("A"), call.block, call.x, seen=totals.rows)
+
+
+def input_moment(
+    mean: Tensor | None, block: Block, x: Tensor, *, seen: int
+) -> tuple[Tensor, int]:
+    """Mean over rows of ã ãᵀ joined to that of `seen` earlier ones; how many there are now."""
+    for piece in positions.pieces(block, x):
+        a = positions.inputs(block, piece).flatten(1, 2)
+        mean = second_moment(mean, a, seen, ones=block.bias is not None)
         seen += a.shape[1]
+    assert mean is not None
+    return mean, seen
 
 
 def sampled_factors(totals: Totals, call: Call, _: Tensor) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from optim import positions
 from optim.capture import Call, Totals
-from optim.factors import add_input_moment, input_factor
+from optim.factors import add_input_moment, input_factor, input_moment
 from optim.layers import Block
 from optim.linalg import running_mean
 from optim.stacks import Stack
@@ -50,8 +50,10 @@ def moment(totals: Totals, call: Call, _: Tensor) -> None:
 def input_factors(stack: Stack, totals: dict[Block, Totals]) -> Tensor:
     """A = E_n[Σ_t ã ãᵀ] of the batch, [size, in+1, in+1]; of kept inputs if need be."""
     for block, total in totals.items():
-        for x in total.kept if "A" not in total.means else ():
-            add_input_moment(total, Call(block, x, 0, 0, 0))
+        seen = 0
+        for x in total.kept if block.convolutional and "A" not in total.means else ():
+            A = total.means.get("A")
+            total.means["A"], seen = input_moment(A, block, x, seen=seen)
     return stack.gathered({block: input_factor(total) for block, total in totals.items()})
 
 

@@ -1,0 +1,95 @@
+"""KFAC and K-BFGS follow the slow dense oracles on a network, convolutions and shared weights."""
+
+import copy
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from optim import KBFGS, KFAC
+from optim.likelihoods import sampled_score
+
+HERE = Path(__file__).parent
+ORACLES = runpy.run_path(str(HERE / "oracles.py"))["ORACLES"]
+CASES = runpy.run_path(str(HERE / "models.py"))["CASES"]
+STEPS = 7
+
+
+def run(opt, case, oracle, closure_only):
+    """Train both, comparing weights and preconditioners after every step."""
+    labels = None
+    if opt._harness.labels is not None:
+        labels = torch.Generator()
+        labels.set_state(opt._harness.labels.get_state())
+    for batch in case.batches[:STEPS]:
+
+        def closure(batch=batch):
+            opt.zero_grad()
+            loss = case.loss(case.model, batch)
+            loss.backward()
+            return loss
+
+        if closure_only:
+            before = {n: dense(P) for n, P in opt.preconditioner().items()} if opt.state else None
+            opt.step(closure)
+            oracle.step(batch)
+        else:
+            closure()
+            opt.step()
+            score = None
+            if labels is not None:
+                kind = case.likelihood
+                score = lambda z, kind=kind: sampled_score(kind, z, labels)  # noqa: E731
+            oracle.step(batch, score)
+            before = {n: dense(P) for n, P in opt.preconditioner().items()}
+        own, other = case.model.state_dict(), oracle.model.state_dict()
+        for name in own:
+            # two orders of the same sums, seven steps, inverses of condition below 1e4
+            torch.testing.assert_close(own[name], other[name], rtol=1e-9, atol=1e-10)
+        for name in before or ():
+            torch.testing.assert_close(before[name], oracle.P[name], rtol=1e-8, atol=1e-9)
+        assert set(before or oracle.P) == set(oracle.P)
+
+
+def ours(hyper):
+    return {{"decoupled": "decoupled_weight_decay"}.get(k, k): v for k, v in hyper.items()}
+
+
+def dense(P):
+    return P @ torch.eye(P.shape[0])
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"damping": 0.3},
+        {"damping": 2.0, "pi": True, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
+        {"damping": 0.5, "weight_decay": 0.02, "decoupled": True, "decay": 0.5},
+    ],
+)
+@pytest.mark.parametrize("empirical", [False, True])
+def test_kfac(name, hyper, empirical):
+    case = CASES[name]()
+    likelihood = "empirical" if empirical else case.likelihood
+    twin = copy.deepcopy(case.model)
+    opt = KFAC(case.model, lr=0.3, likelihood=likelihood, **ours(hyper))
+    run(opt, case, ORACLES["KFAC"](twin, case.loss, lr=0.3, **hyper), closure_only=False)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"damping": 0.3},
+        {"damping": 0.9, "history": 3, "weight_decay": 0.01},
+        {"damping": 0.5, "damping_split": "sqrtT", "decoupled": True, "weight_decay": 0.05},
+        {"damping": 0.3, "update_every": 3, "decay": 0.5, "weight_decay": 0.02},
+    ],
+)
+def test_kbfgs(name, hyper):
+    case = CASES[name]()
+    twin = copy.deepcopy(case.model)
+    opt = KBFGS(case.model, lr=0.2, **ours(hyper))
+    run(opt, case, ORACLES["KBFGS"](twin, case.loss, lr=0.2, **hyper), closure_only=True)
