@@ -1,6 +1,29 @@
 """Block-structured second-order optimizers for the standard PyTorch training loops."""
 
+from optim.damping import Damping
+from optim.ekfac import EKFAC
+from optim.eva import Eva
+from optim.exact_fisher import ExactFisher
 from optim.kbfgs import KBFGS
 from optim.kfac import KFAC
+from optim.layerwise_step import LayerwiseStep
+from optim.levenberg_marquardt import LevenbergMarquardt
+from optim.mbf import MBF
+from optim.shampoo import Shampoo
+from optim.tkfac import TKFAC
+from optim.tnt import TNT
 
-__all__ = ["KBFGS", "KFAC"]
+__all__ = [
+    "EKFAC",
+    "KBFGS",
+    "KFAC",
+    "MBF",
+    "TKFAC",
+    "TNT",
+    "Damping",
+    "Eva",
+    "ExactFisher",
+    "LayerwiseStep",
+    "LevenbergMarquardt",
+    "Shampoo",
+]

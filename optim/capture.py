@@ -59,11 +59,12 @@ class Totals:
     """What backward has delivered for a block since zero_grad: named means over `rows`.
 
     A row is one example at one position; there are rows / examples positions. kept: whatever of
-    the batch is needed whole until the step.
+    the batch is needed whole until the step. share: this process's part of the examples.
     """
 
     examples: int = 0
     rows: int = 0
+    share: float = 1.0
     backward: int = -1  # id of the backward that added last
     means: dict[str, Tensor] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
@@ -77,14 +78,25 @@ class Totals:
 Accumulate = Callable[[Totals, Call, Tensor], None]
 
 
-class _Hook:
-    """Calls a living Capture; a copied or pickled model carries an inert one instead."""
+def one_tensor(module: nn.Module, output: Any) -> None:
+    """Raise ValueError unless the model's output is one that labels can be sampled from."""
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            "labels are sampled from the model's output, which must be one tensor; "
+            f"{type(module).__name__} returned {type(output).__name__}; return a tensor or "
+            "use likelihood='empirical'"
+        )
 
-    def __init__(self, capture: "Capture", method: str) -> None:
+
+class WeakHook:
+    """Calls a method of a living object; a copied or pickled model carries an inert one instead."""
+
+    def __init__(self, capture: Any, method: str) -> None:
         self.capture = weakref.ref(capture)
         self.method = method
 
     def __call__(self, *args: Any) -> Any:
+        """What the method returns; None once the object is gone."""
         capture = self.capture()
         return None if capture is None else getattr(capture, self.method)(*args)
 
@@ -112,7 +124,7 @@ class Capture:
     wants_outputs: call.z is wanted.
     """
 
-    _sampling = False  # of whichever optimizer: its backward delivers to nobody's statistics
+    sampling = False  # of whichever optimizer: its backward delivers to nobody's statistics
 
     def __init__(self, model: nn.Module, blocks: list[Block]) -> None:
         self.totals: dict[str, Totals] = {}
@@ -121,15 +133,20 @@ class Capture:
         self.eager = False
         self.outputs_only = False
         self.wants_outputs = False
-        self._blocks: dict[nn.Module, Block] = {block.module: block for block in blocks}
+        self._blocks: dict[nn.Module, Block] = {}
         self._forward = 0
         # calls of the forward under way; the edges stay out of Call, which the graph holds:
         # graph -> hook -> call -> edge -> graph would never be freed
         self._open: list[tuple[Call, GradientEdge | None]] | None = None
+        self.watch(blocks)
+        model.register_forward_pre_hook(WeakHook(self, "_model_starts"))
+        model.register_forward_hook(WeakHook(self, "_model_done"))
+
+    def watch(self, blocks: list[Block]) -> None:
+        """Capture at these blocks too."""
         for block in blocks:
-            block.module.register_forward_hook(_Hook(self, "_layer_done"), with_kwargs=True)
-        model.register_forward_pre_hook(_Hook(self, "_model_starts"))
-        model.register_forward_hook(_Hook(self, "_model_done"))
+            self._blocks[block.module] = block
+            block.module.register_forward_hook(WeakHook(self, "_layer_done"), with_kwargs=True)
 
     def clear(self) -> None:
         """Forget all totals, as zero_grad does with gradients."""
@@ -175,7 +192,7 @@ class Capture:
     ) -> Tensor | None:
         eager_now = self.eager and self.sample is None
         block = self._blocks.get(module)
-        if block is None or self.accumulate is None or Capture._sampling:
+        if block is None or self.accumulate is None or Capture.sampling:
             return None
         if not (eager_now or torch.is_grad_enabled()):
             return None
@@ -203,6 +220,8 @@ class Capture:
                 f"layer '{block.name}' got an input of shape {tuple(x.shape)}; dimension 0 must "
                 f"be the batch: {'[batch, channels, h, w]' if dims == 4 else '[batch, ..., in]'}"
             )
+        if self._open is None:
+            self._forward += 1  # a call outside the model's forward is one of its own
         again = any(call.block is block for call, _ in self._open or ())
         mean = None
         if self.wants_outputs:
@@ -217,12 +236,7 @@ class Capture:
         opened, self._open = self._open or [], None
         if not opened or self.sample is None or self.accumulate is None:
             return
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                "labels are sampled from the model's output, which must be one tensor; "
-                f"{type(module).__name__} returned {type(output).__name__}; return a tensor or "
-                "use likelihood='empirical'"
-            )
+        one_tensor(module, output)
         if output.requires_grad:
             self._back_propagate(opened, output)
 
@@ -240,13 +254,13 @@ class Capture:
         edges = [edge for _, edge in opened if edge is not None]
         with full_precision(output.device):
             score = self.sample(output.detach()).to(output.dtype)
-        Capture._sampling = True
+        Capture.sampling = True
         try:
             gradients = torch.autograd.grad(
                 output, edges, score, retain_graph=True, allow_unused=True
             )
         finally:
-            Capture._sampling = False
+            Capture.sampling = False
         for (call, _), g in zip(opened, gradients, strict=True):
             call.g = None if g is None else g.detach().to(call.x.dtype)
             if self.eager and g is not None:
@@ -254,7 +268,7 @@ class Capture:
 
     @torch.no_grad()
     def _commit(self, call: Call, delivered: Tensor) -> None:
-        if Capture._sampling or self.accumulate is None:
+        if Capture.sampling or self.accumulate is None:
             return
         if self.sample is not None and call.g is None and not call.counted:
             raise ValueError(

@@ -24,9 +24,7 @@ def add_input_moment(totals: Totals, call: Call) -> None:
     totals.means["A"], _ = input_moment(totals.means.get("A"), call.block, call.x, seen=totals.rows)
 
 
-def input_moment(
-    mean: Tensor | None, block: Block, x: Tensor, *, seen: int
-) -> tuple[Tensor, int]:
+def input_moment(mean: Tensor | None, block: Block, x: Tensor, *, seen: int) -> tuple[Tensor, int]:
     """Mean over rows of ã ãᵀ joined to that of `seen` earlier ones; how many there are now."""
     for piece in positions.pieces(block, x):
         a = positions.inputs(block, piece).flatten(1, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optim import checks, momentum
+from optim import checks, distributed, momentum
 from optim.capture import NOT_WARM, UNSEEN, Accumulate, Capture, Totals
 from optim.checkpoint import exact_state
 from optim.layers import Block, find_blocks, live_blocks
@@ -21,6 +21,7 @@ from optim.linalg import free_to_read
 from optim.momentum import Form, plain_step_
 from optim.passes import full_precision, run, untouched
 from optim.refresh import Job, Refresher, is_due, offsets
+from optim.sampled_gradients import SampledGradients
 from optim.scaling import take_scale
 from optim.stacks import Stack, make_stacks
 from optim.summary import table
@@ -31,7 +32,7 @@ class Harness:
 
     counts: names of the entries of each block's state["counts"]; "not finite" must be among them,
     and "failed inverses" for methods that refresh. form: of the momentum. hint: what to do about
-    failures. variables: single parameters in place of layers.
+    failures. variables: finds single parameters to take the place of layers.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class Harness:
         model: nn.Module,
         counts: tuple[str, ...],
         form: Form,
-        variables: list[Any] | None = None,
+        variables: Callable[[nn.Module], list[Any]] | None = None,
     ) -> None:
         self.optimizer, self.model, self.counts, self.form = optimizer, model, counts, form
-        layers = find_blocks(model) if variables is None else []
-        self.blocks: list[Any] = layers if variables is None else variables
-        self.capture = Capture(model, layers)
+        self.find: Callable[[nn.Module], list[Any]] = variables or find_blocks
+        self.blocks: list[Any] = self.find(model)
+        capturing: Any = Capture if variables is None else SampledGradients
+        self.capture: Any = capturing(model, self.blocks)
         self.is_frozen = False
         self.scale = 1.0
         self.delivers = False  # whether statistics are made of gradients as backward delivers them
@@ -72,6 +74,11 @@ class Harness:
         """Number of steps taken."""
         return self.optimizer.param_groups[0]["step"]
 
+    @property
+    def updating(self) -> bool:
+        """Whether statistics are updated at the coming step."""
+        return self.step % self.setting("update_every") == 0 and not self.is_frozen
+
     def setting(self, name: str) -> Any:
         """A setting that all groups share: the first group's."""
         return self.optimizer.param_groups[0][name]
@@ -81,21 +88,31 @@ class Harness:
         self.delivers = likelihood == "empirical"
         if not self.delivers:
             device = self.optimizer.param_groups[0]["params"][0].device
-            self.labels = torch.Generator(device).manual_seed(torch.initial_seed())
+            seed = torch.initial_seed() + distributed.rank()
+            self.labels = torch.Generator(device).manual_seed(seed)
             self.capture.sample = self.score
 
     def schedule(self, accumulate: Accumulate) -> None:
         """Capture for the coming step, if it is one that updates."""
-        update = self.step % self.setting("update_every") == 0 and not self.is_frozen
-        self.capture.accumulate = accumulate if update else None
+        self.capture.accumulate = accumulate if self.updating else None
 
     def joined(self) -> None:
-        """A parameter group has been added: check it, give it the number of steps."""
+        """A parameter group has been added: check it, find its layers, give it the step number."""
+        self.refresher.settle(wait=True)  # its verdicts are on stacks that go now
         groups = self.optimizer.param_groups
         first, new = groups[0], groups[-1]
         new["step"] = first["step"]
-        differing = [k for k in first if k != "params" and new[k] != first[k]]
-        checks.group_settings(new, differing)
+        # schedulers leave notes of their own in the groups they know
+        differing = [k for k in self.optimizer.defaults if new[k] != first[k]]
+        try:
+            checks.group_settings(new, differing)
+        except ValueError:
+            groups.pop()
+            raise
+        known = {block.weight for block in self.blocks}
+        found = [block for block in self.find(self.model) if block.weight not in known]
+        self.blocks += found
+        self.capture.watch(found)
         self.regroup()
 
     def score(self, output: Tensor) -> Tensor:
@@ -136,7 +153,9 @@ class Harness:
         self, live: dict[Stack, list[Block]], missing: str = UNSEEN
     ) -> dict[Stack, dict[Block, Totals]]:
         """What capturing has gathered for these blocks, by stack."""
-        totals = self.capture.collect([b for members in live.values() for b in members], missing)
+        blocks, own = [b for members in live.values() for b in members], self.capture.totals
+        distributed.join_(self.stack_of, {b: own[b.name] for b in blocks if b.name in own})
+        totals = self.capture.collect(blocks, missing)
         return {stack: {b: totals[b] for b in members} for stack, members in live.items()}
 
     def start(self, stack: Stack, blocks: Iterable[Block]) -> list[Block]:
@@ -202,7 +221,7 @@ class Harness:
         every = self.setting("refresh_every")
         key = tuple(job.n for job in jobs for _ in range(job.stack.size))
         if key not in self._offsets:
-            costs = [float(job.n**3 * job.stack.size) for job in jobs]
+            costs = [job.cost for job in jobs]
             shared = self.setting("stagger")
             self._offsets[key] = offsets(costs, every) if shared else [0] * len(jobs)
         chosen = []
@@ -227,9 +246,11 @@ class Harness:
                 schedule()
 
     def warming(
-        self, closures: Iterable[Callable[[], Any]], accumulate: Accumulate, *, eager: bool
+        self, closures: Iterable[Callable[[], Any]], accumulate: Accumulate | None, *, eager: bool
     ) -> Iterator[tuple[int, dict[Stack, dict[Block, Totals]]]]:
         """Run each closure at the untouched model; (1, 2, ...) with what capturing gathered.
+
+        accumulate: None captures nothing; .grad is there to be read.
 
         Raises: RuntimeError after the first step; ValueError if there is no closure or a layer
         saw no batch.
@@ -243,7 +264,7 @@ class Harness:
                 batches += 1
                 with self.capture.recording(accumulate, eager=eager):
                     run(closure)
-                    found = self.collected(everything, NOT_WARM)
+                    found = {} if accumulate is None else self.collected(everything, NOT_WARM)
                 yield batches, found
         self.capture.clear()
         if not batches:
@@ -269,5 +290,6 @@ class Harness:
         exact_state(self.optimizer, state_dict)
         if self.labels is not None and "labels" in state_dict:
             self.labels.set_state(state_dict["labels"].cpu())
+        self.refresher.pending.clear()
         self.regroup()
         self.capture.clear()

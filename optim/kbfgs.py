@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optim import checks, kbfgs_statistics
+from optim import checks, distributed, kbfgs_statistics
 from optim.capture import Totals
 from optim.harness import Harness
 from optim.kbfgs_formulas import (
@@ -146,6 +146,7 @@ class KBFGS(Optimizer):
         """
         closure, harness = checks.needed(closure), self._harness
         refuse_scaler(self)
+        distributed.wrapped(harness.model, "KBFGS")
         start, update = random_state(harness.model), self._updates()
         with harness.capture.recording(kbfgs_statistics.first if update else None):
             loss = run(closure)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optim import positions
+from optim import distributed, positions
 from optim.capture import Call, Totals
 from optim.factors import add_input_moment, input_factor, input_moment
 from optim.layers import Block
@@ -54,6 +54,8 @@ def input_factors(stack: Stack, totals: dict[Block, Totals]) -> Tensor:
         for x in total.kept if block.convolutional and "A" not in total.means else ():
             A = total.means.get("A")
             total.means["A"], seen = input_moment(A, block, x, seen=seen)
+        if seen:  # of the rows of all processes
+            distributed.add_up_(total.means["A"].mul_(seen / total.rows))
     return stack.gathered({block: input_factor(total) for block, total in totals.items()})
 
 
@@ -71,4 +73,5 @@ def patch_moments(stack: Stack, totals: dict[Block, Totals], s: Tensor) -> Tenso
         own = s[stack.places[block]]
         acted = [positions.patch_action(block, x, own) for x in total.kept]
         parts[block] = torch.stack(acted).sum(0) / total.examples
+        distributed.add_up_(parts[block])
     return stack.gathered(parts)

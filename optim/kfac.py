@@ -6,6 +6,7 @@ arXiv:2006.08877 compares with; convolutions as in Grosse, Martens 2016, arXiv:1
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from torch.optim import Optimizer
 from optim import checks
 from optim.factors import factors_of, learn_factors, warm_factors
 from optim.harness import Harness
+from optim.levenberg_marquardt import LevenbergMarquardt
 from optim.likelihoods import LIKELIHOODS
-from optim.linalg import damped_inverse
+from optim.linalg import damped_inverse, known_true
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
-from optim.passes import run
+from optim.passes import random_state, run
 from optim.refresh import Job
+from optim.rescaled_step import Batch, RescaledStep, check, check_groups
+from optim.scaling import refuse_scaler
 from optim.stacks import Stack
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
@@ -61,11 +65,20 @@ class KFAC(Optimizer):
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
     update_every, refresh_every: steps between updates of A and G, and between inversions.
     pi: balance the damping by the factors' traces.
+    rescale: W_bar <- W_bar + lr (α Δ + μ δ), Δ = -G_inv (∇ + weight_decay W_bar) A_inv, δ the last
+        step: the best in that plane (momentum=0: on that line) by the exact Fisher matrix of the
+        batch plus damping and weight_decay. lr=1 takes it whole. Parameters outside layers
+        take part with Δ = -∇/damping. Needs step(closure), evaluated twice a step on one batch;
+        the loss must be that of `likelihood`, summed over outputs.
+    adaptive: LevenbergMarquardt() adapts both dampings from their start, λ = damping and
+        √(λ + weight_decay) of the factors, by one evaluation more every few steps. The paper's:
+        damping=150, weight_decay=1e-5, decay=0.95, pi=True. Needs rescale=True.
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
-    State of each weight: A, A_inv [in+1, in+1]; G, G_inv [out, out]; momentum [out, in+1]; counts,
-    in the order of `COUNTS`; failures in a row; after an axis of groups in grouped convolutions.
+    State of each weight: A, A_inv [in+1, in+1]; G, G_inv [out, out]; momentum [out, in+1] (with
+    rescale δ, M is not used); counts, in the order of `COUNTS`; failures in a row; after an axis
+    of groups in grouped convolutions. `rescaling` holds α, μ and the adapted factors.
     Factors are float32, or float64 for float64 parameters. The number of steps is
     param_groups[0]["step"].
 
@@ -104,6 +117,8 @@ class KFAC(Optimizer):
         refresh_every: int = 20,
         *,
         pi: bool = False,
+        rescale: bool = False,
+        adaptive: LevenbergMarquardt | None = None,
         stagger: bool = False,
         decoupled_weight_decay: bool = False,
         groups: list[dict[str, Any]] | None = None,
@@ -119,14 +134,18 @@ class KFAC(Optimizer):
             "update_every": update_every,
             "refresh_every": refresh_every,
             "pi": pi,
+            "rescale": rescale,
+            "adaptive": None if adaptive is None else asdict(adaptive),
             "stagger": stagger,
         }
         checks.common(settings)
         checks.periods(settings)
         checks.choice("likelihood", likelihood, [*LIKELIHOODS, "empirical"])
+        check(settings)
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
         self._harness.sample(likelihood)
+        self._rescaled = RescaledStep(self._harness, self._preconditioned)
         self._schedule()
 
     @torch.no_grad()
@@ -134,15 +153,19 @@ class KFAC(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failed inversions in a row.
+        RuntimeError after three failed inversions in a row; with rescale=True TypeError without
+        a closure and ValueError under a GradScaler.
         """
         harness = self._harness
+        if harness.setting("rescale"):
+            return self._step_in_plane(checks.needed(closure, "KFAC(rescale=True)"))
         loss = None if closure is None else run(closure)
         if not harness.begin():
             return loss
         with harness.exact():
             live = harness.live()
             self._learn(live)
+            self._refresh()
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
                 P = stack["G_inv"] @ stack["momentum"] @ stack["A_inv"]
@@ -205,13 +228,16 @@ class KFAC(Optimizer):
             self._harness.joined()
 
     def state_dict(self) -> dict[str, Any]:
-        """As in PyTorch, with the state of the label generator under "labels"."""
-        return {**super().state_dict(), **self._harness.extra_state()}
+        """As in PyTorch, with the label generator's state as "labels", and `rescaling`."""
+        own = {"rescaling": dict(self.rescaling)} if self._harness.setting("rescale") else {}
+        return {**super().state_dict(), **self._harness.extra_state(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()` bit for bit, factors in their own precision."""
         super().load_state_dict(state_dict)
         self._harness.loaded(state_dict)
+        for name, value in state_dict.get("rescaling", {}).items():
+            self.rescaling[name].copy_(value)
         self._schedule()
 
     def _schedule(self) -> None:
@@ -227,21 +253,57 @@ class KFAC(Optimizer):
                 harness.start(stack, totals)
                 harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(totals)})
         harness.ready(live)
-        if not harness.is_frozen:
-            self._refresh()
 
     def _refresh(self) -> None:
         """New inverses where they are due; a failed one is counted and the last good one kept."""
-        harness, jobs = self._harness, []
-        for stack in harness.stacks:
-            if stack.started:
-                pi: float | Tensor = 1.0
-                if harness.setting("pi"):
-                    pi = trace_balance(stack["A"], stack["G"])
-                root = stack.group["damping"] ** 0.5
-                jobs.append(Job(stack, "A", "A_inv", damped_inverse, root * pi))
-                jobs.append(Job(stack, "G", "G_inv", damped_inverse, root / pi))
-        harness.refresh(jobs, all_until=harness.setting("refresh_every") + 1)
+        harness = self._harness
+        if not harness.is_frozen:
+            jobs = [job for stack in harness.stacks if stack.started for job in self._jobs(stack)]
+            harness.refresh(jobs, all_until=harness.setting("refresh_every") + 1)
+
+    def _jobs(self, stack: Stack, factor: float = 1.0) -> tuple[Job, Job]:
+        """The inversions of A and G, damped by `factor` times the present damping."""
+        pi = trace_balance(stack["A"], stack["G"]) if self._harness.setting("pi") else 1.0
+        gamma = self._rescaled.gamma(stack.group) * factor
+        return (
+            Job(stack, "A", "A_inv", damped_inverse, gamma * pi),
+            Job(stack, "G", "G_inv", damped_inverse, gamma / pi),
+        )
+
+    def _step_in_plane(self, closure: Callable[[], Tensor]) -> Tensor:
+        """The step of rescale=True; returns the loss before it."""
+        harness, rescaled = self._harness, self._rescaled
+        refuse_scaler(self)
+        check_groups(self.param_groups)
+        start = random_state(harness.model)
+        batch = Batch(closure, start, run(closure))
+        harness.begin()
+        live = harness.live()
+        with harness.exact():
+            self._learn(live)
+        rescaled.search(batch, live)
+        with harness.exact():
+            self._refresh()
+        rescaled.move(batch, live)
+        harness.end()
+        self._schedule()
+        return batch.loss
+
+    def _preconditioned(self, stack: Stack, M: Tensor, factor: float | None) -> Tensor:
+        """G_inv M A_inv, by the inverses held or by those of `factor` times the damping."""
+        if factor is None:
+            return stack["G_inv"] @ M @ stack["A_inv"]
+        A, G = (_tried(job) for job in self._jobs(stack, factor))
+        return G @ M @ A
+
+    @property
+    def rescaling(self) -> dict[str, Tensor]:
+        """What rescale=True found last, live 0-d tensors.
+
+        "alpha", "mu" of the last step, "rho" (NaN before the first); "lambda" and "gamma", by
+        which the two dampings are multiplied now.
+        """
+        return self._rescaled.state
 
     def _products(self, left: str, right: str) -> dict[str, Operator]:
         maps = {}
@@ -249,3 +311,9 @@ class KFAC(Optimizer):
             pairs = zip(stack.of(block, left), stack.of(block, right), strict=True)
             maps[block.name] = by_group([Kronecker(G, A) for G, A in pairs])
         return maps
+
+
+def _tried(job: Job) -> Tensor:
+    """The result of a job that is not kept; NaN where there is none."""
+    result, ok = job.solver(job.M, job.dampings())
+    return result if known_true(ok) else torch.where(ok[:, None, None], result, torch.nan)

@@ -1,6 +1,6 @@
 """What is trained as a whole: layers whose weight nobody else uses, or single parameters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ class Block:
     bias: Tensor | None
 
     @property
-    def kind(self) -> type:
+    def kind(self) -> Hashable:
         """Blocks of different kinds are treated apart, of whatever shape they are."""
-        return type(self.module)
+        kernel = self.module.kernel_size if isinstance(self.module, nn.Conv2d) else ()
+        return type(self.module), kernel, self.bias is None
 
     @property
     def groups(self) -> int:
@@ -53,6 +54,14 @@ class Block:
         """Weight and, if it is in the block, bias."""
         return [p for p in (self.weight, self.bias) if p is not None]
 
+    @property
+    def treatments(self) -> dict[Tensor, str]:
+        """What `summary()` says of each parameter."""
+        said = {self.weight: f"block '{self.name}' {list(self.shape)}"}
+        if self.bias is not None:
+            said[self.bias] = f"in block '{self.name}'"
+        return said
+
     def parts(self, stacked: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Each parameter with its part of a tensor like W_bar, [groups, out, in+1]."""
         size = self.inputs
@@ -66,12 +75,14 @@ class Block:
 class Variable:
     """One parameter trained by itself, seen as a tensor of `shape` (of the same entries).
 
-    It stands where a Block does, for methods that need no layers.
+    It stands where a Block does, for methods that need no layers. axes: those of the shape that
+    get a factor; too long ones do not.
     """
 
     name: str
     weight: Tensor
     shape: tuple[int, ...]
+    axes: tuple[int, ...]
 
     kind = Tensor
     groups = 1
@@ -82,20 +93,35 @@ class Variable:
         """The parameter."""
         return [self.weight]
 
+    @property
+    def treatments(self) -> dict[Tensor, str]:
+        """What `summary()` says of the parameter."""
+        long = [n for i, n in enumerate(self.shape) if i not in self.axes]
+        why = f"longer than max_axis: {', '.join(map(str, long))}"
+        if not self.axes:
+            return {self.weight: f"plain rule: {why}"}
+        rest = f", no factor for {why}" if long else ""
+        return {self.weight: f"axes {list(self.shape)}{rest}"}
+
     def parts(self, stacked: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The parameter with its tensor, [1, *shape]."""
         return [(self.weight, stacked)]
 
 
 def find_variables(
-    model: nn.Module, shape: Callable[[nn.Module, Tensor], tuple[int, ...]]
+    model: nn.Module, shape: Callable[[nn.Module, Tensor], tuple[int, ...]], max_axis: int
 ) -> list[Variable]:
-    """Every trainable parameter once, in the shape that its (first) module and it are given."""
+    """Every trainable parameter once, in the shape that its (first) module and it are given.
+
+    Its axes up to the length `max_axis` get a factor.
+    """
     found = []
     for parameter, names in _owners(model).items():
         if parameter.requires_grad:
             module = model.get_submodule(names[0].rpartition(".")[0])
-            found.append(Variable(names[0], parameter, shape(module, parameter)))
+            sizes = shape(module, parameter)
+            axes = tuple(i for i, n in enumerate(sizes) if n <= max_axis)
+            found.append(Variable(names[0], parameter, sizes, axes))
     return found
 
 

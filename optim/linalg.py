@@ -5,6 +5,7 @@ from torch import Tensor
 
 STRIPS = 4  # of a symmetric product on a CPU
 SMALL = 256  # columns below which it is made in one piece
+FEW = 32  # rows below which mirroring costs more than it saves
 
 
 def factor_dtype(tensor: Tensor) -> torch.dtype:
@@ -32,7 +33,7 @@ def all_finite(tensor: Tensor) -> Tensor:
 
 def finite(stacked: Tensor) -> Tensor:
     """Which matrices or vectors of a stack [b, ...] are finite throughout, [b] bool."""
-    return torch.isfinite(stacked.flatten(1).sum(1))
+    return torch.isfinite(stacked.sum(tuple(range(1, stacked.ndim))))  # no copy of strided ones
 
 
 def per(ok: Tensor, like: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def gram_(out: Tensor, a: Tensor, *, beta: float, alpha: float) -> Tensor:
     arithmetic (PyTorch has no symmetric product). A GPU prefers one call.
     """
     size = a.shape[2]
-    if size < SMALL or not free_to_read(a):
+    if size < SMALL or a.shape[1] < FEW or not free_to_read(a):
         return out.baddbmm_(a.mT, a, beta=beta, alpha=alpha)
     rows = -(-size // STRIPS)
     for one, x in zip(out, a, strict=True):
@@ -108,5 +109,7 @@ def damped_inverse(M: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     shift = damping[:, None] if isinstance(damping, Tensor) else damping
     damped.diagonal(dim1=-2, dim2=-1).add_(shift)
     L, info = torch.linalg.cholesky_ex(damped)
+    # where it failed the diagonal may hold a zero, at which cholesky_inverse would raise
+    L.diagonal(dim1=-2, dim2=-1).masked_fill_((info != 0)[:, None], 1.0)
     inverse = torch.cholesky_inverse(L)
     return inverse, (info == 0) & finite(inverse)

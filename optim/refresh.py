@@ -25,7 +25,14 @@ class Job:
     """stack[result] <- solver(stack[factor], damping), for each matrix of a stack.
 
     solver(M [b, n, n], damping [b]) -> results and for which they are good, [b] bool. For results
-    that are several tensors, one may give them side by side in one.
+    that are several tensors, one may give them side by side in one. A factor [size, ..., n, n] is
+    many small matrices for each one of the stack, which are kept or refused together.
+
+    matrix: the factor itself, if the stack does not hold one under that name. beside: by name,
+    what a result was made with and goes with: stack[name] takes it where the result is kept.
+    only: matrices of the stack to solve for, [size] bool; None is all of the blocks'.
+    replacing: called with the results held and those about to take their place, so that what is
+    expressed in them can follow.
     """
 
     stack: Stack
@@ -34,6 +41,21 @@ class Job:
     solver: Solver
     damping: float | Tensor
     blocks: list[Block] = field(default_factory=list)
+    matrix: Tensor | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    only: Tensor | None = None
+    replacing: Callable[[Tensor, Tensor], None] | None = None
+
+    @property
+    def M(self) -> Tensor:
+        """The factor."""
+        return self.stack[self.factor] if self.matrix is None else self.matrix
+
+    @property
+    def live(self) -> Tensor:
+        """Which matrices of the stack are to be solved for, [size] bool."""
+        mask = self.stack.mask(self.blocks)
+        return mask if self.only is None else mask & self.only
 
     @property
     def new(self) -> list[Block]:
@@ -52,20 +74,35 @@ class Job:
     @property
     def n(self) -> int:
         """Size of each matrix."""
-        return self.stack[self.factor].shape[-1]
+        return self.M.shape[-1]
 
     @property
     def key(self) -> tuple:
         """Jobs with the same key are solved together."""
-        M = self.stack[self.factor]
+        M = self.M
         return self.solver, self.n, M.dtype, M.device
 
+    @property
+    def cost(self) -> float:
+        """Arithmetic of a solution, up to a factor."""
+        return float(self.M.numel() * self.n)
+
+    def matrices(self) -> Tensor:
+        """The factor as [b, n, n]."""
+        return self.M.flatten(0, -3)
+
     def dampings(self) -> Tensor:
-        """One damping for each matrix, [b]."""
-        M = self.stack[self.factor]
+        """One damping for each of the matrices, [b]."""
+        M, size = self.matrices(), self.stack.size
         if isinstance(self.damping, Tensor):
-            return self.damping.to(M.dtype).expand(len(M))
+            own = self.damping.to(M.dtype).expand(size)
+            return own.repeat_interleave(len(M) // size)
         return M.new_full((len(M),), self.damping)
+
+    def shaped(self, result: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
+        """A solver's results as the stack holds them, [size, ...], and which are good, [size]."""
+        many = self.M.shape[:-2]
+        return result.unflatten(0, many), ok.reshape(self.stack.size, -1).all(1)
 
 
 def is_due(step: int, every: int, offset: int = 0) -> bool:
@@ -126,12 +163,17 @@ class Refresher:
             self._solve_together(members)
         self.settle()
 
-    def settle(self) -> None:
+    def settle(self, *, wait: bool = False) -> None:
         """Look at the flags that have arrived: try failures again in float64, count what fails.
+
+        wait: for all of them; needed before a stack's tensors change their shapes.
 
         Raises: RuntimeError naming a layer that failed several times in a row, or had no result
         to fall back on.
         """
+        for verdict in self.pending:
+            if wait and verdict.event is not None:
+                verdict.event.synchronize()
         arrived = [verdict for verdict in self.pending if verdict.arrived]
         self.pending = [verdict for verdict in self.pending if verdict not in arrived]
         for verdict in arrived:
@@ -141,25 +183,25 @@ class Refresher:
                 self._again(verdict)
 
     def _solve_together(self, jobs: list[Job]) -> None:
-        sizes = [job.stack.size for job in jobs]
-        factors = [job.stack[job.factor] for job in jobs]
+        factors = [job.matrices() for job in jobs]
+        sizes = [len(M) for M in factors]
         together = factors[0] if len(jobs) == 1 else torch.cat(factors)
         dampings = torch.cat([job.dampings() for job in jobs])
         results, oks = jobs[0].solver(together, dampings)
-        for job, result, ok in zip(jobs, results.split(sizes), oks.split(sizes), strict=True):
-            live = job.stack.mask(job.blocks)
+        for job, *solved in zip(jobs, results.split(sizes), oks.split(sizes), strict=True):
+            result, ok = job.shaped(*solved)
+            live = job.live
             job.stack.solved.setdefault(job.result, set()).update(job.blocks)
             _keep(job, result, ok & live)
             self.pending.append(_on_its_way(job, live, ok | ~live))
 
     def _again(self, verdict: _Verdict) -> None:
         job = verdict.job
-        M, dampings = job.stack[job.factor].double(), job.dampings().double()
-        result, good = job.solver(M, dampings)
+        result, good = job.shaped(*job.solver(job.matrices().double(), job.dampings().double()))
         failed = ~verdict.ok.to(good.device)
         _keep(job, result.to(job.stack.dtype), good & failed)
         failures, lost = job.failures, failed & ~good
-        failures.copy_(torch.where(lost, failures + 1, 0))
+        failures.copy_(torch.where(lost, failures + 1, failures * ~verdict.live))
         job.stack["counts"][:, self.count] += lost
         had_none = job.stack[job.result].flatten(1).abs().sum(1) == 0
         stop = (failures >= PATIENCE) | (lost & had_none)
@@ -176,22 +218,29 @@ class Refresher:
 
 
 def _keep(job: Job, result: Tensor, ok: Tensor) -> None:
-    """stack[result] <- result where ok, in place, so that views stay live."""
+    """stack[result] <- result where ok, and what goes with it, in place: views stay live."""
     stack = job.stack
-    if job.result not in stack:
-        stack.hold(**{job.result: torch.zeros_like(result)})
-    held = stack[job.result]
-    if known_true(ok):
-        held.copy_(result)
-    else:
-        held.copy_(torch.where(per(ok, held) > 0, result, held))
+    for name, new in {job.result: result, **job.beside}.items():
+        if name not in stack:
+            # row by row, as a loaded one is: products of the other layout round differently
+            stack.hold(**{name: torch.zeros_like(new, memory_format=torch.contiguous_format)})
+        held = stack[name]
+        kept = new if known_true(ok) else torch.where(per(ok, held) > 0, new, held)
+        if name == job.result and job.replacing is not None:
+            job.replacing(held, kept)
+        held.copy_(kept)
 
 
 def _on_its_way(job: Job, live: Tensor, ok: Tensor) -> _Verdict:
     if free_to_read(ok):
         return _Verdict(job, live, ok)
-    host = torch.empty(ok.shape, dtype=torch.bool, pin_memory=True)
-    host.copy_(ok, non_blocking=True)
+    return _Verdict(job, live, *to_host(ok))
+
+
+def to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy for Python to read, under way from a GPU, and the event that says it is there."""
+    host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+    host.copy_(flags, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return _Verdict(job, live, host, event)
+    return host, event

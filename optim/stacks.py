@@ -56,13 +56,14 @@ class Stack:
     def hold(self, **tensors: Tensor) -> None:
         """Keep these tensors [size, ...] and show every started block its part.
 
-        One already held is overwritten in place: views of it stay live.
+        One already held is overwritten in place, unless its shape changes: views stay live.
         """
         for key, tensor in tensors.items():
-            if key in self.tensors:
+            if key in self.tensors and self.tensors[key].shape == tensor.shape:
                 self.tensors[key].copy_(tensor)
             else:
-                self.tensors[key] = tensor
+                # as a loaded one will be: products round differently in another layout
+                self.tensors[key] = tensor.contiguous()
         self._show(self.started, tensors)
 
     def start(self, blocks: Iterable[Block]) -> list[Block]:

@@ -65,9 +65,7 @@ def readable(size: int) -> str:
 def _treatments(model: nn.Module, blocks: list[Block]) -> dict[Tensor, str]:
     treatment = {p: f"plain rule: {why}" for p, why in plain_reasons(model, blocks).items()}
     for block in blocks:
-        treatment[block.weight] = f"block '{block.name}' {list(block.shape)}"
-        if block.bias is not None:
-            treatment[block.bias] = f"in block '{block.name}'"
+        treatment |= block.treatments
     return treatment
 
 

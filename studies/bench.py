@@ -14,6 +14,7 @@ from torch.func import functional_call
 from diag import Problem, dense
 from diag import exact as truths
 from studies.bench_scale import scale
+from studies.bench_step import step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -98,4 +99,8 @@ def _curvlinops(model: nn.Module, loss: Loss, x: Tensor, t: Tensor) -> Callable[
     return dense_hessian
 
 
-BENCHES: dict[str, Callable[[], RenderableType]] = {"exact": exact, "scale": scale}
+BENCHES: dict[str, Callable[[], RenderableType]] = {
+    "exact": exact,
+    "scale": scale,
+    "step": step,
+}

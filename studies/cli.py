@@ -1,6 +1,7 @@
 """The `kronscope` command."""
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -48,34 +49,71 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Name of the study, such as error_along_training.")],
+    name: Annotated[str, typer.Argument(help="error_along_training or optimizers_compared.")],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
     problem: Annotated[
         str | None, typer.Option(help="Training problem; the study's own unless given.")
     ] = None,
-    seed: Seed = 0,
+    optimizers: Annotated[
+        str | None, typer.Option(help="Names with commas between; the study's own unless given.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a training; the problem's unless given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initialisation and batch order.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of each final run, in studies that have several.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Run folder to go on with: its settings, with those given over them."),
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Run a study and write its report."""
-    chosen = {"problem": problem} if problem else {}
-    run_study(name, tiny, results, seed=seed, **chosen)
+    given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
+    given["optimizers"] = tuple(optimizers.split(",")) if optimizers else None
+    chosen = {option: value for option, value in given.items() if value is not None}
+    run_study(name, tiny, results, resume, **chosen)
 
 
-def run_study(name: str, tiny: bool, results: Path, **changes: Any) -> Path:
+def run_study(
+    name: str, tiny: bool, results: Path, resume: Path | None = None, **changes: Any
+) -> Path:
     """Run the study with progress bars, write its report, and say where it is."""
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
-    from studies import STUDIES, report
+    from studies import STUDIES, records, report
     from studies.progress import bars
 
     if name not in STUDIES:
         raise ValueError(f"no study '{name}'; known: {list(STUDIES)}")
     module = importlib.import_module(f"studies.{name}")
-    grid = replace(module.TINY if tiny else module.Grid(), **changes)
+    known = {field.name for field in fields(module.Grid)}
+    if unknown := changes.keys() - known:
+        raise ValueError(f"study '{name}' has no option {sorted(unknown)}; it has {sorted(known)}")
+    grid, more = (module.TINY if tiny else module.Grid()), {}
+    if resume is not None:
+        if "resume" not in inspect.signature(module.run).parameters:
+            raise ValueError(f"study '{name}' cannot go on with an earlier run")
+        grid = module.Grid(**records.read_header(resume).get("config", {}))
+        more = {"resume": resume}
     with bars(console) as progress:
-        run = module.run(grid, results, progress)
+        run = module.run(replace(grid, **changes), results, progress, **more)
+    _print_comparison(records.read_header(run))
     console.print(f"report: [bold]{report.write_report(run)}[/]", soft_wrap=True)
     return run
+
+
+def _print_comparison(header: dict[str, Any]) -> None:
+    """Print the table of a study that has one."""
+    if found := header.get("comparison"):
+        table = Table(*found["columns"], caption=found["caption"])
+        for row in found["rows"]:
+            table.add_row(*row)
+        console.print(table)
 
 
 @app.command("problems")
@@ -93,7 +131,9 @@ def list_problems() -> None:
 @app.command()
 def train(
     problem: Annotated[str, typer.Argument(help="Training problem.")],
-    optimizer: Annotated[str, typer.Option(help="kbfgs, kbfgs_l, kfac, adam or sgd.")] = "kbfgs",
+    optimizer: Annotated[
+        str, typer.Option(help="kbfgs, kfac, adam, ...: see `problems`.")
+    ] = "kbfgs",
     epochs: Annotated[int, typer.Option(help="Epochs; 0 takes the problem's.")] = 0,
     seed: Seed = 0,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
@@ -179,7 +219,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="exact: the dense block against peers; scale: networks of the papers' size."
+            help="exact: the dense block against peers; scale: networks of the papers' size; "
+            "step: every optimizer's step against SGD-momentum's."
         ),
     ],
 ) -> None:

@@ -1,4 +1,7 @@
-"""Data sets: real files from $KRONSCOPE_DATA, else scikit-learn's own or its fetchers."""
+"""Data sets: real files from $KRONSCOPE_DATA, else scikit-learn's own or its fetchers.
+
+One set is made up, for tests that need pictures where there are no files.
+"""
 
 import gzip
 import os
@@ -15,7 +18,10 @@ IDX_TYPES = {8: np.uint8}
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and targets, float32 in [0, 1]: train [n, ...] and test [m, ...]."""
+    """Inputs and targets: train [n, ...] and test [m, ...].
+
+    Inputs are float32; targets float32 where the inputs are reconstructed, else classes, int64.
+    """
 
     train_inputs: Tensor
     train_targets: Tensor
@@ -93,6 +99,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SUBSET = (8068, 1017)  # pictures to train and to test
 
 
 def cifar10() -> Data:
@@ -103,6 +110,27 @@ def cifar10() -> Data:
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
+    return _cifar(first=None, others=None)
+
+
+def cifar10_subset() -> Data:
+    """The first 4,000 pictures of CIFAR-10's first batch and 1,017 of each other, as `cifar10`.
+
+    8,068 to train, 1,017 to test, from the whole data set's files as from ones cut to this.
+    """
+    found = _cifar(first=4000, others=1017)
+    sizes = len(found.train_targets), len(found.test_targets)
+    if sizes != SUBSET:
+        raise ValueError(
+            f"the CIFAR-10 subset has {SUBSET[0]} and {SUBSET[1]} pictures, but "
+            f"{os.environ['KRONSCOPE_DATA']}/cifar10* gave {sizes[0]} and {sizes[1]}: "
+            "it needs five data_batch_*.bin and test_batch*.bin"
+        )
+    return found
+
+
+def _cifar(first: int | None, others: int | None) -> Data:
+    """At most `first` records of data_batch_1 and `others` of each other file."""
     root = os.environ.get("KRONSCOPE_DATA")
     folders = sorted(Path(root).glob("cifar10*")) if root else []
     if not folders:
@@ -110,15 +138,19 @@ def cifar10() -> Data:
             "CIFAR-10 is read from $KRONSCOPE_DATA/cifar10*/data_batch_*.bin and test_batch*.bin "
             f"(the binary version of the data set); KRONSCOPE_DATA is {root!r}"
         )
-    parts = [_pictures(folders[0], pattern) for pattern in ("data_batch_*.bin", "test_batch*.bin")]
-    return Data(*parts[0], *parts[1])
+
+    def pictures(pattern: str) -> tuple[Tensor, Tensor]:
+        files = sorted(folders[0].glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"no {pattern} in {folders[0]}")
+        limits = [first if file.name.startswith("data_batch_1") else others for file in files]
+        pairs = zip(files, limits, strict=True)
+        return _pictures(np.concatenate([_cifar_records(file)[:limit] for file, limit in pairs]))
+
+    return Data(*pictures("data_batch_*.bin"), *pictures("test_batch*.bin"))
 
 
-def _pictures(folder: Path, pattern: str) -> tuple[Tensor, Tensor]:
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise FileNotFoundError(f"no {pattern} in {folder}")
-    records = np.concatenate([_cifar_records(file) for file in files])
+def _pictures(records: np.ndarray) -> tuple[Tensor, Tensor]:
     pixels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255)
     mean, std = (torch.tensor(each)[:, None, None] for each in (CIFAR_MEAN, CIFAR_STD))
     return (pixels - mean) / std, torch.from_numpy(records[:, 0].astype(np.int64))
@@ -136,3 +168,19 @@ def _cifar_records(file: Path) -> np.ndarray:
     if records[:, 0].max() > 9:
         raise ValueError(f"{file} holds the label {records[:, 0].max()}; CIFAR-10 has 0 to 9")
     return records
+
+
+def made_up_pictures(train: int = 400, test: int = 200) -> Data:
+    """Pictures [n, 3, 32, 32] and labels [n] in CIFAR-10's shape, always the same; no files needed.
+
+    Each of ten classes is a coarse random pattern; a picture is its class's plus noise.
+    """
+    random = np.random.default_rng(0)
+    patterns = random.standard_normal((10, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+
+    def pictures(n: int) -> tuple[Tensor, Tensor]:
+        labels = random.integers(10, size=n)
+        pixels = 0.5 * patterns[labels] + random.standard_normal((n, 3, 32, 32))
+        return torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(labels)
+
+    return Data(*pictures(train), *pictures(test))

@@ -34,7 +34,12 @@ IN_UNITS_OF_NOISE = ("relative_error", "relative_error_best_scale")  # relative 
 COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3, 4, 9, 5, 6)]  # not grey, yellow
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", (0, (5, 1)), (0, (1, 1)), "-.")
 NOISE_LOOK: Look = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
-LINEAR = ("cosine", "step_cosine")  # other scales are chosen by the data
+LINEAR = (
+    "cosine",
+    "step_cosine",
+    "train_accuracy",
+    "test_accuracy",
+)  # other scales are chosen by the data
 ZERO_LOOK: Look = {"color": "0.3", "marker": "$0$", "linestyle": "", "markersize": 7}
 INFINITE_LOOK: Look = {"color": "0.3", "marker": r"$\infty$", "linestyle": "", "markersize": 9}
 
@@ -79,25 +84,34 @@ def select(frame: pd.DataFrame, **wanted: str | int | float | None) -> pd.DataFr
     return frame
 
 
-def loss_curves(frame: pd.DataFrame) -> Figure:
-    """Losses of the whole model against the step: a panel per loss, a line per optimizer.
+def loss_curves(frame: pd.DataFrame, x: str = "step") -> Figure:
+    """Losses of the whole model along training: a panel per loss, a line per optimizer.
 
-    Columns: metric (those that end in _loss), optimizer, step, value. Of several seeds, the median
-    and the range.
+    x: step, epoch or seconds. Columns: metric (those that end in _loss), optimizer, step, value
+    and x. Of several seeds, the median and the range.
     Raises: ValueError without such rows.
     """
-    rows = select(frame[frame["metric"].str.endswith("_loss")], block="")
+    return _along_training(frame, "_loss", x, "loss (mean per example)")
+
+
+def accuracy_curves(frame: pd.DataFrame, x: str = "step") -> Figure:
+    """Accuracies (metrics that end in _accuracy), drawn as `loss_curves`."""
+    return _along_training(frame, "_accuracy", x, "share of examples put into the right class")
+
+
+def _along_training(frame: pd.DataFrame, ending: str, x: str, y: str) -> Figure:
+    rows = select(frame[frame["metric"].str.endswith(ending)], block="")
     metrics = sorted(rows["metric"].unique(), reverse=True)  # training before test
     styles = looks(frame["optimizer"])
     shown = {name: styles[name] for name in sorted(rows["optimizer"].unique())}
     figure, panels = _panels(len(metrics))
-    _scale(panels[0], rows["value"])
+    _scale(panels[0], rows["value"], metrics[0])
     for axes, metric in zip(panels, metrics, strict=True):
         own = rows[rows["metric"] == metric]
         for name in shown:
-            _line(axes, own[own["optimizer"] == name], shown[name])
+            _line(axes, own[own["optimizer"] == name], shown[name], x)
         _dress(axes, label(metric))
-    return _finish(figure, shown, rows, "step", "loss (mean per example)")
+    return _finish(figure, shown, rows, x, y)
 
 
 def error_along_training(
@@ -201,10 +215,13 @@ def _summary(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     return whole.groupby(by).agg({"value": "median", "low": "min", "high": "max"})
 
 
-def _line(axes: Axes, rows: pd.DataFrame, look: Look) -> None:
-    """Draw value against step with its interval as a band; a gap where the value is infinite."""
+def _line(axes: Axes, rows: pd.DataFrame, look: Look, x: str = "step") -> None:
+    """Draw value against x with its interval as a band; a gap where the value is infinite.
+
+    The points are those of the steps; where seeds differ in x, it is their median.
+    """
     points = _summary(rows, "step")
-    steps, finite = points.index.to_numpy(), points.where(np.isfinite(points))
+    steps, finite = rows.groupby("step")[x].median().to_numpy(), points.where(np.isfinite(points))
     axes.plot(steps, finite["value"], **look, markersize=4, markevery=max(1, len(steps) // 8))
     colour = look["color"]
     axes.fill_between(steps, finite["low"], finite["high"], color=colour, alpha=0.15, linewidth=0)
@@ -295,7 +312,7 @@ def _finish(
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     for axes in figure.axes:
         if axes.xaxis.get_tick_params()["labelbottom"]:
-            axes.set_xlabel(x)
+            axes.set_xlabel("seconds of training" if x == "seconds" else x)
         if x == "step":
             _whole_steps(axes, rows["step"])
     return figure

@@ -1,5 +1,7 @@
 """Optimizers by name, for command lines and records."""
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +13,41 @@ from studies.problems import TrainingProblem
 
 Factory = Callable[..., torch.optim.Optimizer]
 
-OPTIMIZERS: dict[str, Factory] = {
-    "kbfgs": lambda model, _problem, **hyper: optim.KBFGS(model, **hyper),
-    "kbfgs_l": lambda model, _problem, **hyper: optim.KBFGS(model, **{"history": 100, **hyper}),
-    "kfac": lambda model, problem, **hyper: optim.KFAC(
-        model, **{"likelihood": problem.likelihood, **hyper}
-    ),
+
+def snake_case(name: str) -> str:
+    """Name in small letters: KBFGS is kbfgs, ExactFisher is exact_fisher.
+
+    >>> snake_case("ExactFisher"), snake_case("KBFGS")
+    ('exact_fisher', 'kbfgs')
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _factory(kind: Callable[..., torch.optim.Optimizer], **own: Any) -> Factory:
+    """Builds from a model and its problem, whose likelihood goes to those that sample labels."""
+    samples = "likelihood" in inspect.signature(kind).parameters
+
+    def build(model: nn.Module, problem: TrainingProblem, **hyper: Any) -> torch.optim.Optimizer:
+        likelihood = {"likelihood": problem.likelihood} if samples else {}
+        return kind(model, **{**likelihood, **own, **hyper})
+
+    return build
+
+
+def _exported() -> dict[str, Factory]:
+    """The optimizers that `optim` exports and that are built from a model, as wrappers are not."""
+    things = {name: getattr(optim, name) for name in optim.__all__}
+    return {
+        snake_case(name): _factory(kind)
+        for name, kind in things.items()
+        if isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and next(iter(inspect.signature(kind).parameters)) == "model"
+    }
+
+
+OPTIMIZERS: dict[str, Factory] = _exported() | {
+    "kbfgs_l": _factory(optim.KBFGS, history=100),
     "adam": lambda model, _problem, **hyper: torch.optim.Adam(model.parameters(), **hyper),
     "sgd": lambda model, _problem, **hyper: torch.optim.SGD(
         model.parameters(), **{"lr": 0.01, "momentum": 0.9, **hyper}

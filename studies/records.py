@@ -107,8 +107,13 @@ def append(run: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     folder = run / "records"
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("part-*.parquet")))
+    return put(run, f"{number:05d}", rows)
+
+
+def put(run: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows as the run's part of this name, in place of what it held; returns its path."""
     content = frame_of(rows).to_parquet(index=False)
-    return write_atomically(folder / f"part-{number:05d}.parquet", content)
+    return write_atomically(run / "records" / f"part-{name}.parquet", content)
 
 
 def read(results: Path | str) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from studies import figures, records, summaries
 MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
 
 CAPTIONS = {
-    "loss": "Loss of the whole model on training and test data.",
+    "loss": "Loss of the whole model on training and test data, by {x}.",
+    "accuracy": "Share of the examples put into the right class, by {x}.",
     MAIN: "Error of each approximation along training with {optimizer}, measured against the exact "
     "{truth} of each layer. Bands are the intervals of the estimates. Black is the best that any "
     "Kronecker product can do; dashed grey is how far two halves of the sample differ.",
@@ -127,8 +128,7 @@ def _definition(header: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
 
 def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
     """Yield the report's figures, as many as the records allow."""
-    if frame["metric"].str.endswith("_loss").any():
-        yield Picture("loss", CAPTIONS["loss"], figures.loss_curves(frame))
+    yield from _training(frame)
     for truth in truths(frame):
         own = frame[frame["truth"] == truth]
         for optimizer in sorted(own.loc[own["metric"] == MAIN, "optimizer"].unique()):
@@ -139,6 +139,16 @@ def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
             caption = CAPTIONS[STEP].format(truth=summaries.label(truth))
             yield Picture(f"{STEP}-{truth}", caption, figures.error_by_block(frame, STEP, truth))
     yield from _matrices(run)
+
+
+def _training(frame: pd.DataFrame) -> Iterator[Picture]:
+    """Yield losses and accuracies: by step beside measurements, else by epoch and by seconds."""
+    drawn = {"loss": figures.loss_curves, "accuracy": figures.accuracy_curves}
+    for kind, draw in drawn.items():
+        if frame["metric"].str.endswith(f"_{kind}").any():
+            for x in ("step",) if truths(frame) else ("epoch", "seconds"):
+                name = kind if x == "step" else f"{kind}-{x}"
+                yield Picture(name, CAPTIONS[kind].format(x=x), draw(frame, x))
 
 
 def _matrices(run: Path) -> Iterator[Picture]:

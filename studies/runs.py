@@ -98,12 +98,13 @@ def _rows(folder: Path, settings: training.Settings, state: training.State) -> l
 
 
 def table(frame: pd.DataFrame) -> Table:
-    """Losses by epoch as a table."""
-    shown = Table("epoch", "seconds", "train loss", "test loss")
+    """Losses, and accuracies where there are classes, by epoch as a table."""
     wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
+    names = sorted(wide.columns, key=lambda name: (not name.endswith("_loss"), "test" in name))
+    shown = Table("epoch", "seconds", *(name.replace("_", " ") for name in names))
     for row in wide.reset_index().to_dict("records"):
-        losses = (f"{row['train_loss']:.4f}", f"{row['test_loss']:.4f}")
-        shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *losses)
+        numbers = [f"{row[name]:.4f}" for name in names]
+        shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *numbers)
     return shown
 
 

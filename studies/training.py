@@ -156,18 +156,27 @@ def _closure(state: State, settings: Settings, rows: Tensor) -> Closure:
 
 
 @torch.no_grad()
-def evaluate(state: State, problem: TrainingProblem, chunk: int = 10_000) -> dict[str, float]:
-    """Mean loss over the whole training and test set: {"train_loss": ..., "test_loss": ...}."""
+def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[str, float]:
+    """Means over the whole sets: {"train_loss": ..., "test_loss": ...}.
 
-    def mean(inputs: Tensor, targets: Tensor) -> float:
-        pairs = zip(inputs.split(chunk), targets.split(chunk), strict=True)
-        return sum(len(x) * float(problem.loss(state.model(x), t)) for x, t in pairs) / len(inputs)
-
-    data = state.data
-    return {
-        "train_loss": mean(data.train_inputs, data.train_targets),
-        "test_loss": mean(data.test_inputs, data.test_targets),
+    Of classes also "train_accuracy" and "test_accuracy", the share that has the largest output.
+    """
+    data, found = state.data, {}
+    sets = {
+        "train": (data.train_inputs, data.train_targets),
+        "test": (data.test_inputs, data.test_targets),
     }
+    for name, (inputs, targets) in sets.items():
+        loss = right = 0.0
+        for x, t in zip(inputs.split(chunk), targets.split(chunk), strict=True):
+            output = state.model(x)
+            loss += len(x) * float(problem.loss(output, t))
+            if problem.likelihood == "categorical":
+                right += int((output.argmax(1) == t).sum())
+        found[f"{name}_loss"] = loss / len(inputs)
+        if problem.likelihood == "categorical":
+            found[f"{name}_accuracy"] = right / len(inputs)
+    return found
 
 
 def save_parameters(parameters: dict[str, Tensor], path: Path) -> None:

@@ -54,6 +54,21 @@ def test_measure_one_block(tmp_path):
     assert trained.output != found.output
 
 
+def test_compare_optimizers_and_add_one_to_the_run(tmp_path):
+    words = ("study", "optimizers_compared", "--tiny", "--epochs", 1, "--results", tmp_path)
+    found = invoke(*words, "--optimizers", "adam")
+    assert found.exit_code == 0, found.output
+    assert "SGD-momentum needs" in " ".join(found.output.split())
+    (run,) = tmp_path.iterdir()
+    words = ("study", "optimizers_compared", "--resume", run, "--optimizers", "adam,sgd")
+    found = invoke(*words)
+    assert found.exit_code == 0, found.output
+    assert set(records.read(run)["optimizer"]) == {"adam", "sgd"}
+    config = records.read_header(run)["config"]
+    assert (config["epochs"], config["optimizers"]) == (1, ["adam", "sgd"])
+    assert (run / "report.html").is_file()
+
+
 def test_report_is_written_again(demo_run):
     (demo_run / "report.html").unlink()
     assert invoke("report", demo_run).exit_code == 0
@@ -64,8 +79,11 @@ def test_report_is_written_again(demo_run):
     ("words", "message"),
     [
         (("train", "nonsense"), "no problem 'nonsense'; known:"),
-        (("study", "nonsense"), "no study 'nonsense'; known: ['error_along_training']"),
-        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale']"),
+        (("study", "nonsense"), "no study 'nonsense'; known: ['error_along_training',"),
+        (("study", "error_along_training", "--seeds", "2"), "has no option ['seeds']; it has"),
+        (("study", "error_along_training", "--resume", "."), "cannot go on with an earlier run"),
+        (("study", "optimizers_compared", "--resume", "."), "holds study and problem (None, None)"),
+        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step']"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
         (("measure", "digits-autoencoder", "--truth", "fishy"), "no truth 'fishy'; known:"),

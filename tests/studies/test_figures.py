@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
@@ -48,6 +49,23 @@ def test_loss_curves_have_a_panel_per_loss_and_a_line_per_optimizer(frame):
     assert figure.axes[0].get_xlabel() == "step"
     assert figure.get_supylabel() == "loss (mean per example)"
     assert figure.axes[0].get_yscale() == "log"
+
+
+def test_losses_and_accuracies_by_epoch_and_by_seconds(frame):
+    rows = frame[frame["metric"] == "train_loss"].copy()
+    rows["metric"] = "train_accuracy"
+    rows["value"] = 1 - rows["value"] / 100
+    rows["seconds"] = 2.0 * rows["step"]
+    rows = pd.concat([rows, rows.assign(seed=1, seconds=4.0 * rows["step"])])
+    figure = rendered(figures.accuracy_curves(rows, "seconds"))
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "seconds of training"
+    assert axes.get_yscale() == "linear"
+    assert list(axes.lines[0].get_xdata()) == [0, 150, 300]  # medians of the two seeds
+    assert figure.get_supylabel() == "share of examples put into the right class"
+    epochs = rendered(figures.loss_curves(frame, "epoch"))
+    assert epochs.axes[0].get_xlabel() == "epoch"
+    assert list(epochs.axes[0].lines[0].get_xdata()) == [0, 50 / 15, 100 / 15]
 
 
 def test_loss_curves_do_not_lean_on_an_interval_or_a_finite_loss(frame):

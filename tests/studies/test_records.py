@@ -27,6 +27,13 @@ def test_append_and_read(tmp_path):
     pd.testing.assert_frame_equal(frame, records.read(run))
 
 
+def test_put_replaces_a_part(tmp_path):
+    records.put(tmp_path, "adam", [row(step=1), row(step=2)])
+    records.put(tmp_path, "sgd", [row(step=3)])
+    records.put(tmp_path, "adam", [row(step=4)])
+    assert sorted(records.read(tmp_path)["step"]) == [3, 4]
+
+
 def test_a_wrong_row_is_refused_and_its_columns_named(tmp_path):
     wrong = row()
     del wrong["block"]

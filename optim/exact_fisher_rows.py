@@ -1,0 +1,67 @@
+"""The rows that ExactFisher holds of a batch: room for them, L of their Gram matrix, its use."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from optim.layers import Block
+from optim.linalg import finite, known_true, per
+from optim.refresh import Job
+from optim.sample_space import (
+    add_combination_,
+    damped_cholesky,
+    gram,
+    over_groups,
+    padded,
+    projected,
+    solved,
+)
+from optim.stacks import Stack
+
+
+def woodbury(stack: Stack, M: Tensor) -> Tensor:
+    """(M - Σ_n ζ_n V_n) / damping [size, out, in+1], ζ = (K + damping I)⁻¹ t, t_n = ⟨V_n, M⟩."""
+    g, x, damping = stack["g"], stack["x"], stack["damping"]
+    zeta = solved(stack["L"], over_groups(stack, projected(g, x, M)))
+    return add_combination_(M / per(damping, M), g, x, -zeta / damping[:, None])
+
+
+def room(stack: Stack, rows: dict[Block, tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    """Examples and positions per example that these rows and those held need at most."""
+    shapes = [g.shape[1:3] for g, _ in rows.values()]
+    if "g" in stack:
+        shapes.append(stack["g"].shape[1:3])
+    return max((m for m, _ in shapes), default=0), max((T for _, T in shapes), default=0)
+
+
+def make_room(stack: Stack, m: int, T: int) -> None:
+    """Widen the held rows to m examples at T positions by zeros, and L to fit."""
+    out, columns = stack.shape
+    if "L" not in stack:
+        stack.hold(g=stack.zeros(m, T, out), x=stack.zeros(m, T, columns), L=stack.zeros(m, m))
+        stack.hold(damping=stack.zeros())
+        return
+    held = stack["L"].shape[-1]
+    L = pad(stack["L"], (0, m - held, 0, m - held))
+    L.diagonal(dim1=-2, dim2=-1)[:, held:] = 1.0  # any will do: t is zero there
+    stack.hold(g=padded(stack["g"], m, T), x=padded(stack["x"], m, T), L=L)
+
+
+def factorization(stack: Stack, rows: dict[Block, tuple[Tensor, Tensor]]) -> tuple[Job, Tensor]:
+    """The work of finding L for these rows, which are kept if it succeeds.
+
+    Returns: the job, and whose rows are finite, [size] bool. Others keep what they have, or begin
+    without curvature.
+    """
+    m, T = room(stack, rows)
+    g = stack.gathered({block: padded(g, m, T) for block, (g, _) in rows.items()})
+    x = stack.gathered({block: padded(x, m, T) for block, (_, x) in rows.items()})
+    K = over_groups(stack, gram(g, x))
+    ok, only = finite(K.diagonal(dim1=-2, dim2=-1)), None
+    if not known_true(ok):
+        g, x, K = (v.nan_to_num(0.0, 0.0, 0.0).mul_(per(ok, v)) for v in (g, x, K))
+        only = ok | (stack["L"][:, 0, 0] == 0)
+    damping = stack.group["damping"]
+    beside = {"g": g, "x": x, "damping": torch.full_like(K[:, 0, 0], damping)}
+    job = Job(stack, "K", "L", damped_cholesky, damping, list(rows), K, beside, only)
+    return job, ok

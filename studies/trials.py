@@ -1,0 +1,121 @@
+"""Trials: whole trainings side by side, each kept in a file of its own as soon as it has ended.
+
+    results/<run>/trials/<optimizer>-<settings>-seed<seed>.parquet
+
+A trial that is there is not run again, unless it was asked for fewer epochs than are wanted now.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from loky import get_reusable_executor
+
+from studies import problems, records, training
+from studies.snapshots import LARGE_PAGES
+
+FOLDER = "trials"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training with all of the optimizer's settings, as (name, value) in order of the names."""
+
+    problem: str
+    optimizer: str
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file: what it is, but for how long it goes on."""
+        settings = (f"{name}={value}" for name, value in self.settings)
+        return "-".join([self.optimizer, *settings, f"seed{self.seed}"])
+
+
+def trial(
+    problem: str, optimizer: str, changes: Mapping[str, Any], seed: int, epochs: int
+) -> Trial:
+    """A trial with the problem's recommended settings and `changes` over them."""
+    settings = {**problems.get(problem).optimizers.get(optimizer, {}), **changes}
+    return Trial(problem, optimizer, tuple(sorted(settings.items())), seed, epochs)
+
+
+def train(trial: Trial) -> pd.DataFrame:
+    """Train with one thread; rows (epochs, ended, step, epoch, seconds, metric, value) per epoch.
+
+    ended: why the training stopped before its `epochs`, as divergence or a factor that could not
+    be inverted; empty where it did not. seconds: of training, evaluation excluded.
+    Raises: RuntimeError that comes up before the first step is done: it is none of the numbers'.
+    """
+    torch.set_num_threads(1)
+    problem, rows, ended, step = problems.get(trial.problem), [], "", 0
+    settings = training.Settings(
+        problem, trial.optimizer, trial.epochs, trial.seed, hyper=dict(trial.settings)
+    )
+    try:
+        for state in training.steps(settings):
+            step = state.step
+            if step % state.steps_per_epoch == 0:
+                place = {"step": step, "epoch": state.epoch, "seconds": state.seconds}
+                found = training.evaluate(state, problem)
+                rows += [{**place, "metric": name, "value": v} for name, v in found.items()]
+    except RuntimeError as error:
+        if step == 0 and not isinstance(error, training.DivergedError):
+            raise
+        ended = str(error)
+    return pd.DataFrame(rows).assign(epochs=trial.epochs, ended=ended)
+
+
+def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial]:
+    """Train what is missing, `workers` at once, and yield each trial when its file is there.
+
+    Of trials that differ only in their epochs the longest is trained.
+    """
+    longest: dict[str, Trial] = {}
+    for trial in sorted(trials, key=lambda trial: trial.epochs):
+        longest[trial.name] = trial
+    missing = [trial for trial in longest.values() if not _is_done(run, trial)]
+    yield from (trial for trial in longest.values() if trial not in missing)
+    pool = get_reusable_executor(max_workers=workers, env=LARGE_PAGES)
+    pending = {pool.submit(train, trial): trial for trial in reversed(missing)}  # longest first
+    try:
+        for future in as_completed(pending):
+            trial = pending[future]
+            content = future.result().to_parquet(index=False)
+            records.write_atomically(_path(run, trial), content)
+            yield trial
+    finally:
+        for future in pending:  # nobody waits for these after an error
+            future.cancel()
+
+
+def read(run: Path, trial: Trial) -> pd.DataFrame:
+    """The rows of a trial up to its epochs, as `train` returns them."""
+    frame = pd.read_parquet(_path(run, trial))
+    return frame[frame["epoch"] <= trial.epochs]
+
+
+def loss_at_the_end(run: Path, trial: Trial) -> float:
+    """Training loss after the trial's epochs; infinite where it did not get there."""
+    frame = read(run, trial)
+    rows = frame[(frame["epoch"] == trial.epochs) & (frame["metric"] == "train_loss")]
+    value = float(rows["value"].iloc[0]) if len(rows) else np.inf
+    return value if np.isfinite(value) else np.inf
+
+
+def _path(run: Path, trial: Trial) -> Path:
+    return run / FOLDER / f"{trial.name}.parquet"
+
+
+def _is_done(run: Path, trial: Trial) -> bool:
+    if not _path(run, trial).is_file():
+        return False
+    frame = pd.read_parquet(_path(run, trial), columns=["epochs", "ended"])
+    return bool(frame["epochs"].iloc[0] >= trial.epochs or frame["ended"].iloc[0])

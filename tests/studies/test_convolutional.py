@@ -1,0 +1,132 @@
+"""The small convolutional classifiers: network, data, training with accuracies."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from studies import data, networks, optimizers, problems, runs, training
+from studies.records import frame_of
+from studies.snapshots import loss_row
+
+SMALL = problems.get("cifar10-subset-cnn-small")
+WHOLE = problems.get("cifar10-subset-cnn")
+
+needs_files = pytest.mark.skipif(
+    not list(Path(os.environ.get("KRONSCOPE_DATA", "/nowhere")).glob("cifar10*")),
+    reason="needs the real files in $KRONSCOPE_DATA/cifar10*",
+)
+
+
+def test_the_network():
+    model = WHOLE.model()
+    layers = [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in layers] == [
+        (32, 3, 3, 3),
+        (64, 32, 3, 3),
+        (64, 64, 3, 3),
+        (10, 1024),
+    ]
+    assert all(layer.bias is not None for layer in layers)
+    assert sum(p.numel() for p in model.parameters()) == 66_570
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert networks.strided_cnn((1, 2), 4, classes=3)(torch.randn(5, 1, 4, 4)).shape == (5, 3)
+
+
+def test_made_up_pictures_are_always_the_same():
+    found, again = data.made_up_pictures(), data.made_up_pictures()
+    assert found.train_inputs.shape == (400, 3, 32, 32)
+    assert found.test_targets.shape == (200,)
+    assert found.train_inputs.dtype == torch.float32
+    assert found.train_targets.dtype == torch.int64
+    assert found.train_targets.unique().tolist() == list(range(10))
+    assert torch.equal(found.train_inputs, again.train_inputs)
+
+
+def test_the_subset_needs_all_its_files(tmp_path, monkeypatch):
+    (tmp_path / "cifar10").mkdir()
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        (tmp_path / "cifar10" / name).write_bytes(bytes(3073 * 2))
+    monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"has 8068 and 1017 pictures, but .* gave 2 and 2"):
+        data.cifar10_subset()
+
+
+def test_the_subset_of_whole_files_is_cut(tmp_path, monkeypatch):
+    """Files one picture too long, each picture filled with its place in its file, modulo 256."""
+    (tmp_path / "cifar10").mkdir()
+    limits = {f"data_batch_{k}": 4000 if k == 1 else 1017 for k in range(1, 6)}
+    for name, limit in {**limits, "test_batch": 1017}.items():
+        places = torch.arange(limit + 1, dtype=torch.uint8)
+        content = places[:, None].repeat(1, 3073)
+        content[:, 0] = int(name[-1]) if name[-1].isdigit() else 9
+        (tmp_path / "cifar10" / f"{name}.bin").write_bytes(content.numpy().tobytes())
+    monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
+    found = data.cifar10_subset()
+    assert found.train_targets.bincount().tolist() == [0, 4000, 1017, 1017, 1017, 1017]
+    assert found.test_targets.tolist() == [9] * 1017
+    assert len(data.cifar10().train_targets) == 8068 + 5
+
+
+@needs_files
+def test_the_real_subset():
+    found = WHOLE.data()
+    assert found.train_inputs.shape == (8068, 3, 32, 32)
+    # as counted in the published labels of these pictures
+    first = found.train_targets[:4000].bincount().tolist()
+    assert first == [396, 366, 420, 384, 422, 393, 414, 385, 407, 413]
+    tests = found.test_targets.bincount().tolist()
+    assert tests == [105, 93, 100, 104, 92, 87, 114, 102, 110, 110]
+
+
+def test_accuracies_by_hand():
+    state = training.start(training.Settings(SMALL, "sgd", epochs=1))
+    found = training.evaluate(state, SMALL, chunk=64)
+    assert set(found) == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
+    output = state.model(state.data.test_inputs)
+    right = [
+        int(row.argmax()) == int(t) for row, t in zip(output, state.data.test_targets, strict=True)
+    ]
+    assert found["test_accuracy"] == sum(right) / 200
+    # float32 sums of 200 numbers near 2, in another order
+    loss = nn.functional.cross_entropy(output, state.data.test_targets).item()
+    assert found["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_autoencoders_have_no_accuracy():
+    digits = problems.get("digits-autoencoder-small")
+    state = training.start(training.Settings(digits, "sgd", epochs=1))
+    assert set(training.evaluate(state, digits)) == {"train_loss", "test_loss"}
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_first_order_methods_learn_the_made_up_classes(name):
+    *_, state = training.steps(training.Settings(SMALL, name, SMALL.epochs))
+    found = training.evaluate(state, SMALL)
+    assert found["train_accuracy"] > 0.5  # a guess is right once in ten times
+    assert found["train_loss"] < 0.8 * 2.3026
+
+
+def test_tables_show_accuracies():
+    shared = {"run": "r", "study": "train", "problem": "p", "optimizer": "sgd", "seed": 0}
+    shared |= {"step": 0, "epoch": 0.0, "seconds": 1.0}
+    names = ("test_accuracy", "train_accuracy", "test_loss", "train_loss")
+    frame = frame_of({**shared, **loss_row(name, i)} for i, name in enumerate(names))
+    table = runs.table(frame)
+    heads = [column.header for column in table.columns]
+    expected = ["train loss", "test loss", "train accuracy", "test accuracy"]
+    assert heads == ["epoch", "seconds", *expected]
+    assert [next(iter(c.cells)) for c in table.columns][2:] == [
+        "3.0000",
+        "2.0000",
+        "1.0000",
+        "0.0000",
+    ]
+
+
+def test_optimizers_that_sample_labels_are_told_of_the_classes():
+    state = training.start(training.Settings(SMALL, "kfac", epochs=1))
+    assert state.optimizer.param_groups[0]["likelihood"] == "categorical"
+    assert set(optimizers.OPTIMIZERS) <= set(SMALL.optimizers)

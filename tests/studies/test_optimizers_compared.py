@@ -1,0 +1,218 @@
+"""The comparison of optimizers, run in tiny grids, and its table against numbers by hand."""
+
+import dataclasses
+import doctest
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.progress import Progress
+
+from studies import comparison, optimizers, problems, records, training, trials
+from studies import optimizers_compared as study
+from studies.report import write_report
+
+SMALL = problems.get("digits-autoencoder-small")
+
+
+def run(grid, results, resume=None):
+    with Progress(disable=True) as progress:
+        return study.run(grid, results, progress, resume)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return run(study.TINY, tmp_path_factory.mktemp("results"))
+
+
+def test_the_records_are_those_of_the_best_settings(done):
+    frame = records.read(done)
+    assert frame.attrs["damaged"] == []
+    assert set(frame["optimizer"]) == {"kfac", "adam"}
+    assert set(frame["step"]) == {0, 10, 20}
+    assert set(frame["metric"]) == {"train_loss", "test_loss"}
+    assert set(frame["study"]) == {study.NAME}
+    last = frame[(frame["step"] == 20) & (frame["metric"] == "train_loss")]
+    for name, value in zip(last["optimizer"], last["value"], strict=True):
+        candidates = study.candidates(study.TINY, name)
+        assert len(candidates) == 2
+        assert value == min(trials.loss_at_the_end(done, trial) for trial in candidates)
+
+
+def test_a_trial_is_what_training_does(done):
+    """The very numbers again; approximately, as the workers may add in another order."""
+    (trial, _) = study.candidates(study.TINY, "adam")
+    assert dict(trial.settings) == {"lr": 0.0009}
+    torch.set_default_dtype(torch.float32)  # the initialisation draws in the default dtype
+    try:
+        settings = training.Settings(SMALL, "adam", 2, hyper={"lr": 0.0009})
+        *_, state = training.steps(settings)
+        losses = training.evaluate(state, SMALL)
+    finally:
+        torch.set_default_dtype(torch.float64)
+    found = trials.read(done, trial)
+    ends = found[found["step"] == 20].set_index("metric")["value"]
+    assert ends["train_loss"] == pytest.approx(losses["train_loss"], rel=1e-4)
+    assert ends["test_loss"] == pytest.approx(losses["test_loss"], rel=1e-4)
+
+
+def test_the_yardstick_has_its_longer_budget(done):
+    for trial in study.yardsticks(study.TINY):
+        assert trial.optimizer == "sgd"
+        assert trials.read(done, trial)["epoch"].max() == 6
+
+
+def test_header_and_report(done):
+    header = records.read_header(done)
+    assert header["status"] == "finished"
+    assert header["question"].startswith("How fast does each optimizer train")
+    table = header["comparison"]
+    assert table["columns"][:3] == ["optimizer", "settings", "train loss"]
+    assert "test acc." not in table["columns"]  # an autoencoder has none
+    assert sorted(row[0] for row in table["rows"]) == ["adam", "kfac"]
+    losses = [float(row[2]) for row in table["rows"]]
+    assert losses == sorted(losses)
+    text = write_report(done).read_text()
+    assert "How fast does each optimizer train" in text
+    assert "How wrong is each approximation" not in text
+    assert all(cell in text for row in table["rows"] for cell in row[:3])
+    drawn = {path.name for path in (done / "figures").glob("*.png")}
+    assert drawn == {"loss-epoch.png", "loss-seconds.png"}
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    grid = dataclasses.replace(study.TINY, optimizers=("adam",), epochs=1, longer=1)
+    folder = run(grid, tmp_path)
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "trials").iterdir()}
+    assert len(stamps) == 4
+    more = dataclasses.replace(grid, optimizers=("adam", "sgd"), seeds=2)
+    assert run(more, tmp_path, resume=folder) == folder
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert len(list((folder / "trials").iterdir())) == 6
+    seeds = records.read(folder).groupby("optimizer")["seed"].agg(set)
+    assert seeds["adam"] == seeds["sgd"] == {0, 1}
+    longer = dataclasses.replace(grid, epochs=2)
+    run(longer, tmp_path, resume=folder)
+    again = [path for path in stamps if path.stat().st_mtime_ns != stamps[path]]
+    assert len(again) == 4
+    assert records.read(folder).groupby("optimizer")["epoch"].max()["adam"] == 2
+
+
+def test_divergence_is_infinitely_bad_and_no_error(tmp_path):
+    grid = dataclasses.replace(
+        study.TINY, optimizers=("sgd",), epochs=1, longer=1, lr_factors=(1.0, 1e5)
+    )
+    folder = run(grid, tmp_path)
+    mild, wild = study.candidates(grid, "sgd")
+    assert trials.loss_at_the_end(folder, wild) == np.inf
+    assert "training diverged" in trials.read(folder, wild)["ended"].iloc[0]
+    assert trials.loss_at_the_end(folder, mild) < np.inf
+    ((name, settings, *_),) = records.read_header(folder)["comparison"]["rows"]
+    assert (name, settings) == ("sgd", "lr 0.01*")
+    only_wild = dataclasses.replace(grid, lr_factors=(1e5,))
+    run(only_wild, tmp_path, resume=folder)
+    header = records.read_header(folder)
+    assert header["status"] == "finished"
+    ((_, settings, loss, *_),) = header["comparison"]["rows"]
+    assert settings.startswith("lr 1000: training diverged at step")
+    assert loss == "∞"
+    write_report(folder)
+
+
+def test_errors_are_written_down_and_raised(tmp_path):
+    grid = dataclasses.replace(study.TINY, optimizers=("nonsense",))
+    with pytest.raises(ValueError, match="no optimizer 'nonsense'; known"):
+        run(grid, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert records.read_header(folder)["status"].startswith("failed: no optimizer 'nonsense'")
+    other = dataclasses.replace(grid, problem="digits-autoencoder")
+    with pytest.raises(ValueError, match=r"holds study and problem .*'digits-autoencoder-small'"):
+        run(other, tmp_path, resume=folder)
+
+
+def fails(after):
+    def steps(_):
+        for step in range(after + 1):
+            yield SimpleNamespace(step=step, steps_per_epoch=2, epoch=step / 2, seconds=0.0)
+        raise RuntimeError("A cannot be inverted")
+
+    return steps
+
+
+def test_an_error_counts_as_divergence_only_once_steps_were_taken(monkeypatch):
+    trial = trials.trial(SMALL.name, "kfac", {}, seed=0, epochs=2)
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"train_loss": 1.0})
+    monkeypatch.setattr(training, "steps", fails(after=3))
+    threads = torch.get_num_threads()
+    try:
+        found = trials.train(trial)
+        assert set(found["ended"]) == {"A cannot be inverted"}
+        assert list(found["epoch"]) == [0, 1]
+        monkeypatch.setattr(training, "steps", fails(after=0))
+        with pytest.raises(RuntimeError, match="cannot be inverted"):
+            trials.train(trial)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_grid_is_around_the_recommended_values():
+    grid = study.Grid(lr_factors=(0.1, 3.0), damping_factors=(0.1, 1.0, 10.0))
+    found = [dict(trial.settings) for trial in study.candidates(grid, "kbfgs_l")]
+    assert len(found) == 6
+    assert {point["lr"] for point in found} == {0.03, 0.9}
+    assert {point["damping"] for point in found} == {0.03, 0.3, 3.0}
+    assert {point["history"] for point in found} == {100}
+    assert {trial.epochs for trial in study.candidates(grid, "adam")} == {60}
+    clipped = [dict(trial.settings) for trial in study.candidates(grid, "eva")]
+    assert {(point["lr"], point["kl_clip"]) for point in clipped} == {(0.1, 1e-5), (0.1, 9e-3)}
+    assert set(grid.optimizers) == set(optimizers.OPTIMIZERS)
+
+
+def pace(losses, ended=""):
+    """A run whose training losses are these, epoch by epoch; ten steps and two seconds each."""
+    n = np.arange(len(losses))
+    rows = {"step": 10 * n, "epoch": n * 1.0, "seconds": 2.0 * n, "value": losses}
+    return pd.DataFrame(rows).assign(metric="train_loss", epochs=len(losses) - 1, ended=ended)
+
+
+def test_what_sgd_needs_is_the_least_over_its_learning_rates():
+    slow, fast = pace([9, 8, 7, 6, 5]), pace([9, 7, 7, 7, 7])
+    wild = pace([9, 1e3], ended="training diverged")
+    reached = comparison.reached([slow, fast, wild], loss=7.0)
+    assert reached == {"step": (10, True), "seconds": (2, True)}
+    assert comparison.reached([slow, fast, wild], loss=5.5)["step"] == (40, True)
+    assert comparison.reached([slow, fast, wild], loss=4.0)["step"] == (40, False)
+    assert np.isnan(comparison.reached([wild], loss=4.0)["step"][0])
+
+
+def test_a_row_of_the_table():
+    own = pace([9, 7.5, 6.5])
+    paces = [pace([9, 8, 7, 6.4, 6])]
+    row = comparison.row("mine", "lr 1", [own], 2, paces)
+    assert row.loss == 6.5
+    assert row.cells == ["mine", "lr 1", "6.500", "–", "–", "4.00", "1.50", "1.50"]
+    beyond = comparison.row("mine", "lr 1", [pace([9, 6, 1.0])], 2, paces)
+    assert beyond.cells[-2:] == ["> 2.00", "> 2.00"]
+    # medians over the seeds, the pace against the first: the one with SGD-momentum's seed
+    seeds = [own, pace([9, 6, 1.0]), pace([9, 8, 6.7])]
+    assert comparison.row("mine", "", seeds, 2, paces).cells[2:] == row.cells[2:]
+    ended = pace([9, 8], ended="training diverged at step 11: it was; try less")
+    broken = comparison.row("mine", "lr 1", [ended], 2, paces)
+    assert broken.loss == np.inf
+    settings = "lr 1: training diverged at step 11: it was"
+    assert broken.cells == ["mine", settings, "∞", "∞", "–", "–", "–", "–"]
+    table = comparison.table([broken, row], 2, 1, 6)
+    assert [cells[0:3:2] for cells in table["rows"]] == [["mine", "6.500"], ["mine", "∞"]]
+    assert table["columns"] == [c for c in comparison.COLUMNS if c != "test acc."]
+
+
+def test_no_pace_no_ratio():
+    wild = pace([9, 1e3], ended="training diverged")
+    assert comparison.row("mine", "", [pace([9, 7.0])], 1, [wild]).cells[-2:] == ["–", "–"]
+
+
+def test_examples_in_docstrings():
+    attempted = [doctest.testmod(module) for module in (comparison, optimizers)]
+    assert all(found.failed == 0 < found.attempted for found in attempted)
