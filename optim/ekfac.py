@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optim import checks, distributed
-from optim.capture import Accumulate, Call, Totals
-from optim.examples import examples_of, mean_weight, pieces
+from optim import checks
+from optim.ekfac_formulas import (
+    carry_columns_,
+    carry_rows_,
+    eigenvectors,
+    factors_and_examples_of,
+    learn_scalings,
+    scaled,
+    values_between,
+)
 from optim.factors import factors_of, learn_factors, warm_factors
 from optim.harness import Harness
-from optim.layers import Block
 from optim.likelihoods import LIKELIHOODS
-from optim.linalg import finite, learn_, per
 from optim.momentum import average
 from optim.operators import KroneckerEigen, Operator, by_group
 from optim.passes import run
@@ -27,112 +32,6 @@ from optim.refresh import Job
 from optim.stacks import Stack
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
-NEGATIVE = 1e-3  # eigenvalues below -NEGATIVE times the largest are no rounding
-
-
-def eigenvectors(M: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of M [b, n, n] as columns, and for which it worked ([b] bool).
-
-    A mean of squares has no eigenvalue clearly below zero: such an M is broken and refused.
-
-    By hand, up to signs:
-        >>> U, ok = eigenvectors(torch.diag(torch.tensor([1.0, 2.0]))[None], torch.zeros(1))
-        >>> U[0].abs().tolist(), bool(ok)
-        ([[1.0, 0.0], [0.0, 1.0]], True)
-    """
-    ok = finite(M)
-    safe = torch.where(per(ok, M) > 0, M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
-    try:
-        # on CUDA this waits for the device, whose verdict PyTorch reads: on refresh steps only
-        values, U = torch.linalg.eigh(safe)
-    except torch.linalg.LinAlgError:
-        if len(M) == 1:
-            return torch.zeros_like(M), torch.zeros_like(ok)
-        parts = [eigenvectors(one[None], _) for one in M]
-        return torch.cat([U for U, _ in parts]), torch.cat([good for _, good in parts])
-    return U, ok & finite(U) & (values[:, 0] >= -NEGATIVE * values[:, -1])
-
-
-def rotated(x: Tensor, U: Tensor) -> Tensor:
-    """Rows x [groups, p, T, n] times U [groups, n, n]."""
-    return (x.flatten(1, 2) @ U).unflatten(1, x.shape[1:3])
-
-
-def squares(a: Tensor, g: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:
-    """Σ_n (U_Gᵀ V_n U_A)² entry by entry [groups, out, in+1], V_n = Σ_t g_nt ã_ntᵀ.
-
-    One position: ((g U_G)²)ᵀ (ã U_A)², no V_n is formed. With more, each side is turned in its
-    rows or in V_n, whichever are fewer.
-    """
-    positions, columns, out = a.shape[2], a.shape[3], g.shape[3]
-    early_a, early_g = positions <= out, positions <= columns
-    a = rotated(a, U_A) if early_a else a
-    g = rotated(g, U_G) if early_g else g
-    if positions == 1:
-        return g[:, :, 0].square().mT @ a[:, :, 0].square()
-    V = g.mT @ a
-    V = V if early_a else rotated(V, U_A)
-    V = V if early_g else rotated(V.mT, U_G).mT
-    return V.square_().sum(1)
-
-
-def overlap(old: Tensor, new: Tensor) -> Tensor:
-    """(new_iᵀ old_j)², [b, n, n]: what a value on old_j contributes to the one on new_i.
-
-    The identity where nothing has changed, so that values at rest do not drift by rounding.
-    """
-    eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
-    same = (old == new).flatten(1).all(1)
-    return torch.where(same[:, None, None], eye, (new.mT @ old).square_())
-
-
-def carry_rows_(S: Tensor, old: Tensor, new: Tensor) -> None:
-    """S [b, out, in+1] <- diagonal of the same map in the basis that has new for old U_G."""
-    S.copy_(overlap(old, new) @ S)
-
-
-def carry_columns_(S: Tensor, old: Tensor, new: Tensor) -> None:
-    """As above, for U_A."""
-    S.copy_(S @ overlap(old, new).mT)
-
-
-def values_between(M: Tensor, U: Tensor) -> Tensor:
-    """Diagonal of Uᵀ M U, [b, n]: eigenvalues, if the columns of U are eigenvectors."""
-    return ((M @ U).mul_(U)).sum(-2)
-
-
-def scaled(M: Tensor, U_G: Tensor, U_A: Tensor, values: Tensor) -> Tensor:
-    """U_G [(U_Gᵀ M U_A) ∘ values] U_Aᵀ, for M and values [b, out, in+1]."""
-    return U_G @ (U_G.mT @ M @ U_A).mul_(values) @ U_A.mT
-
-
-def factors_and_examples_of(likelihood: str) -> Accumulate:
-    """KFAC's statistics, and the rows of every example."""
-    factors, examples = factors_of(likelihood), examples_of(likelihood)
-
-    def accumulate(totals: Totals, call: Call, delivered: Tensor) -> None:
-        factors(totals, call, delivered)
-        examples(totals, call, delivered)
-
-    return accumulate
-
-
-def learn_scalings(
-    stack: Stack, totals: dict[Block, Totals], scale: float | None, ok: Tensor
-) -> Tensor:
-    """S <- decay S + (1 - decay) E_n[(U_Gᵀ V_n U_A)²] where ok and finite; where that was."""
-    found = {}
-    for block, total in totals.items():
-        U_A, U_G = stack.of(block, "U_A"), stack.of(block, "U_G")
-        summed = torch.zeros_like(stack.of(block, "S"))
-        for a, g in pieces(block, total):
-            summed += squares(a, g, U_A, U_G)
-        found[block] = summed.mul_(mean_weight(total, scale))
-        distributed.add_up_(summed)
-    S = stack.gathered(found)
-    ok = ok & finite(S)
-    learn_(stack["S"], S, 1 - stack.group["decay"], ok)
-    return ok
 
 
 class EKFAC(Optimizer):

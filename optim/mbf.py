@@ -73,7 +73,9 @@ class MBF(Optimizer):
 
     Raises: ValueError for a bad setting, unshared blocks over 4 GB, or a layer used in an
     unsupported way, naming it; RuntimeError if a block cannot be inverted three times in a row.
-    Source: arXiv:2202.04124, section 3. DEFAULTS
+    Source: arXiv:2202.04124, section 3. The defaults of lr and damping are ours, from small trials
+    with "minibatch": on the MNIST autoencoder (loss summed over pixels, batches of 1000) lr=0.003
+    diverged; on 8x8 digits it was better than 0.001. lr / damping is what matters most.
 
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Linear(3, 2)
@@ -170,7 +172,7 @@ class MBF(Optimizer):
         closures: each runs the model on one batch and back-propagates its mean loss. Parameters,
         .grad and buffers end as they were.
 
-        Raises: RuntimeError after the first step; ValueError if a layer saw no batch.
+        Raises: RuntimeError after the first step; ValueError for a layer without a gradient.
         """
         harness = self._harness
         with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from optim import KFAC
-from optim.ekfac import EKFAC, carry_columns_, carry_rows_, eigenvectors, squares
+from optim.ekfac import EKFAC
+from optim.ekfac_formulas import carry_columns_, carry_rows_, eigenvectors, squares
 from optim.likelihoods import sampled_score
 from optim.operators import KroneckerEigen
 

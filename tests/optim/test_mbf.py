@@ -272,6 +272,18 @@ def test_failed_mini_blocks_keep_the_last_good_ones_then_stop():
         train(opt, case, case.batches[:1])
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("size", [4, 300])
+def test_rows_are_learned_in_place(size, biased):
+    W, b = torch.randn(7, size), torch.randn(7) if biased else None
+    G = torch.cat([W, b[:, None]], 1) if biased else W
+    M = torch.randn(20, G.shape[1])
+    M = M.T @ M
+    expected = 0.8 * M + 0.2 * sum(torch.outer(g, g) for g in G) / 7
+    mini_blocks.learn_rows_(M, W, b, 0.8)
+    torch.testing.assert_close(M, expected)
+
+
 def test_mini_inverse_of_numbers_and_of_matrices():
     for n in (1, 3):
         a = torch.randn(5, n, n)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from optim.likelihoods import sampled_score
-from optim.tkfac import TKFAC, add_moments_, balanced_inverse
+from optim.tkfac import TKFAC
+from optim.tkfac_formulas import add_moments_, balanced_inverse
 
 HERE = Path(__file__)
 CASES = runpy.run_path(str(HERE.with_name("models.py")))["CASES"]  # suites cannot import
