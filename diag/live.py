@@ -7,6 +7,7 @@ and `@`. What is read is copied, in the dtype asked for, so the operators stay a
 the optimizer goes on.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -77,8 +78,20 @@ def _matrix(part: Any, dtype: torch.dtype) -> Tensor:
             f"cannot read a {type(part).__name__} as an operator: it needs .shape and @, or "
             f".left and .right, .blocks, or .diagonal"
         )
-    probe = getattr(part, "dtype", None) or torch.get_default_dtype()
-    return _copy(part @ torch.eye(part.shape[0], dtype=probe), dtype)
+    made_of = _first_tensor(part)
+    like = torch.empty(0) if made_of is None else made_of
+    return _copy(part @ torch.eye(part.shape[0], dtype=like.dtype, device=like.device), dtype)
+
+
+def _first_tensor(part: Any) -> Tensor | None:
+    """Some floating-point tensor the map is made of, which tells its precision and device."""
+    if isinstance(part, Tensor):
+        return part if part.is_floating_point() else None
+    if isinstance(part, Sequence) and not isinstance(part, str):
+        inside: Iterable[Any] = part
+    else:
+        inside = getattr(part, "__dict__", {}).values()
+    return next((found for each in inside if (found := _first_tensor(each)) is not None), None)
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -134,7 +134,8 @@ class Harness:
         return True
 
     def end(self) -> None:
-        """Count the step."""
+        """Count the step, and forget the statistics that it has used."""
+        self.capture.clear()  # gradients zeroed in place would not tell that they are gone
         for group in self.optimizer.param_groups:
             group["step"] += 1
 

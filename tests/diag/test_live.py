@@ -38,6 +38,40 @@ def spd(k):
     return root @ root.T + torch.eye(k)
 
 
+class Nested:
+    """A map that tells its precision only through what it is made of."""
+
+    def __init__(self, matrix):
+        self.parts, self.shape = [Parts(name="inner", matrix=matrix)], matrix.shape
+
+    def __matmul__(self, v):
+        return self.parts[0].matrix @ v
+
+
+def test_a_map_of_another_precision_than_the_default():
+    M = spd(4).float()
+    found = live.preconditioners(Maps(nested=Nested(M)))["nested"]
+    torch.testing.assert_close(dense(found), M.double())
+
+
+@pytest.mark.parametrize("name", ["EKFAC", "MBF", "Shampoo", "Eva", "ExactFisher"])
+def test_every_kind_of_map_of_a_float32_network(name):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 2), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    ).float()
+    own = {"likelihood": "empirical"} if name in ("EKFAC", "ExactFisher") else {}
+    opt = getattr(optim, name)(model, **own)
+    x = torch.randn(6, 1, 3, 3, dtype=torch.float32)
+    opt.zero_grad()
+    model(x).square().sum(1).mean().backward()
+    opt.step()
+    maps = opt.preconditioner()
+    for key, found in live.preconditioners(opt).items():
+        eye = torch.eye(maps[key].shape[0], dtype=torch.float32)
+        torch.testing.assert_close(dense(found).float(), maps[key] @ eye)
+
+
 def test_maps_are_known_by_their_parts():
     G, A, M = spd(2), spd(3), spd(6)
     blocks = torch.stack([spd(3), spd(3)])

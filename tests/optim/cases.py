@@ -56,7 +56,15 @@ def _maker(recipe):
 
 
 MAKE = {kind: _maker(recipe) for kind, recipe in RECIPES.items() if recipe.method in optim.__all__}
+# one of each method, and of those that use the gradients that backward delivers
+DELIVERING = {"kfac-empirical", "ekfac-empirical", "mbf-per-example"}
+ONE_EACH = DELIVERING | {
+    next(kind for kind in MAKE if RECIPES[kind].method == method)
+    for method in {RECIPES[kind].method for kind in MAKE}
+}
 CLOSURE = {kind for kind in MAKE if RECIPES[kind].method == "KBFGS"}  # two passes a step
+# made of .grad alone: no layer is watched
+OF_GRADIENTS = {"mbf", "mbf-unshared", "shampoo", "tnt-empirical"} & set(MAKE)
 OF_PARAMETERS = {kind for kind in MAKE if RECIPES[kind].method in ("Shampoo", "TNT")}
 
 

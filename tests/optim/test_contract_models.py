@@ -22,6 +22,7 @@ train_on = SHARED["train_on"]
 weights = SHARED["weights"]
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
+one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
 
 
 def copies(model):
@@ -163,7 +164,7 @@ def test_bias_at_rest():
         assert "PReLU" in opt.summary() or kind in OF_PARAMETERS
 
 
-@every
+@one_each
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_plain_parameters_follow_the_rule_of_the_method(kind, momentum, decoupled):
@@ -183,7 +184,7 @@ def test_plain_parameters_follow_the_rule_of_the_method(kind, momentum, decouple
         torch.testing.assert_close(norm.weight.detach(), expected, rtol=1e-12, atol=1e-13)
 
 
-@every
+@one_each
 def test_batch_norm_sees_one_pass(kind):
     def network():
         torch.manual_seed(0)
@@ -199,7 +200,7 @@ def test_batch_norm_sees_one_pass(kind):
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-@every
+@one_each
 def test_dropout_and_random_state(kind):
     model, x = autoencoder(activation=lambda: nn.Dropout(0.5)), batches(1)[0]
     opt, seen = MAKE[kind](model), []
@@ -214,7 +215,7 @@ def test_dropout_and_random_state(kind):
     assert torch.equal(after, torch.get_rng_state())
 
 
-@every
+@one_each
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_in_place_activation_changes_nothing(kind, name):
     results = []

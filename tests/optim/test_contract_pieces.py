@@ -29,8 +29,9 @@ def same_labels(opt):
 
 
 @every
-@pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("sizes", [[4, 4], [1, 5, 2]])
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("mlp", [4, 4]), ("cnn", [1, 5, 2]), ("shared", [3, 5])]
+)
 def test_batches_in_pieces_equal_the_whole(kind, name, sizes):
     pair = []
     for pieces in ([8], sizes):
@@ -108,8 +109,7 @@ def new_scaler():
 
 @one_pass
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("name", ["cnn", "shared"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "dtype"), [("cnn", torch.float64), ("shared", torch.float32)])
 def test_a_scaled_run_equals_the_unscaled_one(kind, clip, name, dtype):
     results = []
     for scale in (False, True):

@@ -23,6 +23,7 @@ train_on = SHARED["train_on"]
 weights = SHARED["weights"]
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
+one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
 SETTINGS = {"update_every": 2, "refresh_every": 3, "weight_decay": 1e-3}
 
 
@@ -71,13 +72,13 @@ def test_resume_with_shared_out_refreshes(kind):
     check_resume(kind, "mlp", {**SETTINGS, "stagger": True}, range(7))
 
 
-@every
+@one_each
 @pytest.mark.parametrize("name", ["cnn", "shared"])
 def test_resume_on_other_layers(kind, name):
     check_resume(kind, name, {**SETTINGS, "stagger": name == "cnn"}, [1, 2, 5])
 
 
-@every
+@one_each
 @pytest.mark.parametrize("phase", [0, 1, 4])
 def test_resume_after_warm_up(kind, phase):
     data, model = batches(7), autoencoder()
@@ -112,7 +113,7 @@ def test_a_checkpoint_stays_as_it_was_saved(kind):
             assert torch.equal(value, loaded["state"][index][key]), key
 
 
-@every
+@one_each
 def test_going_back_in_one_optimizer(kind):
     """load_state_dict into the optimizer that trains: the second run repeats the first."""
     case = CASES["cnn"]()
