@@ -165,7 +165,6 @@ class KBFGS(Optimizer):
         with harness.exact():
             for stack in first:
                 self._learn_h(stack, first[stack], second[stack])
-        harness.capture.clear()
         harness.end()
         return loss
 

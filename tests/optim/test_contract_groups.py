@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from optim import Damping
+
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
 dense = SHARED["dense"]
@@ -170,6 +172,27 @@ def test_learning_rate_schedulers(kind):
         lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(opt),
     ):
         make()
+
+
+@every
+def test_schedulers_of_the_damping(kind):
+    """Through optim.damping.Damping: with lr=0 it alone tells two runs apart."""
+    case = CASES["mlp"]()
+    opt = make_for(kind, case, lr=0.0, refresh_every=1, damping=2.0)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(Damping(opt), 0.5)
+    for batch in case.batches[:2]:
+        train_on(opt, case, [batch])
+        schedule.step()
+    train_on(opt, case, case.batches[2:3])
+    assert opt.param_groups[0]["damping"] == 0.5
+    assert opt.param_groups[0]["lr"] == 0.0
+    if kind in CLOSURE:
+        return  # K-BFGS inverts its damping once, at the start
+    other = CASES["mlp"]()
+    twin = make_for(kind, other, lr=0.0, refresh_every=1, damping=0.5)
+    train_on(twin, other, other.batches[:3])
+    for P, Q in zip(dense(opt).values(), dense(twin).values(), strict=True):
+        torch.testing.assert_close(P, Q)
 
 
 @every
