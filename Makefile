@@ -9,8 +9,8 @@ STAMP := $(VENV)/.installed
 demo: install ## train, measure, write the report, open the dashboard (ARGS=--no-dashboard stops before)
 	$(BIN)/kronscope demo $(ARGS)
 
-test: install ## all tests (ARGS are given to pytest)
-	$(BIN)/python -m pytest $(ARGS)
+test: install ## all tests, on all cores (ARGS are given to pytest)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: install ## format check, lint, types, import contracts
 	$(BIN)/ruff format --check .

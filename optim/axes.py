@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from optim.harness import Harness
 from optim.layers import Block, Variable, find_variables
-from optim.linalg import gram_, known_true, per
+from optim.linalg import gram_, is_finite, known_true, per
 from optim.operators import Identity, Kronecker, Operator
 from optim.passes import run
 from optim.stacks import Stack
@@ -75,7 +75,7 @@ def learn_contractions(stack: Stack, G: Tensor, weight: float, live: Iterable[Bl
     for i, name in held.items():
         if name not in stack:
             stack.hold(**{name: stack.zeros(stack.shape[i], stack.shape[i])})
-    ok = torch.isfinite(torch.linalg.vector_norm(G.flatten(1), dim=1).square()) & stack.mask(live)
+    ok = is_finite(torch.linalg.vector_norm(G.flatten(1), dim=1).square()) & stack.mask(live)
     keep = 1 - weight
     if not known_true(ok):
         G, keep = G.nan_to_num(0.0, 0.0, 0.0) * per(ok, G), 1.0

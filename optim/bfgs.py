@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.linalg import known_true
+from optim.linalg import is_finite, known_true
 from optim.operators import CompactInverse
 
 MU_1 = 0.2  # Powell's constant, on H
@@ -77,7 +77,7 @@ def double_damping(
     yHy = dot(y, Hy)
     s, powell = powell_on_h(s, y, Hy)
     y, second = second_damping(s, y, mu_2)
-    return DampedPair(s, y, powell, second, (yHy > 0) & torch.isfinite(yHy))
+    return DampedPair(s, y, powell, second, (yHy > 0) & is_finite(yHy))
 
 
 def powell_and_shift(
@@ -90,14 +90,14 @@ def powell_and_shift(
     Hy = times(H, y)
     yHy = dot(y, Hy)
     s, powell = powell_on_h(s, y, Hy)
-    return DampedPair(s, y + mu_2 * s, powell, yHy > 0, (yHy > 0) & torch.isfinite(yHy))
+    return DampedPair(s, y + mu_2 * s, powell, yHy > 0, (yHy > 0) & is_finite(yHy))
 
 
 def acceptable(s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
     """The skip rule: s·y > 0 and s·y > 1e-4 ‖s‖² ‖gradient‖, all finite; [...] bool."""
     sy, ss = dot(s, y), dot(s, s)
     enough = (sy > 0) & (sy > SKIP * ss * gradient.norm(dim=-1))
-    return enough & torch.isfinite(sy) & torch.isfinite(ss)
+    return enough & is_finite(sy) & is_finite(ss)
 
 
 def bfgs_(H: Tensor, s: Tensor, y: Tensor, accept: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def bfgs_(H: Tensor, s: Tensor, y: Tensor, accept: Tensor) -> Tensor:
     rho = (1 / dot(s, y))[..., None]
     w = 0.5 * (rho.square() * dot(y, Hy)[..., None] + rho) * s - rho * Hy
     reach = 2 * s.abs().amax(-1) * w.abs().amax(-1) + H.diagonal(dim1=-2, dim2=-1).amax(-1)
-    accept = accept & torch.isfinite(reach)
+    accept = accept & is_finite(reach)
     chosen = accept[..., None]
     s, w = torch.where(chosen, s, 0.0), torch.where(chosen, w, 0.0)
     add = H.addmm_ if H.ndim == 2 else H.baddbmm_
@@ -127,7 +127,7 @@ def append_(H: CompactInverse, s: Tensor, y: Tensor, accept: Tensor) -> Tensor:
 
     Returns: where the pair was stored, [...] bool.
     """
-    accept = accept & torch.isfinite(s).all(-1) & torch.isfinite(y).all(-1)
+    accept = accept & is_finite(s).all(-1) & is_finite(y).all(-1)
     S = torch.cat([H.S[..., 1:, :], s[..., None, :]], -2)
     Y = torch.cat([H.Y[..., 1:, :], y[..., None, :]], -2)
     R, YY = torch.zeros_like(H.R), torch.zeros_like(H.YY)

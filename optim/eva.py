@@ -15,7 +15,7 @@ from optim import checks
 from optim.eva_formulas import Direction, add_means, clip, means, rank_one_solve_
 from optim.harness import Harness
 from optim.layers import Block
-from optim.linalg import finite, known_true, learn_, per
+from optim.linalg import finite, is_finite, known_true, learn_, per
 from optim.momentum import gradients_finite, heavy_ball
 from optim.operators import ExampleSum, Operator, RankOneInverse, by_group
 from optim.passes import run
@@ -222,7 +222,7 @@ class Eva(Optimizer):
         """Δ from the gradient; the gradients that are not finite are counted."""
         G = self._harness.gradient(stack, live)
         Delta, inner = rank_one_solve_(G, stack["g"], stack["x"], stack.group["damping"])
-        mask, ok = stack.mask(live), torch.isfinite(inner)
+        mask, ok = stack.mask(live), is_finite(inner)
         if not known_true(ok):
             ok = ok & gradients_finite(stack, live)  # of the whole layer, not of one group alone
             self._harness.count(stack, {"not finite": ~ok & mask})

@@ -17,6 +17,7 @@ from optim.capture import Totals
 from optim.harness import Harness
 from optim.kbfgs_formulas import (
     SPLITS,
+    applied,
     held_h_g,
     input_action_,
     patch_action_,
@@ -158,7 +159,7 @@ class KBFGS(Optimizer):
             harness.ready(live)
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
-                P = held_h_g(stack) @ stack["momentum"] @ stack["H_a"]
+                P = applied(stack)
                 harness.move(stack, blocks, P, ok)
             harness.plain_steps()
         second = self._second_pass(closure, start, first) if first else {}

@@ -16,7 +16,7 @@ from optim.bfgs import (
 from optim.capture import Totals
 from optim.kbfgs_statistics import patch_moments
 from optim.layers import Block
-from optim.linalg import damped_inverse
+from optim.linalg import aligned, damped_inverse, sandwich
 from optim.operators import CompactInverse
 from optim.stacks import Stack
 
@@ -38,6 +38,14 @@ def held_h_g(stack: Stack) -> Tensor | CompactInverse:
     if "H_g" in stack:
         return stack["H_g"]
     return CompactInverse(stack["S"], stack["Y"], stack["R"], stack["YY"])
+
+
+def applied(stack: Stack) -> Tensor:
+    """P = H_g M H_a [size, out, in+1], M the momentum."""
+    M, H_g, H_a = stack["momentum"], held_h_g(stack), stack["H_a"]
+    if isinstance(H_g, CompactInverse):
+        return torch.bmm(H_g @ M, H_a, out=aligned(M))
+    return sandwich(H_g, M, H_a)
 
 
 def start_h_g(stack: Stack, blocks: Iterable[Block], history: int | None) -> None:

@@ -18,7 +18,7 @@ from optim.factors import factors_of, learn_factors, warm_factors
 from optim.harness import Harness
 from optim.levenberg_marquardt import LevenbergMarquardt
 from optim.likelihoods import LIKELIHOODS
-from optim.linalg import damped_inverse, known_true
+from optim.linalg import damped_inverse, known_true, sandwich
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import random_state, run
@@ -168,7 +168,7 @@ class KFAC(Optimizer):
             self._refresh()
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
-                P = stack["G_inv"] @ stack["momentum"] @ stack["A_inv"]
+                P = sandwich(stack["G_inv"], stack["momentum"], stack["A_inv"])
                 harness.move(stack, blocks, P, ok)
             harness.plain_steps()
         harness.end()
@@ -292,7 +292,7 @@ class KFAC(Optimizer):
     def _preconditioned(self, stack: Stack, M: Tensor, factor: float | None) -> Tensor:
         """G_inv M A_inv, by the inverses held or by those of `factor` times the damping."""
         if factor is None:
-            return stack["G_inv"] @ M @ stack["A_inv"]
+            return sandwich(stack["G_inv"], M, stack["A_inv"])
         A, G = (_tried(job) for job in self._jobs(stack, factor))
         return G @ M @ A
 

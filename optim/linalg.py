@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-STRIPS = 4  # of a symmetric product on a CPU
-SMALL = 256  # columns below which it is made in one piece
+SMALL = 300  # columns up to which a symmetric product is made in one piece
 FEW = 32  # rows below which mirroring costs more than it saves
+ALIGNED = 16  # entries: rows of matrices that start at multiples of 64 bytes multiply faster
 
 
 def factor_dtype(tensor: Tensor) -> torch.dtype:
@@ -28,12 +28,17 @@ def all_finite(tensor: Tensor) -> Tensor:
 
     A sum is finite only if its terms are; one that overflows counts as not finite.
     """
-    return torch.isfinite(tensor.sum())
+    return is_finite(tensor.sum())
+
+
+def is_finite(x: Tensor) -> Tensor:
+    """Entry by entry, [...] bool; torch.isfinite takes twice as many kernels."""
+    return (x - x) == 0
 
 
 def finite(stacked: Tensor) -> Tensor:
     """Which matrices or vectors of a stack [b, ...] are finite throughout, [b] bool."""
-    return torch.isfinite(stacked.sum(tuple(range(1, stacked.ndim))))  # no copy of strided ones
+    return is_finite(stacked.sum(tuple(range(1, stacked.ndim))))  # no copy of strided ones
 
 
 def per(ok: Tensor, like: Tensor) -> Tensor:
@@ -79,20 +84,45 @@ def second_moment(mean: Tensor | None, a: Tensor, seen: int, *, ones: bool) -> T
 def gram_(out: Tensor, a: Tensor, *, beta: float, alpha: float) -> Tensor:
     """Out <- beta out + alpha aᵀ a, in place; a [groups, N, n], out [groups, n, n] symmetric.
 
-    On a CPU a large one is made strip by strip up to the diagonal and mirrored: 5/8 of the
-    arithmetic (PyTorch has no symmetric product). A GPU prefers one call.
+    On a CPU a large one is made by halves, of which the upper right is mirrored: little more than
+    half of the arithmetic (PyTorch has no symmetric product). A GPU prefers one call.
     """
-    size = a.shape[2]
-    if size < SMALL or a.shape[1] < FEW or not free_to_read(a):
+    if a.shape[2] <= SMALL or a.shape[1] < FEW or not free_to_read(a):
         return out.baddbmm_(a.mT, a, beta=beta, alpha=alpha)
-    rows = -(-size // STRIPS)
     for one, x in zip(out, a, strict=True):
-        for start in range(0, size, rows):
-            stop = min(start + rows, size)
-            strip = one[start:stop, :stop]
-            strip.addmm_(x[:, start:stop].T, x[:, :stop], beta=beta, alpha=alpha)
-            one[:start, start:stop] = strip[:, :start].T
+        _gram_by_halves_(one, x, beta, alpha)
     return out
+
+
+def _gram_by_halves_(out: Tensor, x: Tensor, beta: float, alpha: float) -> None:
+    size = len(out)
+    if size <= SMALL:
+        out.addmm_(x.T, x, beta=beta, alpha=alpha)
+        return
+    half = _rounded_up(size // 2)
+    left, right = x[:, :half], x[:, half:]
+    _gram_by_halves_(out[:half, :half], left, beta, alpha)
+    _gram_by_halves_(out[half:, half:], right, beta, alpha)
+    corner = out[half:, :half].addmm_(right.T, left, beta=beta, alpha=alpha)
+    out[:half, half:] = corner.T
+
+
+def sandwich(left: Tensor, M: Tensor, right: Tensor) -> Tensor:
+    """The products left M right [b, out, in] of stacks [b, out, out], [b, out, in], [b, in, in]."""
+    return torch.bmm(torch.bmm(left, M, out=aligned(M)), right, out=aligned(M))
+
+
+def aligned(like: Tensor) -> Tensor:
+    """Empty memory of the same shape, its rows `ALIGNED`: a CPU's product is up to a fifth faster.
+
+    Between the rows there are gaps: never part of a state, which is contiguous when loaded.
+    """
+    *many, n = like.shape
+    return like.new_empty(*many, _rounded_up(n))[..., :n]
+
+
+def _rounded_up(n: int) -> int:
+    return -(-n // ALIGNED) * ALIGNED
 
 
 def damped_inverse(M: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,12 @@ from optim import distributed, positions
 from optim.capture import Totals
 from optim.examples import mean_weight, pieces
 from optim.layers import Block
-from optim.linalg import damped_inverse, factor_dtype, gram_
+from optim.linalg import aligned, damped_inverse, factor_dtype, gram_, is_finite
 from optim.momentum import gradient_of
 from optim.operators import BlockDiagonal, ColumnBlocks, Kronecker, Operator
 from optim.stacks import Stack
 from optim.summary import readable
 
-ALIGNED = 16  # entries
 ROOM = 4 * 10**9  # bytes of mini-blocks and inverses that unshared Linear layers may take in all
 
 
@@ -111,7 +110,7 @@ def squares_finite(blocks: Iterable[Block], dtype: torch.dtype) -> Tensor:
     """Whether all gradients are finite and so is the sum of their squares, 0-d bool."""
     grads = [gradient_of(p) for block in blocks for p in block.parameters]
     norms = [torch.linalg.vector_norm(g, dtype=dtype) for g in grads]
-    return torch.isfinite(torch.stack(norms).square().sum())
+    return is_finite(torch.stack(norms).square().sum())
 
 
 def example_moments(
@@ -156,15 +155,13 @@ def mini_inverse(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     if M.shape[-1] > 1:
         return damped_inverse(M, damping)
     damped = M + damping[:, None, None]
-    return damped.reciprocal(), (damped > 0).flatten() & torch.isfinite(damped).flatten()
+    return damped.reciprocal(), (damped > 0).flatten() & is_finite(damped).flatten()
 
 
 def applied(stack: Stack, cuts: list[Cut]) -> Tensor:
     """P [size, out, in+1] whose slices are (M_s + λI)⁻¹ m_s, m the momentum."""
     m = stack["momentum"]
-    *many, size = m.shape
-    # rows that start at multiples of 64 bytes: a CPU's product is a quarter faster
-    P = m.new_empty(*many, -(-size // ALIGNED) * ALIGNED)[..., :size]
+    P = aligned(m)
     for cut in cuts:
         inverse, v, out = stack[f"{cut.name}_inv"], cut.slices(m), cut.slices(P)
         if cut.shared:

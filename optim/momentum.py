@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.layers import Block
-from optim.linalg import all_finite, factor_dtype, finite, known_true, per
+from optim.linalg import all_finite, factor_dtype, finite, is_finite, known_true, per
 from optim.stacks import Stack
 
 Group = dict[str, Any]
@@ -41,7 +41,7 @@ def gradients_finite(stack: Stack, live: Iterable[Block]) -> Tensor:
     out = torch.zeros(stack.size, dtype=torch.bool, device=stack.device)
     for block in live:
         sums = [gradient_of(p).sum(dtype=stack.dtype) for p in block.parameters]
-        out[stack.places[block]] = torch.isfinite(sum(sums[1:], sums[0]))
+        out[stack.places[block]] = is_finite(sum(sums[1:], sums[0]))
     return out
 
 
@@ -70,17 +70,25 @@ def absorb_(stack: Stack, live: list[Block], groups: Groups, form: Form) -> Tens
     keep, new = form(stack.group["momentum"])
     M, ok = stack["momentum"], gradients_finite(stack, live)
     if len(live) == len(stack.blocks) and known_true(ok):
-        M.mul_(keep)
         for block in live:
             for p, part in block.parts(M[stack.places[block]]):
-                part.add_(gradient_of(p).reshape(part.shape), alpha=new)
+                g = gradient_of(p).reshape(part.shape).to(M.dtype)
                 if tau := _coupled(groups[p]):
-                    part.add_(p.reshape(part.shape), alpha=new * tau)
+                    g = torch.add(g, p.reshape(part.shape), alpha=tau)
+                _one_pass_(part, g, keep, new)
         return ok
     G = gradient(stack, live, groups).nan_to_num_(0.0, 0.0, 0.0)
     weight = per(ok, M)
     M.mul_(1 + weight * (keep - 1)).add_(G.mul_(weight), alpha=new)
     return ok
+
+
+def _one_pass_(M: Tensor, g: Tensor, keep: float, new: float) -> None:
+    """M <- keep M + new g by either form, memory read and written once."""
+    if new == 1.0:
+        torch.add(g, M, alpha=keep, out=M)
+    else:
+        M.lerp_(g, new)  # keep + new = 1
 
 
 def move_(stack: Stack, live: Iterable[Block], P: Tensor, ok: Tensor, groups: Groups) -> Tensor:

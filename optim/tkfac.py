@@ -16,6 +16,7 @@ from optim import checks
 from optim.examples import examples_of
 from optim.harness import Harness
 from optim.likelihoods import LIKELIHOODS
+from optim.linalg import sandwich
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import run
@@ -136,7 +137,7 @@ class TKFAC(Optimizer):
             self._learn(live)
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
-                P = stack["L_inv"] @ stack["momentum"] @ stack["R_inv"]
+                P = sandwich(stack["L_inv"], stack["momentum"], stack["R_inv"])
                 harness.move(stack, blocks, P, ok)
             harness.plain_steps()
         harness.end()

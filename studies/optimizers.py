@@ -34,11 +34,11 @@ def _factory(kind: Callable[..., torch.optim.Optimizer], **own: Any) -> Factory:
     return build
 
 
-def _exported() -> dict[str, Factory]:
+def kinds() -> dict[str, type[torch.optim.Optimizer]]:
     """The optimizers that `optim` exports and that are built from a model, as wrappers are not."""
     things = {name: getattr(optim, name) for name in optim.__all__}
     return {
-        snake_case(name): _factory(kind)
+        snake_case(name): kind
         for name, kind in things.items()
         if isinstance(kind, type)
         and issubclass(kind, torch.optim.Optimizer)
@@ -46,7 +46,7 @@ def _exported() -> dict[str, Factory]:
     }
 
 
-OPTIMIZERS: dict[str, Factory] = _exported() | {
+OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds().items()} | {
     "kbfgs_l": _factory(optim.KBFGS, history=100),
     "adam": lambda model, _problem, **hyper: torch.optim.Adam(model.parameters(), **hyper),
     "sgd": lambda model, _problem, **hyper: torch.optim.SGD(
