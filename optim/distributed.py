@@ -2,11 +2,12 @@
 
 DistributedDataParallel averages .grad over the processes. Statistics are joined here before anyone
 learns from them, so that every process holds the state that one process on the joint batch would:
-whatever is made of statistics and .grad alone then needs no further exchange. Without
-torch.distributed, or with one process, nothing here does anything.
+whatever is made of statistics and .grad alone then needs no further exchange. Inverses, dear to
+make, are each made by one process, which tells the others. Without torch.distributed, or with one
+process, nothing here does anything.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.functional import pad
 from optim.capture import Totals
 from optim.layers import Block
 
+Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 MEANS = ("A", "G", "x", "z", "gradient")  # over rows
 SUMS = {"g": 1, "GG": 2}  # over rows of what backward delivered, of this degree in it
 
@@ -72,6 +74,40 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts, 1)
+
+
+def shares(many: int, cost: float, loads: list[float]) -> list[int]:
+    """How many of so many equal tasks each process gets; adds what they cost to its load.
+
+    What does not go round goes to those with least to do.
+
+    Three tasks where the first process has done some already:
+        >>> shares(3, 1.0, [2.0, 0.0])
+        [1, 2]
+    """
+    whole, rest = divmod(many, len(loads))
+    more = sorted(range(len(loads)), key=lambda process: loads[process])[:rest]
+    counts = [whole + (process in more) for process in range(len(loads))]
+    for process, count in enumerate(counts):
+        loads[process] += count * cost
+    return counts
+
+
+def solved(solver: Solver, M: Tensor, damping: Tensor, loads: list[float]) -> tuple[Tensor, Tensor]:
+    """The solver's results for M [b, n, n], damping [b], each process having made some of them.
+
+    loads: what each has done already, in units of n³; this is added.
+    """
+    if size() == 1:
+        return solver(M, damping)
+    counts = shares(len(M), float(M.shape[-1]) ** 3, loads)
+    first = sum(counts[: rank()])
+    own = slice(first, first + counts[rank()])
+    part, good = solver(M[own], damping[own])
+    results, ok = part.new_zeros(len(M), *part.shape[1:]), good.new_zeros(len(M), dtype=torch.int32)
+    results[own], ok[own] = part, good.to(ok.dtype)
+    add_up_(results, ok)
+    return results, ok.bool()
 
 
 def join_(blocks: Iterable[Block], totals: dict[Block, Totals]) -> None:

@@ -3,7 +3,7 @@
 A result that fails is tried again in float64; if that fails too, the last good one stays, the
 failure is counted, and training stops with the remedies after several in a row. On a GPU nobody
 waits for the verdict: flags are copied to the host in the background, and the second try comes with
-a later step.
+a later step. Several processes share the work out by its cost and tell each other the results.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from optim import distributed
+from optim.distributed import Solver
 from optim.layers import Block
 from optim.linalg import free_to_read, known_true, per
 from optim.stacks import Stack
 
 PATIENCE = 3  # failures in a row before training is stopped
-Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -159,20 +160,22 @@ class Refresher:
         batches: dict[tuple, list[Job]] = {}
         for job in jobs:
             batches.setdefault(job.key, []).append(job)
-        for members in batches.values():
-            self._solve_together(members)
+        loads = [0.0] * distributed.size()
+        for members in sorted(batches.values(), key=lambda members: -members[0].n):
+            self._solve_together(members, loads)
         self.settle()
 
     def settle(self, *, wait: bool = False) -> None:
         """Look at the flags that have arrived: try failures again in float64, count what fails.
 
-        wait: for all of them; needed before a stack's tensors change their shapes.
+        wait: for all of them; needed before a stack's tensors change their shapes. Several
+        processes always do, or one might try again a step earlier than another.
 
         Raises: RuntimeError naming a layer that failed several times in a row, or had no result
         to fall back on.
         """
         for verdict in self.pending:
-            if wait and verdict.event is not None:
+            if (wait or distributed.size() > 1) and verdict.event is not None:
                 verdict.event.synchronize()
         arrived = [verdict for verdict in self.pending if verdict.arrived]
         self.pending = [verdict for verdict in self.pending if verdict not in arrived]
@@ -182,12 +185,12 @@ class Refresher:
             else:
                 self._again(verdict)
 
-    def _solve_together(self, jobs: list[Job]) -> None:
+    def _solve_together(self, jobs: list[Job], loads: list[float]) -> None:
         factors = [job.matrices() for job in jobs]
         sizes = [len(M) for M in factors]
         together = factors[0] if len(jobs) == 1 else torch.cat(factors)
         dampings = torch.cat([job.dampings() for job in jobs])
-        results, oks = jobs[0].solver(together, dampings)
+        results, oks = distributed.solved(jobs[0].solver, together, dampings, loads)
         for job, *solved in zip(jobs, results.split(sizes), oks.split(sizes), strict=True):
             result, ok = job.shaped(*solved)
             live = job.live

@@ -43,7 +43,7 @@ class Grid:
     epochs: int = 0  # 0: the problem's
     longer: int = 6
     lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    damping_factors: Sequence[float] = (0.1, 1.0, 10.0)
+    damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
     workers: int = 2
 
     @property

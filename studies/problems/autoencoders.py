@@ -34,15 +34,15 @@ DIGITS: dict[str, dict[str, Any]] = {
     "kbfgs": {"lr": 0.3, "damping": 0.3},
     "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
     "kfac": {"lr": 1.0, "damping": 0.3},
-    "ekfac": {"lr": 3.0, "damping": 3.0},
-    "tkfac": {"lr": 1.0, "damping": 1.0},
+    "ekfac": {"lr": 0.03, "damping": 0.001},
+    "tkfac": {"lr": 0.1, "damping": 1e-4},
     "mbf": {"lr": 0.1, "damping": 1.0},
     "shampoo": {"lr": 0.01, "damping": 0.01},
     "tnt": {"lr": 1e-5, "damping": 0.003},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-    "exact_fisher": {"lr": 3.0, "damping": 10.0},
-    "adam": {"lr": 0.003},
-    "sgd": {"lr": 0.01, "momentum": 0.9},
+    "exact_fisher": {"lr": 10.0, "damping": 30.0},
+    "adam": {"lr": 0.01},
+    "sgd": {"lr": 0.03, "momentum": 0.9},
 }
 
 register(

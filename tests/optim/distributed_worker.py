@@ -141,6 +141,23 @@ def errors(rank):
     return said
 
 
+def inverted(model, case, batch):
+    """How many matrices this process inverts in a first step of KFAC."""
+    many, cholesky = [], torch.linalg.cholesky_ex
+
+    def counted(M):
+        many.append(len(M))
+        return cholesky(M)
+
+    opt = start("kfac", case._replace(model=model))
+    torch.linalg.cholesky_ex = counted
+    try:
+        opt.step(SHARED["closure_of"](opt, model, batch, case.loss))
+    finally:
+        torch.linalg.cholesky_ex = cholesky
+    return sum(many)
+
+
 def main(rank, world, meeting, folder):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
@@ -160,6 +177,9 @@ def main(rank, world, meeting, folder):
     for kind in sorted(MAKE):
         found[kind, "pieces"] = together(kind, "shared", rank, world, pieces=2)
         found[kind, "uneven"] = uneven(kind, rank)
+    case = CASES["mlp"]()
+    parts = tuple(values.chunk(world)[rank] for values in case.batches[0])
+    found["inverted"] = inverted(DistributedDataParallel(case.model), case, parts)
     found["errors"] = errors(rank)
     found["labels"] = optim.KFAC(nn.Linear(2, 2))._harness.labels.initial_seed()
     torch.save(found, f"{folder}/{rank}.pt")

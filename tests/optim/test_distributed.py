@@ -87,6 +87,14 @@ def test_parts_of_other_sizes(processes, kind):
         torch.testing.assert_close(found[0]["P"][name], P, rtol=1e-9, atol=1e-10)
 
 
+def test_inverses_are_shared_out(processes):
+    case = WORKER["CASES"]["mlp"]()
+    alone = WORKER["inverted"](case.model, case, case.batches[0])
+    counts = [process["inverted"] for process in processes]
+    assert sum(counts) == alone
+    assert 0 < min(counts) < alone  # by cost, of matrices of several sizes
+
+
 def test_what_cannot_be_done_is_said_in_every_process(processes):
     for process in processes:
         said = process["errors"]
