@@ -35,15 +35,16 @@ class Row:
     cells: list[str]
 
 
-def row(name: str, settings: str, runs: Sequence[Run], epochs: int, paces: Sequence[Run]) -> Row:
-    """Medians over the runs after their epochs; the first one beside the pace of SGD-momentum.
+def row(
+    name: str, settings: str, runs: Sequence[Run], epochs: int, paces: Sequence[Sequence[Run]]
+) -> Row:
+    """Medians over the runs after their epochs, and of their ratios to SGD-momentum's pace.
 
-    paces: SGD-momentum's runs, from the start and with the batches of the first of `runs`.
+    paces: for each of `runs` SGD-momentum's, from the same start and with the same batches.
     """
     ends = pd.DataFrame([end(run, epochs) for run in runs])
-    first, middle = ends.iloc[0], ends.median()
-    needed = reached(paces, float(first["train_loss"]))
-    ratios = (over(needed[unit], float(first[unit])) for unit in ("step", "seconds"))
+    middle = ends.median()
+    ratios = (median_ratio(ends, paces, unit) for unit in ("step", "seconds"))
     values = [_digits(middle[metric]) for metric in METRICS]
     if not np.isfinite(middle["train_loss"]):
         reasons = [run["ended"].iloc[0] for run in runs if run["ended"].iloc[0]]
@@ -81,15 +82,23 @@ def reached(paces: Sequence[Run], loss: float) -> dict[str, tuple[float, bool]]:
     return found
 
 
-def over(needed: tuple[float, bool], own: float) -> str:
-    """The ratio in print, with > before a lower bound.
+def median_ratio(ends: pd.DataFrame, paces: Sequence[Sequence[Run]], unit: str) -> str:
+    """What SGD-momentum needed over what a run took, in print: the median, of two the lower."""
+    found = []
+    for (_, own), pace in zip(ends.iterrows(), paces, strict=True):
+        needed, hit = reached(pace, float(own["train_loss"]))[unit]
+        ratio = needed / float(own[unit])
+        found.append((ratio if np.isfinite(ratio) else -np.inf, hit))
+    return in_print(*sorted(found)[(len(found) - 1) // 2])
 
-    >>> over((90, True), 30), over((180, False), 30)
-    ('3.00', '> 6.00')
+
+def in_print(ratio: float, hit: bool) -> str:
+    """A ratio, with > before a lower bound.
+
+    >>> in_print(3.0, True), in_print(6.0, False), in_print(-np.inf, True)
+    ('3.00', '> 6.00', '–')
     """
-    if not np.isfinite(needed[0] / own):
-        return "–"
-    return ("" if needed[1] else "> ") + number(needed[0] / own)
+    return "–" if not np.isfinite(ratio) else ("" if hit else "> ") + number(ratio)
 
 
 def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
@@ -113,8 +122,8 @@ def table(rows: Sequence[Row], epochs: int, seeds: int, longer: int) -> dict[str
     caption = (
         f"After {epochs} epochs at the settings that were best for one seed, medians of {seeds} "
         "seed(s); * where the best value lies at the edge of its grid. steps ×, time ×: what "
-        "SGD-momentum needs to get to the same training loss, at whichever learning rate of its "
-        "grid does so first, over what the optimizer took, both with the tuning's seed. "
+        "SGD-momentum needs to get to the same training loss from the same start, at whichever "
+        "learning rate of its grid does so first for that seed, over what the optimizer took. "
         f"SGD-momentum was given {longer} times the epochs; > where it did not get there."
     )
     ordered = [row.cells for row in sorted(rows, key=lambda row: row.loss)]

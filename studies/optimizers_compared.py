@@ -3,7 +3,7 @@
 Each is tuned over a grid of learning rates and dampings around the problem's recommended ones: the
 training loss at the end of the budget decides. Then its best setting is trained with every seed.
 The yardstick is SGD with momentum at every learning rate of its grid, which is given several times
-the epochs: how many steps does it need to get as far as the method got?
+the epochs: how many steps does it need, from the same start, to get as far as the method got?
 """
 
 import dataclasses
@@ -115,16 +115,20 @@ def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     return [trials.trial(grid.problem, optimizer, p, grid.seed, grid.budget) for p in points]
 
 
-def yardsticks(grid: Grid) -> list[Trial]:
-    """SGD with momentum at every learning rate of its grid, with its longer budget."""
-    long = grid.budget * grid.longer
-    return [dataclasses.replace(trial, epochs=long) for trial in candidates(grid, YARDSTICK)]
+def yardsticks(grid: Grid) -> list[list[Trial]]:
+    """For each seed SGD with momentum at every learning rate, with its longer budget."""
+    own, long = candidates(grid, YARDSTICK), grid.budget * grid.longer
+    return [
+        [dataclasses.replace(trial, seed=seed, epochs=long) for trial in own]
+        for seed in range(grid.seed, grid.seed + grid.seeds)
+    ]
 
 
 def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
     """Train all candidates and the yardsticks; {optimizer: the best of its candidates}."""
     own = {name: candidates(grid, name) for name in grid.optimizers}
-    _train(grid, folder, [*itertools.chain(*own.values()), *yardsticks(grid)], "tuning", progress)
+    wanted = itertools.chain(*own.values(), *yardsticks(grid))
+    _train(grid, folder, list(wanted), "tuning", progress)
     losses = {name: [trials.loss_at_the_end(folder, t) for t in own[name]] for name in own}
     return {name: own[name][int(np.argmin(losses[name]))] for name in own}
 
@@ -176,7 +180,7 @@ def compared(
     grid: Grid, folder: Path, tuned: dict[str, Trial], finals: dict[str, list[Trial]]
 ) -> dict[str, Any]:
     """The study's table, in print: {"caption", "columns", "rows"}."""
-    paces = [trials.read(folder, trial) for trial in yardsticks(grid)]
+    paces = [[trials.read(folder, trial) for trial in own] for own in yardsticks(grid)]
     rows = [
         comparison.row(
             name,

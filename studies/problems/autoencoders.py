@@ -30,19 +30,20 @@ def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequent
     return nn.Sequential(*layers)
 
 
+# an epoch has 12 steps: what is made of gradients, which fade as fast as the loss, has to be fresh
 DIGITS: dict[str, dict[str, Any]] = {
     "kbfgs": {"lr": 0.3, "damping": 0.3},
     "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
     "kfac": {"lr": 1.0, "damping": 0.3},
     "ekfac": {"lr": 0.03, "damping": 0.001},
     "tkfac": {"lr": 0.1, "damping": 1e-4},
-    "mbf": {"lr": 0.1, "damping": 1.0},
-    "shampoo": {"lr": 0.01, "damping": 0.01},
+    "mbf": {"lr": 1e-4, "damping": 1e-4, "refresh_every": 1},
+    "shampoo": {"lr": 0.01, "damping": 1e-5, "refresh_every": 1},
     "tnt": {"lr": 1e-5, "damping": 0.003},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-    "exact_fisher": {"lr": 10.0, "damping": 30.0},
+    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 0.01, "momentum": 0.8},
+    "exact_fisher": {"lr": 0.03, "damping": 0.03, "momentum": 0.0},
     "adam": {"lr": 0.01},
-    "sgd": {"lr": 0.03, "momentum": 0.9},
+    "sgd": {"lr": 0.01, "momentum": 0.9},
 }
 
 register(

@@ -162,3 +162,15 @@ def test_the_gpu_follows_the_cpu(kind, case_name):
     # float64 on both: products in another order
     torch.testing.assert_close(on_cpu, on_cuda, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_memory_of_kbfgs():
+    """Beyond the momentum 2 (in+1)² + out² numbers a layer, and a few vectors."""
+    case = CASES["mlp"]()
+    opt = MAKE["kbfgs"](case.model)
+    train_on(opt, case, case.batches[:1])
+    for module in case.model:
+        if isinstance(module, torch.nn.Linear):
+            (out, size), state = module.weight.shape, opt.state[module.weight]
+            held = sum(value.numel() for name, value in state.items() if name != "momentum")
+            assert held <= 2 * (size + 1) ** 2 + out**2 + 2 * out + 10  # s, y, counters
