@@ -66,6 +66,15 @@ def study(
     seeds: Annotated[
         int | None, typer.Option(help="Seeds of each final run, in studies that have several.")
     ] = None,
+    longer: Annotated[
+        int | None, typer.Option(help="Times the epochs that SGD-momentum gets in comparisons.")
+    ] = None,
+    lr_factors: Annotated[
+        str | None, typer.Option(help="Tuned: times the recommended lr, with commas between.")
+    ] = None,
+    damping_factors: Annotated[
+        str | None, typer.Option(help="Tuned: times the recommended damping, commas between.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Run folder to go on with: its settings, with those given over them."),
@@ -74,9 +83,25 @@ def study(
 ) -> None:
     """Run a study and write its report."""
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
+    given["longer"] = longer
+    given["lr_factors"] = _numbers("lr-factors", lr_factors)
+    given["damping_factors"] = _numbers("damping-factors", damping_factors)
     given["optimizers"] = tuple(optimizers.split(",")) if optimizers else None
     chosen = {option: value for option, value in given.items() if value is not None}
     run_study(name, tiny, results, resume, **chosen)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between. Raises: ValueError for what is not a positive number."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if min(values) <= 0:
+        raise ValueError(f"--{option} takes positive numbers with commas between, not '{text}'")
+    return values
 
 
 def run_study(

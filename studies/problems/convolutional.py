@@ -14,7 +14,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kfac": {"lr": 0.1, "damping": 0.03},
     "ekfac": {"lr": 0.1, "damping": 0.03},
     "tkfac": {"lr": 0.1, "damping": 0.03},
-    "mbf": {"lr": 0.001, "damping": 0.001},
+    "mbf": {"lr": 3e-4, "damping": 3e-3, "refresh_every": 5},
     "shampoo": {"lr": 0.01, "damping": 0.01},
     "tnt": {"lr": 0.0003, "damping": 0.01},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},

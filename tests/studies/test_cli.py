@@ -83,6 +83,11 @@ def test_report_is_written_again(demo_run):
         (("study", "error_along_training", "--seeds", "2"), "has no option ['seeds']; it has"),
         (("study", "error_along_training", "--resume", "."), "cannot go on with an earlier run"),
         (("study", "optimizers_compared", "--resume", "."), "holds study and problem (None, None)"),
+        (("study", "optimizers_compared", "--lr-factors", "1,x"), "takes positive numbers with"),
+        (
+            ("study", "optimizers_compared", "--damping-factors", "0"),
+            "positive numbers with commas",
+        ),
         (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step']"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
