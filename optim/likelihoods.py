@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional as F
 
 
 class Likelihood(NamedTuple):
@@ -34,8 +33,8 @@ def score_categorical(output: Tensor, labels: Tensor) -> Tensor:
         >>> score_categorical(torch.zeros(1, 2), torch.tensor([0])).tolist()
         [[-0.5, 0.5]]
     """
-    onehot = F.one_hot(labels, output.shape[1]).movedim(-1, 1)
-    return output.softmax(1) - onehot.to(output.dtype)
+    p = output.softmax(1)
+    return p - torch.zeros_like(p).scatter_(1, labels.unsqueeze(1), 1.0)
 
 
 def sample_bernoulli(output: Tensor, generator: Generator) -> Tensor:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optim.linalg import known_true
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
@@ -162,6 +165,61 @@ def test_the_gpu_follows_the_cpu(kind, case_name):
     # float64 on both: products in another order
     torch.testing.assert_close(on_cpu, on_cuda, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+class NotYet:
+    """An event that a busy GPU has not come to."""
+
+    def query(self):
+        return False
+
+
+def hollow_out(model):
+    """Parameters and buffers without values, those that are tied still so."""
+    found = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor not in found:
+                    found[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        found[tensor] = torch.nn.Parameter(found[tensor])
+                held[name] = found.get(tensor)
+
+
+@every
+@pytest.mark.parametrize("case_name", ["cnn", "shared"])
+def test_no_step_needs_a_value_in_python(kind, case_name, monkeypatch):
+    """Steps 4 to 7 on a GPU's path, with tensors that have no values: to look at one raises."""
+    case, hollow = CASES[case_name](), CASES[case_name]()
+    settings = {"update_every": 2, "refresh_every": 3, "weight_decay": 0.01}
+    opt = make_for(kind, case, **settings)
+    train_on(opt, case, case.batches[:4])
+    assert patch_everywhere(monkeypatch, "free_to_read", lambda _: False) >= 3
+    assert patch_everywhere(monkeypatch, "to_host", lambda flags: (flags, NotYet())) >= 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hollow_out(hollow.model)
+        twin = make_for(kind, hollow, **settings)
+        twin.load_state_dict({k: v for k, v in opt.state_dict().items() if k != "labels"})
+        if twin._harness.capture.sample is not None:  # exponential_ is not made for such tensors
+            twin._harness.capture.sample = lambda output: torch.sin(5 * output)
+        for batch in case.batches[4:8]:
+            values = tuple(torch.empty(v.shape, dtype=v.dtype) for v in batch)
+
+            def closure(values=values):
+                twin.zero_grad()
+                loss = hollow.loss(hollow.model, values)
+                loss.backward()
+                return loss.detach()
+
+            twin.step(closure)
+    assert twin.param_groups[0]["step"] == 8
+
+
+def test_a_value_that_is_needed_is_noticed():
+    """The test above can fail: where values are free to read, as on a CPU, they are."""
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="_local_scalar_dense"):
+        known_true(torch.ones(2, dtype=torch.bool))
 
 
 def test_memory_of_kbfgs():
