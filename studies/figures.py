@@ -62,9 +62,9 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """
     found: dict[str, Look] = {BOUND: {"color": "black", "marker": "d", "linewidth": 1.6}}
     for i, name in enumerate(sorted(set(names) - {BOUND, ""})):
-        again = i // len(COLOURS)  # a colour's second name gets another line
-        marker, line = MARKERS[i % len(MARKERS)], LINES[(i + again) % len(LINES)]
-        colour = COLOURS[i % len(COLOURS)]
+        marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
+        again = i // len(COLOURS)  # a colour comes back with another line
+        colour = COLOURS[(i + again) % len(COLOURS)]
         found[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.4}
     return found
 
