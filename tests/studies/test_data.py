@@ -40,18 +40,21 @@ def test_read_idx(tmp_path):
     np.testing.assert_array_equal(data.read_idx(path, (3, 2, 2)), array)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "is missing; expected a gzipped idx file"),
-        (b"no gzip at all", "is damaged"),
-        (idx(np.zeros((3, 2, 2)))[:20], "is damaged"),
-        (gzip.compress(b"ab"), "is damaged"),
-        (idx(np.zeros((3, 2, 2)), kind=13), "has header"),
-        (idx(np.zeros((4, 2, 2))), r"holds \(4, 2, 2\)"),
-        (gzip.compress(gzip.decompress(idx(np.zeros((3, 2, 2))))[:-1]), r"holds .* 11 bytes"),
-    ],
-)
+BAD_FILES = {  # what the file holds (None: there is none), and what the error says of it
+    "missing": (None, "is missing; expected a gzipped idx file"),
+    "no gzip": (b"no gzip at all", "is damaged"),
+    "cut short": (idx(np.zeros((3, 2, 2)))[:20], "is damaged"),
+    "no header": (gzip.compress(b"ab"), "is damaged"),
+    "other kind": (idx(np.zeros((3, 2, 2)), kind=13), "has header"),
+    "other shape": (idx(np.zeros((4, 2, 2))), r"holds \(4, 2, 2\)"),
+    "a byte less": (
+        gzip.compress(gzip.decompress(idx(np.zeros((3, 2, 2))))[:-1]),
+        r"holds .* 11 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_is_named_with_what_was_expected(tmp_path, content, message):
     path = tmp_path / "images.gz"
     if content is not None:
