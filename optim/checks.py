@@ -106,6 +106,19 @@ def group_settings(settings: dict[str, Any], own: list[str]) -> None:
         raise ValueError(f"{shared} cannot differ between groups; those that can: {list(OWN)}")
 
 
+def joined(groups: list[dict[str, Any]], defaults: Iterable[str]) -> None:
+    """Give the last group, just added, the step number; ValueError, and it is gone, if bad."""
+    first, new = groups[0], groups[-1]
+    new["step"] = first["step"]
+    # schedulers leave notes of their own in the groups they know
+    differing = [k for k in defaults if new[k] != first[k]]
+    try:
+        group_settings(new, differing)
+    except ValueError:
+        groups.pop()
+        raise
+
+
 def choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ValueError unless the value is one of the known."""
     if value not in known:

@@ -63,6 +63,15 @@ def add_up_(*tensors: Tensor) -> None:
                 tensor.copy_(whole)
 
 
+def summed(count: int, device: torch.device) -> int:
+    """A whole number's sum over the processes."""
+    if size() == 1:
+        return count
+    total = torch.tensor(count, device=device)
+    add_up_(total)
+    return int(total)
+
+
 def gathered(rows: Tensor) -> Tensor:
     """Rows [s, m, T, n] of all processes, [s, Σ m, T, n], shorter ones ending in zeros."""
     if size() == 1:

@@ -100,15 +100,7 @@ class Harness:
         """A parameter group has been added: check it, find its layers, give it the step number."""
         self.refresher.settle(wait=True)  # its verdicts are on stacks that go now
         groups = self.optimizer.param_groups
-        first, new = groups[0], groups[-1]
-        new["step"] = first["step"]
-        # schedulers leave notes of their own in the groups they know
-        differing = [k for k in self.optimizer.defaults if new[k] != first[k]]
-        try:
-            checks.group_settings(new, differing)
-        except ValueError:
-            groups.pop()
-            raise
+        checks.joined(groups, self.optimizer.defaults)
         known = {block.weight for block in self.blocks}
         found = [block for block in self.find(self.model) if block.weight not in known]
         self.blocks += found

@@ -116,7 +116,7 @@ def find_variables(
     Its axes up to the length `max_axis` get a factor.
     """
     found = []
-    for parameter, names in _owners(model).items():
+    for parameter, names in owners_of(model).items():
         if parameter.requires_grad:
             module = model.get_submodule(names[0].rpartition(".")[0])
             sizes = shape(module, parameter)
@@ -130,7 +130,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     Only these classes themselves: a subclass or a parametrised layer may compute something else.
     """
-    owners = _owners(model)
+    owners = owners_of(model)
     blocks = []
     for name, module in model.named_modules():
         if type(module) not in KINDS or not module.weight.requires_grad:
@@ -143,11 +143,11 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
-def plain_reasons(model: nn.Module, blocks: Iterable[Block | Variable]) -> dict[Tensor, str]:
+def plain_reasons(model: nn.Module, blocks: Iterable[Any]) -> dict[Tensor, str]:
     """The trainable parameters outside all blocks, each with the reason why."""
     inside = {p for block in blocks for p in block.parameters}
     reasons = {}
-    for parameter, names in _owners(model).items():
+    for parameter, names in owners_of(model).items():
         if parameter in inside or not parameter.requires_grad:
             continue
         module = model.get_submodule(names[0].rpartition(".")[0])
@@ -160,7 +160,7 @@ def plain_reasons(model: nn.Module, blocks: Iterable[Block | Variable]) -> dict[
     return reasons
 
 
-def _owners(model: nn.Module) -> dict[Tensor, list[str]]:
+def owners_of(model: nn.Module) -> dict[Tensor, list[str]]:
     """Each parameter with the names of all its places in the model."""
     owners: dict[Tensor, list[str]] = {}
     for prefix, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Distributions over labels that a model's outputs stand for: sample, and score.
+"""Distributions over labels that a model's outputs stand for: sample, score, and Fisher matrix.
 
 The score is d(-log p(label | output)) / d output for each example, not divided by the batch.
 """
@@ -79,3 +79,34 @@ def sampled_score(name: str, output: Tensor, generator: Generator) -> Tensor:
     likelihood = LIKELIHOODS[name]
     output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
     return likelihood.score(output, likelihood.sample(output, generator))
+
+
+def fisher_categorical(output: Tensor, u: Tensor) -> Tensor:
+    """(diag(p) - p pᵀ) u of each example, p = softmax over dimension 1 of [m, c, ...].
+
+    By hand, two equally likely classes:
+        >>> fisher_categorical(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).tolist()
+        [[0.25, -0.25]]
+    """
+    p = output.softmax(1)
+    pu = p * u
+    return pu - p * pu.sum(1, keepdim=True)
+
+
+def fisher_bernoulli(output: Tensor, u: Tensor) -> Tensor:
+    """Each entry of u times p (1 - p), p = sigmoid(output)."""
+    p = output.sigmoid()
+    return p * (1 - p) * u
+
+
+def fisher_gaussian(output: Tensor, u: Tensor) -> Tensor:
+    """Unit variance, for ½ ‖output - label‖²: u itself."""
+    del output
+    return u
+
+
+FISHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "categorical": fisher_categorical,
+    "bernoulli": fisher_bernoulli,
+    "gaussian": fisher_gaussian,
+}

@@ -54,7 +54,7 @@ def gradient(stack: Stack, live: Iterable[Block], groups: Groups, *, decay: bool
     for block in live:
         for p, part in block.parts(out[stack.places[block]]):
             part.copy_(gradient_of(p).reshape(part.shape))
-            tau = _coupled(groups[p])
+            tau = coupled(groups[p])
             if decay and tau:
                 part.add_(p.reshape(part.shape), alpha=tau)
     return out
@@ -73,7 +73,7 @@ def absorb_(stack: Stack, live: list[Block], groups: Groups, form: Form) -> Tens
         for block in live:
             for p, part in block.parts(M[stack.places[block]]):
                 g = gradient_of(p).reshape(part.shape).to(M.dtype)
-                if tau := _coupled(groups[p]):
+                if tau := coupled(groups[p]):
                     g = torch.add(g, p.reshape(part.shape), alpha=tau)
                 _one_pass_(part, g, keep, new)
         return ok
@@ -104,7 +104,7 @@ def move_(stack: Stack, live: Iterable[Block], P: Tensor, ok: Tensor, groups: Gr
     for block in live:
         own = P[stack.places[block]]
         for p, part in block.parts(own):
-            if shrink := _decoupled(groups[p]):
+            if shrink := decoupled(groups[p]):
                 one = per(ok[stack.places[block]], own).amin()
                 p.mul_(1 - shrink * one.to(p.dtype))
             p.add_(part.reshape(p.shape), alpha=-groups[p]["lr"])
@@ -122,7 +122,7 @@ def plain_step_(parameter: Tensor, state: dict[str, Tensor], group: Group, form:
     (keep, new), M = form(group["momentum"]), state["momentum"]
     g = gradient_of(parameter).to(M.dtype)
     ok = all_finite(g)
-    if tau := _coupled(group):
+    if tau := coupled(group):
         g = torch.add(g, parameter, alpha=tau)
     if known_true(ok):
         M.mul_(keep).add_(g, alpha=new)
@@ -130,16 +130,16 @@ def plain_step_(parameter: Tensor, state: dict[str, Tensor], group: Group, form:
         weight = ok.to(M.dtype)
         M.mul_(1 + weight * (keep - 1)).add_(g.nan_to_num(0.0, 0.0, 0.0) * weight, alpha=new)
         state["nonfinite"] += ~ok
-    if shrink := _decoupled(group):
+    if shrink := decoupled(group):
         parameter.mul_(1 - shrink * ok.to(parameter.dtype))
     parameter.add_(M if known_true(ok) else M * ok, alpha=-group["lr"])
 
 
-def _coupled(group: Group) -> float:
+def coupled(group: Group) -> float:
     """τ of an L2 term τ/2 ‖θ‖² in the loss."""
     return 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
 
 
-def _decoupled(group: Group) -> float:
+def decoupled(group: Group) -> float:
     """Share by which parameters shrink at each step."""
     return group["lr"] * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0

@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RandomState = dict[torch.device, Tensor]
+AGAIN = (
+    "This was a further call of the closure in one step, in which parameters "
+    "get no gradients: what the closure does with .grad must allow for None. The layers must be "
+    "twice differentiable."
+)
 
 
 @contextmanager
@@ -99,3 +106,42 @@ def run(closure: Callable[[], Tensor]) -> Tensor:
     """The closure's result, with gradients enabled around it."""
     with torch.enable_grad():
         return closure()
+
+
+def cut_output(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+    """A forward hook of the model: the loss alone is wanted, backward ends at the output."""
+    if torch.is_grad_enabled() and isinstance(output, Tensor):
+        return cut(output, lambda _: None)
+    return None
+
+
+def cut(output: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
+    """The output as a leaf of its own, where backward ends and `arrived` is told its gradient."""
+    leaf = output.detach().requires_grad_()
+    leaf.register_hook(arrived)
+    return leaf.clone()  # what follows may work in place, which a leaf refuses
+
+
+def run_again(
+    model: nn.Module,
+    closure: Callable[[], Tensor],
+    start: RandomState,
+    hook: Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None],
+) -> Tensor:
+    """The closure's loss, with a forward hook on the model, on the same dropout masks.
+
+    .grad and buffers end as they were.
+    """
+    handle = model.register_forward_hook(hook)
+    try:
+        with (
+            untouched(model),
+            replayed(model, start),
+            sdpa_kernel(SDPBackend.MATH),  # the fused ones have no second derivative
+        ):
+            return run(closure).detach()
+    except Exception as error:
+        error.add_note(AGAIN)
+        raise
+    finally:
+        handle.remove()

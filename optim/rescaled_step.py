@@ -22,15 +22,14 @@ from optim.levenberg_marquardt import (
     reduction_ratio,
     trials,
 )
+from optim.likelihoods import FISHER
 from optim.linalg import factor_dtype, known_true
-from optim.passes import RandomState, parameters_at_rest
+from optim.passes import RandomState, cut_output, parameters_at_rest
 from optim.rescaled_parts import Live, Part, Parts, gather, move_
 from optim.rescaling import (
-    FISHER,
     FisherProducts,
     Quadratic,
     best_in_plane,
-    cut_output,
     run_again,
 )
 from optim.stacks import Stack

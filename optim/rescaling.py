@@ -11,51 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from optim import passes
 from optim.harness import Harness
-from optim.passes import RandomState, full_precision, replayed, run, untouched
+from optim.likelihoods import FISHER
+from optim.passes import RandomState, full_precision
 
 NO_OUTPUT = (
     "rescale=True measures the Fisher matrix at the model's output: the closure must call the "
     "model itself, not its parts, and then backward"
 )
-AGAIN = (
-    "This was a further call of the closure in one step of KFAC(rescale=True), in which parameters "
-    "get no gradients: what the closure does with .grad must allow for None. The layers must be "
-    "twice differentiable."
-)
-
-
-def fisher_categorical(output: Tensor, u: Tensor) -> Tensor:
-    """(diag(p) - p pᵀ) u of each example, p = softmax over dimension 1 of [m, c, ...].
-
-    By hand, two equally likely classes:
-        >>> fisher_categorical(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).tolist()
-        [[0.25, -0.25]]
-    """
-    p = output.softmax(1)
-    pu = p * u
-    return pu - p * pu.sum(1, keepdim=True)
-
-
-def fisher_bernoulli(output: Tensor, u: Tensor) -> Tensor:
-    """Each entry of u times p (1 - p), p = sigmoid(output)."""
-    p = output.sigmoid()
-    return p * (1 - p) * u
-
-
-def fisher_gaussian(output: Tensor, u: Tensor) -> Tensor:
-    """Unit variance, for ½ ‖output - label‖²: u itself."""
-    del output
-    return u
-
-
-FISHER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "categorical": fisher_categorical,
-    "bernoulli": fisher_bernoulli,
-    "gaussian": fisher_gaussian,
-}
 
 
 def jacobian_products(
@@ -112,7 +77,7 @@ class FisherProducts:
         self._forward += 1
         number = self._forward
         # a forward without a backward does not count, two backwards through one count once
-        return _cut(output, lambda _: self._seen.__setitem__(number, total))
+        return passes.cut(output, lambda _: self._seen.__setitem__(number, total))
 
     @property
     def result(self) -> Tensor:
@@ -123,44 +88,15 @@ class FisherProducts:
         return torch.stack(totals).sum(0) / sum(counts)
 
 
-def cut_output(_: nn.Module, __: Any, output: Any) -> Tensor | None:
-    """A forward hook of the model: the loss alone is wanted, backward ends at the output."""
-    if torch.is_grad_enabled() and isinstance(output, Tensor):
-        return _cut(output, lambda _: None)
-    return None
-
-
-def _cut(output: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
-    leaf = output.detach().requires_grad_()
-    leaf.register_hook(arrived)
-    return leaf.clone()  # what follows may work in place, which a leaf refuses
-
-
 def run_again(
     harness: Harness,
     closure: Callable[[], Tensor],
     start: RandomState,
     hook: Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None],
 ) -> Tensor:
-    """The closure's loss, with a forward hook on the model, on the same dropout masks.
-
-    .grad and buffers end as they were, and statistics are not gathered.
-    """
-    model = harness.model
-    handle = model.register_forward_hook(hook)
-    try:
-        with (
-            untouched(model),
-            replayed(model, start),
-            harness.capture.recording(None),
-            sdpa_kernel(SDPBackend.MATH),  # the fused ones have no second derivative
-        ):
-            return run(closure).detach()
-    except Exception as error:
-        error.add_note(AGAIN)
-        raise
-    finally:
-        handle.remove()
+    """As `passes.run_again`; statistics are not gathered."""
+    with harness.capture.recording(None):
+        return passes.run_again(harness.model, closure, start, hook)
 
 
 class Quadratic(NamedTuple):

@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim.layers import Block, plain_reasons
+from optim.partitions import Part
 
 
 def table(
-    optimizer: Optimizer, model: nn.Module, blocks: Iterable[Block], counts: Sequence[str]
+    optimizer: Optimizer,
+    model: nn.Module,
+    blocks: Iterable[Block | Part],
+    counts: Sequence[str],
 ) -> str:
     """Plain text, one line per parameter, then the totals.
 
@@ -62,7 +66,7 @@ def readable(size: int) -> str:
     return f"{value:.1f} GB"
 
 
-def _treatments(model: nn.Module, blocks: list[Block]) -> dict[Tensor, str]:
+def _treatments(model: nn.Module, blocks: list[Block | Part]) -> dict[Tensor, str]:
     treatment = {p: f"plain rule: {why}" for p, why in plain_reasons(model, blocks).items()}
     for block in blocks:
         treatment |= block.treatments

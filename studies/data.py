@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 IDX_TYPES = {8: np.uint8}
+MNIST_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
+    "images": {
+        "train-images-idx3-ubyte.gz": (60000, 28, 28),
+        "t10k-images-idx3-ubyte.gz": (10000, 28, 28),
+    },
+    "labels": {"train-labels-idx1-ubyte.gz": (60000,), "t10k-labels-idx1-ubyte.gz": (10000,)},
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,41 @@ def reconstruction(train: np.ndarray, test: np.ndarray) -> Data:
     return Data(x, x, y, y)
 
 
+def pooled_sequences(pictures: np.ndarray, labels: np.ndarray, size: int, train: int) -> Data:
+    """Pictures [n, h, w] read pixel by pixel, row by row, after means over size x size patches.
+
+    Inputs are [n, (h / size) (w / size), 1], targets the labels [n]; the first `train` to train.
+
+    Raises: ValueError where the patches do not fill the pictures.
+    """
+    n, h, w = pictures.shape
+    if h % size or w % size:
+        raise ValueError(f"patches of {size} x {size} do not fill pictures of {h} x {w}")
+    means = pictures.reshape(n, h // size, size, w // size, size).mean((2, 4)).reshape(n, -1, 1)
+    x = torch.from_numpy(means.astype(np.float32))
+    t = torch.from_numpy(labels.astype(np.int64))
+    return Data(x[:train], t[:train], x[train:], t[train:])
+
+
 def digits() -> Data:
     """scikit-learn's 1,797 digits, 8x8 in [0, 1], shuffled once: 1,500 to train, 297 to test."""
+    pictures, _ = _shuffled_digits()
+    pixels = pictures.reshape(len(pictures), -1)
+    return reconstruction(pixels[:1500], pixels[1500:])
+
+
+def digits_sequences() -> Data:
+    """The pictures of `digits`, pooled to 4x4 and read one by one, [n, 16, 1], with labels [n]."""
+    pictures, labels = _shuffled_digits()
+    return pooled_sequences(pictures, labels, size=2, train=1500)
+
+
+def _shuffled_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
-    pixels = load_digits().data / 16
-    order = np.random.default_rng(0).permutation(len(pixels))
-    return reconstruction(pixels[order[:1500]], pixels[order[1500:]])
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    return found.images[order] / 16, found.target[order]
 
 
 def mnist() -> Data:
@@ -52,26 +87,47 @@ def mnist() -> Data:
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
+    (pictures,) = _mnist("images")
+    pixels = pictures.reshape(70000, -1)
+    return reconstruction(pixels[:60000] / 255, pixels[60000:] / 255)
+
+
+def mnist_sequences() -> Data:
+    """MNIST pooled to 7x7 and read pixel by pixel, [n, 49, 1] in [0, 1], with labels [n].
+
+    60,000 to train, 10,000 to test, found as those of `mnist`; errors as there.
+    """
+    pictures, labels = _mnist("images", "labels")
+    return pooled_sequences(pictures / np.float32(255), labels, size=4, train=60000)
+
+
+def _mnist(*kinds: str) -> list[np.ndarray]:
+    """Of "images" [70000, 28, 28], up to 255, and "labels" [70000] those asked for."""
     root = os.environ.get("KRONSCOPE_DATA")
     if root is None:
-        return _fetched_mnist()
-    folder = Path(root) / "mnist"
-    train = read_idx(folder / "train-images-idx3-ubyte.gz", (60000, 28, 28))
-    test = read_idx(folder / "t10k-images-idx3-ubyte.gz", (10000, 28, 28))
-    return reconstruction(train.reshape(60000, -1) / 255, test.reshape(10000, -1) / 255)
+        return _fetched_mnist(*kinds)
+
+    def read(kind: str) -> np.ndarray:
+        files = MNIST_FILES[kind].items()
+        return np.concatenate(
+            [read_idx(Path(root) / "mnist" / file, shape) for file, shape in files]
+        )
+
+    return [read(kind) for kind in kinds]
 
 
-def _fetched_mnist() -> Data:
+def _fetched_mnist(*kinds: str) -> list[np.ndarray]:
     from sklearn.datasets import fetch_openml
 
     try:
-        pixels = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff").data / 255
+        found = fetch_openml("mnist_784", version=1, as_frame=False, parser="liac-arff")
     except OSError as error:
         raise FileNotFoundError(
             "MNIST is neither in $KRONSCOPE_DATA/mnist (not set) nor could it be fetched from "
             f"OpenML ({error}); set KRONSCOPE_DATA to a folder with mnist/*.gz or go online"
         ) from error
-    return reconstruction(pixels[:60000], pixels[60000:])
+    arrays = {"images": found.data.reshape(-1, 28, 28), "labels": found.target.astype(np.int64)}
+    return [arrays[kind] for kind in kinds]
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:

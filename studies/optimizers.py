@@ -48,11 +48,18 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
 
 OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds().items()} | {
     "kbfgs_l": _factory(optim.KBFGS, history=100),
+    "block_hessian_free": lambda model, problem, **hyper: OPTIMIZERS["hessian_free"](
+        model, problem, **{"blocks": problem.partition, **hyper}
+    ),
     "adam": lambda model, _problem, **hyper: torch.optim.Adam(model.parameters(), **hyper),
     "sgd": lambda model, _problem, **hyper: torch.optim.SGD(
         model.parameters(), **{"lr": 0.01, "momentum": 0.9, **hyper}
     ),
 }
+
+# a step is worth tens of gradients: these have a bench and a study of their own
+HESSIAN_FREE = ("hessian_free", "block_hessian_free")
+ONE_SOLVE_A_STEP = tuple(name for name in OPTIMIZERS if name not in HESSIAN_FREE)
 
 
 def make(

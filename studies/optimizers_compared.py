@@ -18,7 +18,7 @@ import numpy as np
 from rich.progress import Progress
 
 from studies import comparison, problems, provenance, records, trials
-from studies.optimizers import OPTIMIZERS
+from studies.optimizers import ONE_SOLVE_A_STEP, OPTIMIZERS
 from studies.snapshots import loss_row
 from studies.trials import Trial
 
@@ -37,7 +37,7 @@ class Grid:
     """
 
     problem: str = "digits-autoencoder"
-    optimizers: Sequence[str] = field(default_factory=lambda: tuple(OPTIMIZERS))
+    optimizers: Sequence[str] = field(default_factory=lambda: ONE_SOLVE_A_STEP)
     seed: int = 0
     seeds: int = 1
     epochs: int = 0  # 0: the problem's

@@ -1,6 +1,6 @@
 """Training problems: one family per file, this folder is the registry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
@@ -19,7 +19,9 @@ class TrainingProblem:
 
     likelihood: of which the loss is the negative logarithm. optimizers: recommended
     hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names.
-    measure_damping: λ of the damped metrics.
+    measure_damping: λ of the damped metrics. partition: groups of module names, each name standing
+    for all layers inside its module: the blocks of block-diagonal Hessian-free. Together they hold
+    every layer once; () where a problem has no partition of its own.
     """
 
     name: str
@@ -32,6 +34,7 @@ class TrainingProblem:
     epochs: int
     measure_damping: float
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    partition: Sequence[Sequence[str]] = ()
 
 
 PROBLEMS: dict[str, TrainingProblem] = {}

@@ -1,5 +1,6 @@
-"""Autoencoders: the digits default that needs no download, and the papers' MNIST one."""
+"""Autoencoders: the digits default that needs no download, and the papers' MNIST ones."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,14 @@ def summed_logistic_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
 
+def summed_squared_error(output: Tensor, targets: Tensor) -> Tensor:
+    """½ ‖targets − output‖² summed over the pixels, averaged over the batch.
+
+    The negative log-likelihood, less a constant, of independent Gaussian pixels of variance 1.
+    """
+    return (output - targets).square().sum() / (2 * len(output))
+
+
 def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
     """Mirror-symmetric Linear layers; the code (the narrowest) and the output are linear."""
     code = min(sizes)
@@ -28,6 +37,17 @@ def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequent
         if outward != code and place < len(sizes) - 2:
             layers.append(activation())
     return nn.Sequential(*layers)
+
+
+def encoder_and_decoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    """The layers of `autoencoder` as two children: "encoder" up to the code, then "decoder"."""
+    layers = list(autoencoder(sizes, activation))
+    widths = [
+        layer.out_features if isinstance(layer, nn.Linear) else max(sizes) for layer in layers
+    ]
+    end = widths.index(min(sizes)) + 1
+    parts = {"encoder": nn.Sequential(*layers[:end]), "decoder": nn.Sequential(*layers[end:])}
+    return nn.Sequential(OrderedDict(parts))
 
 
 # an epoch has 12 steps: what is made of gradients, which fade as fast as the loss, has to be fresh
@@ -42,6 +62,8 @@ DIGITS: dict[str, dict[str, Any]] = {
     "tnt": {"lr": 1e-5, "damping": 0.003},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 0.01, "momentum": 0.8},
     "exact_fisher": {"lr": 0.03, "damping": 0.03, "momentum": 0.0},
+    "hessian_free": {"lr": 0.3, "damping": 0.1, "curvature_batch": 75},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.1, "curvature_batch": 75},
     "adam": {"lr": 0.01},
     "sgd": {"lr": 0.01, "momentum": 0.9},
 }
@@ -98,8 +120,54 @@ register(
             "tnt": {"lr": 1e-4, "damping": 0.1},
             "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
             "exact_fisher": {"lr": 0.1, "damping": 3.0},
+            "hessian_free": {"lr": 0.3, "damping": 0.1},
+            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
             "adam": {"lr": 1e-4, "eps": 1e-4},
             "sgd": {"lr": 3e-3, "momentum": 0.9},
         },
+    )
+)
+
+HALVES = (("encoder",), ("decoder",))  # the blocks of arXiv:1712.07296
+
+register(
+    TrainingProblem(
+        name="mnist-autoencoder-tanh",
+        summary="MNIST 28x28, 784-1000-500-250-30-250-500-1000-784, tanh; Hessian-free papers",
+        model=lambda: encoder_and_decoder((784, 1000, 500, 250, 30, 250, 500, 1000, 784), nn.Tanh),
+        loss=summed_squared_error,
+        likelihood="gaussian",
+        data=data.mnist,
+        batch_size=1000,
+        epochs=20,
+        measure_damping=0.3,
+        optimizers={
+            "adam": {"lr": 1e-3},
+            "sgd": {"lr": 0.01, "momentum": 0.9},
+            "hessian_free": {"lr": 0.3, "damping": 0.1},
+            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+        },
+        partition=HALVES,
+    )
+)
+
+register(
+    TrainingProblem(
+        name="mnist-autoencoder-tanh-small",
+        summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
+        model=lambda: encoder_and_decoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
+        loss=summed_squared_error,
+        likelihood="gaussian",
+        data=data.digits,
+        batch_size=150,
+        epochs=10,
+        measure_damping=0.1,
+        optimizers={
+            "adam": {"lr": 0.01},
+            "sgd": {"lr": 0.1, "momentum": 0.9},
+            "hessian_free": {"lr": 0.3, "damping": 0.1},
+            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+        },
+        partition=HALVES,
     )
 )

@@ -48,7 +48,8 @@ RECIPES = {
         "ExactFisher", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}
     ),
 }
-WRAPPERS = {"LayerwiseStep", "Damping"}  # of other optimizers, with suites of their own
+# of other optimizers, and of no layers: with suites of their own
+APART = {"LayerwiseStep", "Damping", "HessianFree"}
 
 
 def _maker(recipe):

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from optim import KFAC
 from optim.levenberg_marquardt import LevenbergMarquardt, adapted, best_trial, reduction_ratio
-from optim.likelihoods import LIKELIHOODS
-from optim.rescaling import FISHER, best_in_plane
+from optim.likelihoods import FISHER, LIKELIHOODS
+from optim.rescaling import best_in_plane
 
 CASES = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]  # suites cannot import
 TAU, DAMPING = 1e-2, 0.3

@@ -85,6 +85,7 @@ def test_mnist_is_fetched_where_no_folder_is_named(monkeypatch):
 
     class Bunch:
         data = np.full((70000, 784), 255.0)
+        target = np.full(70000, "5")
 
     asked = {}
     monkeypatch.setattr(

@@ -1,0 +1,50 @@
+"""Recurrent classifiers: digits read pixel by pixel by three LSTM layers with peepholes."""
+
+from typing import Any
+
+from torch.nn.functional import cross_entropy
+
+from studies import data
+from studies.problems import TrainingProblem, register
+from studies.recurrent import SequenceClassifier
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 0.03},
+    "sgd": {"lr": 1.0, "momentum": 0.0},  # momentum never left the first plateau, log 10
+    "hessian_free": {"lr": 0.3, "damping": 0.1},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+}
+
+LAYERS = (("lstm1",), ("lstm2",), ("lstm3", "head"))  # the blocks of arXiv:1712.07296
+
+register(
+    TrainingProblem(
+        name="sequential-mnist-lstm",
+        summary="MNIST pooled to 7x7, 49 steps of one pixel; three peephole LSTM layers of 10",
+        model=lambda: SequenceClassifier(inputs=1, hidden=10, layers=3, classes=10),
+        loss=cross_entropy,
+        likelihood="categorical",
+        data=data.mnist_sequences,
+        batch_size=1000,
+        epochs=20,
+        measure_damping=0.1,
+        optimizers=SETTINGS,
+        partition=LAYERS,
+    )
+)
+
+register(
+    TrainingProblem(
+        name="sequential-mnist-lstm-small",
+        summary="scikit-learn's 8x8 digits pooled to 4x4, 16 steps; the same network; for tests",
+        model=lambda: SequenceClassifier(inputs=1, hidden=10, layers=3, classes=10),
+        loss=cross_entropy,
+        likelihood="categorical",
+        data=data.digits_sequences,
+        batch_size=150,
+        epochs=15,
+        measure_damping=0.1,
+        optimizers=SETTINGS,
+        partition=LAYERS,
+    )
+)
