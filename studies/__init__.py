@@ -4,4 +4,5 @@ This file stays free of imports: the dashboard reads `studies.records` and `stud
 without ever loading torch.
 """
 
-STUDIES = ("error_along_training", "optimizers_compared")  # files that `kronscope study` runs
+# files that `kronscope study` runs
+STUDIES = ("error_along_training", "optimizers_compared", "block_hessian_free")

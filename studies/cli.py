@@ -49,7 +49,10 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="error_along_training or optimizers_compared.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="error_along_training, optimizers_compared or block_hessian_free."),
+    ],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
     problem: Annotated[
         str | None, typer.Option(help="Training problem; the study's own unless given.")
@@ -133,12 +136,14 @@ def run_study(
 
 
 def _print_comparison(header: dict[str, Any]) -> None:
-    """Print the table of a study that has one."""
+    """Print the table of a study that has one, and what it says of a paper's claims."""
     if found := header.get("comparison"):
         table = Table(*found["columns"], caption=found["caption"])
         for row in found["rows"]:
             table.add_row(*row)
         console.print(table)
+    for claim in header.get("claims", ()):
+        console.print(f"- {claim}", highlight=False)
 
 
 @app.command("problems")
@@ -245,7 +250,7 @@ def bench(
         str,
         typer.Argument(
             help="exact: the dense block against peers; scale: networks of the papers' size; "
-            "step: every optimizer's step against SGD-momentum's."
+            "step: every optimizer's step against SGD-momentum's; hf: a CG iteration likewise."
         ),
     ],
 ) -> None:

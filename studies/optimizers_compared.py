@@ -8,7 +8,6 @@ the epochs: how many steps does it need, from the same start, to get as far as t
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from studies import comparison, problems, provenance, records, trials
+from studies import comparison, problems, records, trials
 from studies.optimizers import ONE_SOLVE_A_STEP, OPTIMIZERS
-from studies.snapshots import loss_row
+from studies.running import running
 from studies.trials import Trial
 
 NAME = "optimizers_compared"
@@ -69,33 +68,12 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     A training that diverges, or whose factors cannot be inverted, counts as infinitely bad.
     Raises: ValueError for a folder of another study or problem.
     """
-    begun = time.perf_counter()
-    folder = resume or records.new_run(results, NAME)
-    header = provenance.header(NAME, grid.problem, "cpu", dataclasses.asdict(grid))
-    header["question"] = (__doc__ or "").partition("\n")[0]
-    if resume:
-        header["seconds"] = _earlier(resume, grid)["seconds"]
-    records.write_header(folder, header)
-    try:
+    question = (__doc__ or "").partition("\n")[0]
+    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)
         finals = train_best(grid, folder, tuned, progress)
         header["comparison"] = compared(grid, folder, tuned, finals)
-        header["status"] = "finished"
-    except BaseException as error:
-        header["status"] = f"failed: {error or type(error).__name__}"
-        raise
-    finally:
-        header["seconds"] += time.perf_counter() - begun
-        records.write_header(folder, header)
     return folder
-
-
-def _earlier(folder: Path, grid: Grid) -> dict[str, Any]:
-    header = records.read_header(folder)
-    found, wanted = (header.get("study"), header.get("problem")), (NAME, grid.problem)
-    if found != wanted:
-        raise ValueError(f"{folder} holds study and problem {found}, not {wanted}")
-    return header
 
 
 def candidates(grid: Grid, optimizer: str) -> list[Trial]:
@@ -128,7 +106,7 @@ def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
     """Train all candidates and the yardsticks; {optimizer: the best of its candidates}."""
     own = {name: candidates(grid, name) for name in grid.optimizers}
     wanted = itertools.chain(*own.values(), *yardsticks(grid))
-    _train(grid, folder, list(wanted), "tuning", progress)
+    trials.complete_all(folder, wanted, grid.workers, "tuning", progress)
     losses = {name: [trials.loss_at_the_end(folder, t) for t in own[name]] for name in own}
     return {name: own[name][int(np.argmin(losses[name]))] for name in own}
 
@@ -142,38 +120,11 @@ def train_best(
         name: [dataclasses.replace(trial, seed=seed) for seed in seeds]
         for name, trial in tuned.items()
     }
-    _train(grid, folder, list(itertools.chain(*finals.values())), "best settings", progress)
+    wanted = itertools.chain(*finals.values())
+    trials.complete_all(folder, wanted, grid.workers, "best settings", progress)
     for name, own in finals.items():
-        rows = [row for trial in own for row in _records(folder, trial)]
-        records.put(folder, name, rows)
+        records.put(folder, name, [row for t in own for row in trials.rows(folder, t, NAME, name)])
     return finals
-
-
-def _train(
-    grid: Grid, folder: Path, wanted: Sequence[Trial], what: str, progress: Progress
-) -> None:
-    task = progress.add_task(what, total=len({trial.name for trial in wanted}))
-    for _ in trials.complete(folder, wanted, grid.workers):
-        progress.advance(task)
-
-
-def _records(folder: Path, trial: Trial) -> list[dict[str, Any]]:
-    shared = {
-        "run": folder.name,
-        "study": NAME,
-        "problem": trial.problem,
-        "optimizer": trial.optimizer,
-        "seed": trial.seed,
-    }
-    frame = trials.read(folder, trial)
-    return [
-        {
-            **shared,
-            **loss_row(row["metric"], row["value"]),
-            **{name: row[name] for name in ("step", "epoch", "seconds")},
-        }
-        for row in frame.to_dict("records")
-    ]
 
 
 def compared(

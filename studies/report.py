@@ -142,11 +142,18 @@ def pictures(frame: pd.DataFrame, run: Path) -> Iterator[Picture]:
 
 
 def _training(frame: pd.DataFrame) -> Iterator[Picture]:
-    """Yield losses and accuracies: by step beside measurements, else by epoch and by seconds."""
+    """Yield losses and accuracies: by step beside measurements, else by epoch and by seconds.
+
+    By step, epoch and seconds where optimizers had batches of different sizes.
+    """
+    axes = ("step",) if truths(frame) else ("epoch", "seconds")
+    started = frame[frame["epoch"] > 0]
+    if not truths(frame) and (started["step"] / started["epoch"]).round(6).nunique() > 1:
+        axes = ("step", *axes)
     drawn = {"loss": figures.loss_curves, "accuracy": figures.accuracy_curves}
     for kind, draw in drawn.items():
         if frame["metric"].str.endswith(f"_{kind}").any():
-            for x in ("step",) if truths(frame) else ("epoch", "seconds"):
+            for x in axes:
                 name = kind if x == "step" else f"{kind}-{x}"
                 yield Picture(name, CAPTIONS[kind].format(x=x), draw(frame, x))
 

@@ -15,28 +15,34 @@ import numpy as np
 import pandas as pd
 import torch
 from loky import get_reusable_executor
+from rich.progress import Progress
 
 from studies import problems, records, training
-from studies.snapshots import LARGE_PAGES
+from studies.snapshots import LARGE_PAGES, loss_row
 
 FOLDER = "trials"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training with all of the optimizer's settings, as (name, value) in order of the names."""
+    """One training with all of the optimizer's settings, as (name, value) in order of the names.
+
+    batch_size: 0 is the problem's.
+    """
 
     problem: str
     optimizer: str
     settings: tuple[tuple[str, Any], ...]
     seed: int
     epochs: int
+    batch_size: int = 0
 
     @property
     def name(self) -> str:
         """Name of its file: what it is, but for how long it goes on."""
-        settings = (f"{name}={value}" for name, value in self.settings)
-        return "-".join([self.optimizer, *settings, f"seed{self.seed}"])
+        settings = [f"{name}={value}" for name, value in self.settings]
+        batch = [f"batch{self.batch_size}"] if self.batch_size else []
+        return "-".join([self.optimizer, *settings, *batch, f"seed{self.seed}"])
 
 
 def trial(
@@ -57,7 +63,12 @@ def train(trial: Trial) -> pd.DataFrame:
     torch.set_num_threads(1)
     problem, rows, ended, step = problems.get(trial.problem), [], "", 0
     settings = training.Settings(
-        problem, trial.optimizer, trial.epochs, trial.seed, hyper=dict(trial.settings)
+        problem,
+        trial.optimizer,
+        trial.epochs,
+        trial.seed,
+        trial.batch_size,
+        hyper=dict(trial.settings),
     )
     try:
         for state in training.steps(settings):
@@ -94,6 +105,35 @@ def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial
     finally:
         for future in pending:  # nobody waits for these after an error
             future.cancel()
+
+
+def complete_all(
+    run: Path, trials: Iterable[Trial], workers: int, what: str, progress: Progress
+) -> None:
+    """As `complete`, with a progress bar."""
+    wanted = list(trials)
+    task = progress.add_task(what, total=len({trial.name for trial in wanted}))
+    for _ in complete(run, wanted, workers):
+        progress.advance(task)
+
+
+def rows(run: Path, trial: Trial, study: str, label: str) -> list[dict[str, Any]]:
+    """The trial's losses as rows for the records, with `label` as name of the optimizer."""
+    shared = {
+        "run": run.name,
+        "study": study,
+        "problem": trial.problem,
+        "optimizer": label,
+        "seed": trial.seed,
+    }
+    return [
+        {
+            **shared,
+            **loss_row(row["metric"], row["value"]),
+            **{name: row[name] for name in ("step", "epoch", "seconds")},
+        }
+        for row in read(run, trial).to_dict("records")
+    ]
 
 
 def read(run: Path, trial: Trial) -> pd.DataFrame:
