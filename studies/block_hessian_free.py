@@ -58,9 +58,7 @@ class Grid:
         return max(1, self.large // 10)
 
 
-TINY = Grid(
-    "sequential-mnist-lstm-small", seeds=1, epochs=1, lr_factors=(1.0,), damping_factors=(1.0,)
-)
+TINY = Grid(seeds=1, epochs=1, lr_factors=(1.0,), damping_factors=(1.0,))
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:

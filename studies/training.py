@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from studies import optimizers
 from studies.data import Data
@@ -49,12 +50,16 @@ class Settings:
 
 @dataclass
 class State:
-    """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded)."""
+    """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded).
+
+    averaged: running average of the parameters, of problems that evaluate that.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     data: Data
     steps_per_epoch: int
+    averaged: AveragedModel | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -76,7 +81,12 @@ def start(settings: Settings) -> State:
     batch = settings.batch_size or problem.batch_size
     if batch > len(data.train_inputs):
         raise ValueError(f"batch size {batch} exceeds the {len(data.train_inputs)} examples")
-    return State(model, optimizer, data, len(data.train_inputs) // batch)
+    averaged = None
+    if problem.averaging:
+        averaged = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(problem.averaging), use_buffers=True
+        )
+    return State(model, optimizer, data, len(data.train_inputs) // batch, averaged)
 
 
 def _on(data: Data, device: str) -> Data:
@@ -110,6 +120,8 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
         first = loss if first is None else first
         if not loss <= DIVERGED_AT * abs(first):  # also true of NaN
             raise DivergedError(state.step, loss, first, last)
+        if state.averaged is not None:
+            state.averaged.update_parameters(state.model)
         last, before = before, last  # the loss at these parameters is now known to be finite
         state.step += 1
         state.seconds += time.perf_counter() - begun
@@ -159,9 +171,11 @@ def _closure(state: State, settings: Settings, rows: Tensor) -> Closure:
 def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[str, float]:
     """Means over the whole sets: {"train_loss": ..., "test_loss": ...}.
 
+    Taken at the running average of the parameters where the problem has one.
     Of classes also "train_accuracy" and "test_accuracy", the share that has the largest output.
     """
     data, found = state.data, {}
+    model = state.model if state.averaged is None else state.averaged
     sets = {
         "train": (data.train_inputs, data.train_targets),
         "test": (data.test_inputs, data.test_targets),
@@ -169,7 +183,7 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
     for name, (inputs, targets) in sets.items():
         loss = right = 0.0
         for x, t in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-            output = state.model(x)
+            output = model(x)
             loss += len(x) * float(problem.loss(output, t))
             if problem.likelihood == "categorical":
                 right += int((output.argmax(1) == t).sum())
@@ -195,6 +209,7 @@ def save(state: State, path: Path) -> None:
         {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
+            "averaged": None if state.averaged is None else state.averaged.state_dict(),
             "step": state.step,
             "seconds": state.seconds,
         },
@@ -214,6 +229,8 @@ def load(state: State, path: Path) -> None:
     try:
         state.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])
+        if state.averaged is not None:
+            state.averaged.load_state_dict(content["averaged"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} is no checkpoint of this problem and optimizer: {error}"

@@ -21,7 +21,8 @@ class TrainingProblem:
     hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names.
     measure_damping: λ of the damped metrics. partition: groups of module names, each name standing
     for all layers inside its module: the blocks of block-diagonal Hessian-free. Together they hold
-    every layer once; () where a problem has no partition of its own.
+    every layer once; () where a problem has no partition of its own. averaging: decay of the
+    running average of the parameters (Polyak) at which losses are evaluated; 0 has none.
     """
 
     name: str
@@ -35,6 +36,7 @@ class TrainingProblem:
     measure_damping: float
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     partition: Sequence[Sequence[str]] = ()
+    averaging: float = 0.0
 
 
 PROBLEMS: dict[str, TrainingProblem] = {}

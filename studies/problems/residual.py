@@ -30,6 +30,7 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=BLOCKS,
+        averaging=0.99,
     )
 )
 
@@ -46,5 +47,6 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=BLOCKS,
+        averaging=0.9,
     )
 )

@@ -88,7 +88,7 @@ def test_report_is_written_again(demo_run):
             ("study", "optimizers_compared", "--damping-factors", "0"),
             "positive numbers with commas",
         ),
-        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step']"),
+        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step', 'hf']"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
         (("measure", "digits-autoencoder", "--truth", "fishy"), "no truth 'fishy'; known:"),
