@@ -5,9 +5,12 @@ holds one. A map is known by its parts, not by its class: `.left` and `.right` w
 Kronecker product, `.blocks` when block-diagonal, `.diagonal` when diagonal; else it has `.shape`
 and `@`. What is read is copied, in the dtype asked for, so the operators stay as they were when
 the optimizer goes on.
+
+An optimizer that solves for its steps iteratively applies no map: it is read through `directions()`
+-> {block name: {parameter name: d}}, by `taken`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +22,10 @@ from diag.operators import (
     Diagonal,
     Kronecker,
     Operator,
+    Taken,
     inverse,
 )
+from diag.problem import Block, Problem
 
 
 class Live(Protocol):
@@ -28,6 +33,14 @@ class Live(Protocol):
 
     def preconditioner(self) -> dict[str, Any]:
         """{block name: the map it applies to the block's gradient}."""
+        ...
+
+
+class Directed(Protocol):
+    """An optimizer that shows what it solved for last."""
+
+    def directions(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """{block name: {parameter name: d}} with θ <- θ + lr d."""
         ...
 
 
@@ -67,6 +80,54 @@ def undamped(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, O
     """The undamped curvature the optimizer holds, from its `curvature()`; {} if it holds none."""
     held = getattr(optimizer, "curvature", None)
     return {} if held is None else {name: read(map_, dtype) for name, map_ in held().items()}
+
+
+def taken(optimizer: Directed, problem: Problem, weight_decay: float = 0.0) -> dict[Block, Taken]:
+    """Copies of the optimizer's last directions d, each with the gradient it was made for.
+
+    The keys are the optimizer's blocks as those of the problem, with their names; exact truths of
+    them are what d is to be held against. A direction goes down, θ <- θ + lr d, metrics judge
+    θ - step: the step is -d, without learning rate, line search or backtracking.
+
+    problem: the batch whose gradient d was made from, with the model as it was BEFORE the step; as
+    a Problem has a copy of the model, make it then. Curvature from part of the batch is that of
+    `diag.cross_fit.restricted(problem, rows)`.
+    weight_decay: τ of an L2 term in the optimizer's gradient, g + τθ; its curvature is τ more of
+    damping. Decoupled decay is no part of the direction: 0.
+
+    Metrics take these with gradient=taken.gradient and approximation_damping=0; their damping is
+    what the optimizer solved with, λ + τ. Blocks without a direction yet are left out.
+
+    Raises: ValueError for directions that are not of whole layers of the problem, or not finite.
+    """
+    found = {}
+    for name, direction in optimizer.directions().items():
+        if direction:
+            block = _block_of(problem, name, direction)
+            theta: dict[str, Tensor] = {n: problem.model.get_parameter(n) for n in block.parameters}
+            gradient = problem.gradient(block) + weight_decay * block.join(theta)
+            found[block] = Taken(gradient.detach(), -block.join(dict(direction)).to(gradient))
+    return found
+
+
+def _block_of(problem: Problem, name: str, direction: Mapping[str, Tensor]) -> Block:
+    """The problem's layers that the direction is of, as one block."""
+    layers = problem.blocks()
+    own = [layer for layer in layers if not set(layer.parameters).isdisjoint(direction)]
+    block = Block(name, tuple(layer.members[0] for layer in own))
+    if differing := sorted(set(block.parameters) ^ set(direction)):
+        raise ValueError(
+            f"the direction of block '{name}' is not of whole layers of the problem: only one of "
+            f"the two has {differing}; the problem's layers: {[layer.name for layer in layers]}"
+        )
+    for parameter, d in direction.items():
+        shape = tuple(problem.model.get_parameter(parameter).shape)
+        if tuple(d.shape) != shape:
+            raise ValueError(
+                f"the direction of block '{name}' has shape {tuple(d.shape)} for {parameter}, "
+                f"which has {shape} in the problem; give the model that the optimizer trains"
+            )
+    return block
 
 
 def _matrix(part: Any, dtype: torch.dtype) -> Tensor:

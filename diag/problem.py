@@ -154,7 +154,10 @@ class Problem:
         raise ValueError(f"no blocks by '{by}'; known: layer, tensor, unit, group")
 
     def group(self, name: str, modules: Sequence[str]) -> Block:
-        """One block of all layers inside the named modules."""
+        """One block of all layers inside the named modules ("" is the model).
+
+        Raises: ValueError for an unknown name, a frozen or an unused layer, or no layer at all.
+        """
         members: list[Member] = []
         for module in modules:
             inside = [
@@ -162,10 +165,17 @@ class Problem:
                 for n, b in self._layers().items()
                 if n == module or n.startswith(f"{module}.") or module == ""
             ]
-            if not inside:
+            if not inside and not self._bare(module):
                 self._unknown(module)
             members += [member for member in inside if member not in members]
+        if not members:
+            raise ValueError(f"{list(modules)} hold no parameters; known: {list(self._layers())}")
         return Block(name, tuple(members))
+
+    def _bare(self, module: str) -> bool:
+        """Whether it is a module without parameters, such as an activation."""
+        found = dict(self.model.named_modules()).get(module)
+        return found is not None and not any(True for _ in found.parameters())
 
     def block(self, name: str) -> Block:
         """Return the layer "encoder.0", tensor "encoder.0.weight" or unit "encoder.0[3]".

@@ -21,6 +21,7 @@ from diag.operators.structures import (
     LowRank,
     Operator,
 )
+from diag.operators.taken import Taken
 
 __all__ = [
     "BUDGET",
@@ -33,6 +34,7 @@ __all__ = [
     "KroneckerSum",
     "LowRank",
     "Operator",
+    "Taken",
     "dense",
     "dense_inverse",
     "diagonal",
