@@ -2,7 +2,8 @@
 
 System b is (G_bb + Λ) x = -g, the minimum of φ(x) = ½ xᵀ(G_bb + Λ)x + gᵀx. All advance together, so
 that one sweep through the model serves those that go on; one that has ended drops out. Nothing
-waits for a device: there the end is noticed some iterations late, which changes no result.
+waits for a device: there the end is noticed some iterations late, which changes no result. Several
+processes do wait, for they share the products and must agree on who is still there.
 
 Source: Martens 2010, Deep learning via Hessian-free optimization, section 4; the stopping rule as
 we recall it.
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optim import checks
+from optim import checks, distributed
 from optim.linalg import free_to_read, is_finite
 from optim.refresh import to_host
 
@@ -58,8 +59,9 @@ class System:
     damping: of each parameter, numbers or 0-d tensors. x: the solution so far, from the start on;
     warm: whether that is not zero. D: diagonal of the preconditioner, or None.
 
-    active: whether it goes on. lost: whether a product was not finite. flat: whether pᵀ(G + Λ)p
-    was not positive, where it ends with what it has. iterations: that changed x. All 0-d.
+    active: whether it goes on. lost: whether g, a product or x was not finite. flat: whether
+    pᵀ(G + Λ)p was not positive, where it ends with what it has. iterations: that changed x.
+    All 0-d.
     phi: φ at the start and after each iteration. iterates: x and φ of those that were kept.
     """
 
@@ -83,7 +85,7 @@ class System:
     @property
     def done(self) -> bool:
         """Whether it is known to have ended."""
-        if free_to_read(self.active):
+        if free_to_read(self.active) or distributed.size() > 1:
             return not bool(self.active)
         if self._flag is not None and self._flag[1].query():
             host, self._flag = self._flag[0], None
@@ -100,8 +102,13 @@ class System:
 
     @property
     def uphill(self) -> Tensor:
-        """Whether x would raise φ, 0-d; not known of a system that was not started."""
-        return ~(self.phi[-1] <= 0) if self.phi else torch.zeros_like(self.lost)
+        """Whether x would raise φ, 0-d; not known of one that is lost or was not started."""
+        return ~(self.phi[-1] <= 0) & ~self.lost if self.phi else torch.zeros_like(self.lost)
+
+    @property
+    def failed(self) -> Tensor:
+        """Whether x must not be used, 0-d."""
+        return self.lost | self.uphill
 
     def split(self, v: Tensor) -> list[Tensor]:
         """Views of a vector [d] in the shapes of the parameters."""
@@ -192,11 +199,13 @@ def solve(
     for iteration in range(1, limit + 1):
         live = [(i, s) for i, s in enumerate(systems) if not s.done]
         if not live:
-            return
+            break
         _sweep(live, products, lambda system, Gp: system.advance(Gp, stop))
         if iteration in kept:
             for system in systems:
                 system.iterates.append((system.x.clone(), system.phi[-1]))
+    for system in systems:
+        system.lost = system.lost | ~is_finite(system.x.sum())
 
 
 def _sweep(

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optim.capture import one_tensor
 from optim.jacobians import Piece
 
 NO_CALL = (
     "the closure did not take the gradient through a call of the model; it must call the model "
     "itself, not its parts, and then backward"
+)
+NO_BATCH = (
+    "the model must return one tensor whose dimension 0 is the batch; {} returned a {} without"
 )
 TOO_FEW = (
     "the batch has {batch} examples, the curvature batch {wanted}, which must be part of it; "
@@ -43,7 +45,8 @@ class Calls:
         """A forward hook of the model."""
         if not torch.is_grad_enabled():
             return
-        one_tensor(module, output)
+        if not isinstance(output, Tensor) or output.ndim == 0:
+            raise ValueError(NO_BATCH.format(type(module).__name__, type(output).__name__))
         if output.requires_grad:
             number = len(self._calls)
             self._calls.append(Call(args, kwargs, len(output)))
@@ -52,7 +55,8 @@ class Calls:
 
     def _reached(self, number: int, gradient: Tensor) -> None:
         if number < len(self._calls):
-            self._calls[number].gradient = gradient
+            call = self._calls[number]  # backward may come back several times
+            call.gradient = gradient if call.gradient is None else call.gradient + gradient
 
     def clear(self) -> None:
         """Forget all."""

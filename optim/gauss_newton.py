@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optim import distributed
 from optim.jacobians import Piece, Route, choose_route
@@ -30,10 +29,8 @@ class GaussNewton:
         route: Route | None = None,
     ) -> None:
         self._parts, self._curvature = parts, FISHER[likelihood]
-        # the fused kernels of attention have no second derivative
-        with sdpa_kernel(SDPBackend.MATH):
-            self.route = choose_route(pieces[0], parts) if route is None else route
-            self._jacobians = [self.route(piece, parts) for piece in pieces]
+        self.route = choose_route(pieces[0], parts) if route is None else route
+        self._jacobians = [self.route(piece, parts) for piece in pieces]
         self.examples = distributed.summed(
             sum(piece.examples for piece in pieces), self._jacobians[0].output.device
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from optim import checks, distributed
@@ -165,6 +166,7 @@ class HessianFree(Optimizer):
         start = random_state(self._model)
         with recorded(self._model) as calls:
             loss = run(closure)
+        self.rows = subset(calls.examples, self._setting("curvature_batch"), self._generator)
         with full_precision(self.factor.device):
             systems = self._systems()
             if systems:
@@ -202,11 +204,18 @@ class HessianFree(Optimizer):
         return f"{lines}\ncurvature products by {route}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in PyTorch; blocks are made anew."""
+        """As in PyTorch; blocks are made anew.
+
+        Raises: ValueError for a bad setting or a stranger's parameter; nothing is added then.
+        """
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
             checks.joined(self.param_groups, self.defaults)
-            self.parts = self._partition()
+            try:
+                self.parts = self._partition()
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def state_dict(self) -> dict[str, Any]:
         """As in PyTorch, with the state of the generator of rows, and `factor`."""
@@ -221,11 +230,17 @@ class HessianFree(Optimizer):
         self.factor.copy_(state_dict["factor"])
         self._failures.copy_(state_dict["failures"])
         self._verdict = None
+        self.parts = self._partition()  # torch has made new groups
 
     def _partition(self) -> list[Part]:
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        mine = [p for p in self._model.parameters() if p in self._group_of]
-        return partition(self._model, mine, self._blocks)
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        mine = [p for p in self._model.parameters() if p in group_of]
+        if strangers := len(group_of) - len(mine):
+            name = type(self._model).__name__
+            raise ValueError(f"{strangers} parameters of the groups are not in {name}")
+        parts = partition(self._model, mine, self._blocks)
+        self._group_of = group_of
+        return parts
 
     def _setting(self, name: str) -> Any:
         """A setting that all groups share: the first group's."""
@@ -251,13 +266,18 @@ class HessianFree(Optimizer):
 
     def _solve(self, systems: list[System], calls: Calls, start: RandomState) -> bool:
         """Conjugate gradients for all blocks; False where a gradient is known not to be finite."""
-        self.rows = subset(calls.examples, self._setting("curvature_batch"), self._generator)
-        if free_to_read(self.factor) and any(bool(system.lost) for system in systems):
+        # the first step reads values on any device: a route cannot be tried on NaN
+        readable = self.route is None or free_to_read(self.factor)
+        if readable and any(bool(system.lost) for system in systems):
             return False
         pieces, options = calls.pieces(self._model, self.rows), self._options
         parts = [system.parameters for system in systems]
         limit = self._setting("max_cg")
-        with untouched(self._model), replayed(self._model, start):
+        with (
+            untouched(self._model),
+            replayed(self._model, start),
+            sdpa_kernel(SDPBackend.MATH),  # the fused ones have no second derivative
+        ):
             G = GaussNewton(pieces, parts, self._setting("likelihood"), self.route)
             self.route = G.route
             if options.preconditioner is not None:
@@ -275,6 +295,8 @@ class HessianFree(Optimizer):
         if not self._options.evaluates:
             return last(systems), 1.0
         distributed.alone("HessianFree with a search or adaptive damping", "leave these out")
+        if any(bool(system.failed) for system in systems):
+            return last(systems), 1.0  # there will be no step, from which nothing is learned
         parameters = [p for system in systems for p in system.parameters]
         groups = [self._group_of[p] for p in parameters]
         taus = [coupled(group) for group in groups]
@@ -283,10 +305,9 @@ class HessianFree(Optimizer):
 
     def _move(self, systems: list[System], found: tuple[Choice, float] | None) -> None:
         """θ <- θ + share lr d, and the solutions kept, unless anything is wrong with any block."""
-        ok = ~torch.stack([system.lost | system.uphill for system in systems]).any()
+        ok = ~torch.stack([system.failed for system in systems]).any()
         if found is not None:
             choice, share = found
-            ok = ok & is_finite(torch.stack([x.sum() for x in choice.x]).sum())
             parameters = [p for system in systems for p in system.parameters]
             for p, d in zip(parameters, choice.step(systems), strict=True):
                 _move_(p, d, share, self._group_of[p], ok)

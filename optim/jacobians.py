@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, linearize
 
 from optim.layers import owners_of
+from optim.passes import random_state, replayed
 
 WRONG_SHAPE = (
     "a call of {} with {} of its examples returned shape {}; tensor arguments whose dimension 0 is "
@@ -120,7 +121,8 @@ class Linearised:
     route = "linearised forward mode"
 
     def __init__(self, piece: Piece, parts: Sequence[Sequence[Tensor]]) -> None:
-        self._parts = parts
+        self._parts, self._model = parts, piece.model
+        self._random = random_state(piece.model)
         with torch.enable_grad():
             self._output = piece.output()
         self.output = self._output.detach()
@@ -128,7 +130,8 @@ class Linearised:
 
     def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
         """J v, like the output."""
-        return self._maps[part](*v)
+        with replayed(self._model, self._random):
+            return self._maps[part](*v)
 
     def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
         """Jᵀw, like the parameters of the part."""
@@ -136,7 +139,8 @@ class Linearised:
 
     def _linear_map(self, piece: Piece, part: Sequence[Tensor]) -> Callable[..., Tensor]:
         values = [p.detach() for p in part]
-        with warnings.catch_warnings():  # about its own way of folding constants
+        with warnings.catch_warnings(), replayed(self._model, self._random):
+            # about its own way of folding constants
             warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
             return linearize(lambda *at: piece.output_at(part, at), *values)[1]
 
@@ -151,6 +155,7 @@ class ForwardMode:
 
     def __init__(self, piece: Piece, parts: Sequence[Sequence[Tensor]]) -> None:
         self._piece, self._parts = piece, parts
+        self._random = random_state(piece.model)
         with torch.enable_grad():
             self._output = piece.output()
         self.output = self._output.detach()
@@ -159,7 +164,8 @@ class ForwardMode:
         """J v, like the output."""
         own = self._parts[part]
         values = tuple(p.detach() for p in own)
-        return jvp(lambda *at: self._piece.output_at(own, at), values, tuple(v))[1]
+        with replayed(self._piece.model, self._random):
+            return jvp(lambda *at: self._piece.output_at(own, at), values, tuple(v))[1]
 
     def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
         """Jᵀw, like the parameters of the part."""
@@ -182,14 +188,17 @@ def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
     """The first route that works for this model, tried on one call of it.
 
     Works: ⟨w, J v⟩ = ⟨Jᵀw, v⟩ for random v, w, which a layer with a derivative that cannot be
-    differentiated again may break without an error.
+    differentiated again may break without an error. The generators end as they were: the same
+    dropout masks follow with a route chosen before.
 
     Raises: ValueError saying why each route does not.
     """
     reasons = []
     for route in ROUTES:
         try:
-            if _is_adjoint(route(piece, parts), parts):
+            with replayed(piece.model, random_state(piece.model)):
+                works = _is_adjoint(route(piece, parts), parts)
+            if works:
                 return route
             reasons.append(f"{route.route}: wrong products")
         except (RuntimeError, NotImplementedError) as error:

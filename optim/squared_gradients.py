@@ -11,6 +11,11 @@ from optim import distributed
 from optim.hessian_free_options import DiagonalPreconditioner
 from optim.jacobians import Piece, output_at
 
+NO_VMAP = (
+    "DiagonalPreconditioner takes the gradient of each example of {} by torch.func.vmap, which not "
+    "every layer allows; leave it out"
+)
+
 
 def mean_squares(
     pieces: Sequence[Piece],
@@ -53,7 +58,12 @@ def sum_of_squares(piece: Piece, part: Sequence[Tensor], at_once: int) -> list[T
     total = [torch.zeros_like(p) for p in part]
     for rows in torch.arange(piece.examples, device=values[0].device).split(at_once):
         some = _each(inputs, lambda t, axis, rows=rows: t if axis is None else t[rows], axes)
-        for sum_, g in zip(total, each(values, some), strict=True):
+        try:
+            found = each(values, some)
+        except RuntimeError as error:
+            error.add_note(NO_VMAP.format(type(piece.model).__name__))
+            raise
+        for sum_, g in zip(total, found, strict=True):
             sum_ += g.square().sum(0)
     return total
 

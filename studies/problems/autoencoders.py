@@ -144,8 +144,8 @@ register(
         optimizers={
             "adam": {"lr": 1e-3},
             "sgd": {"lr": 0.01, "momentum": 0.9},
-            "hessian_free": {"lr": 0.3, "damping": 0.1},
-            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+            "hessian_free": {"lr": 0.1, "damping": 0.01},
+            "block_hessian_free": {"lr": 0.1, "damping": 0.01},
         },
         partition=HALVES,
     )
@@ -165,8 +165,8 @@ register(
         optimizers={
             "adam": {"lr": 0.01},
             "sgd": {"lr": 0.1, "momentum": 0.9},
-            "hessian_free": {"lr": 0.3, "damping": 0.1},
-            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+            "hessian_free": {"lr": 0.1, "damping": 0.01},
+            "block_hessian_free": {"lr": 0.1, "damping": 0.01},
         },
         partition=HALVES,
     )
