@@ -11,8 +11,8 @@ from studies.recurrent import SequenceClassifier
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.03},
     "sgd": {"lr": 1.0, "momentum": 0.0},  # momentum never left the first plateau, log 10
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+    "hessian_free": {"lr": 0.3, "damping": 0.01},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.01},
 }
 
 LAYERS = (("lstm1",), ("lstm2",), ("lstm3", "head"))  # the blocks of arXiv:1712.07296

@@ -11,8 +11,8 @@ from studies.problems import TrainingProblem, register
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.003},
     "sgd": {"lr": 0.03, "momentum": 0.9},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+    "hessian_free": {"lr": 1.0, "damping": 1.0},
+    "block_hessian_free": {"lr": 1.0, "damping": 1.0},
 }
 
 BLOCKS = (("stem", "block1"), ("block2",), ("block3", "head"))  # as in arXiv:1712.07296
