@@ -199,9 +199,10 @@ class HessianFree(Optimizer):
 
     def summary(self) -> str:
         """A table: each parameter, its block, the memory of its state, the block's counters."""
-        route = "not chosen yet" if self.route is None else self.route.route
         lines = table(self, self._model, self.parts, COUNTS)
-        return f"{lines}\ncurvature products by {route}"
+        if self.route is None:
+            return f"{lines}\nhow curvature products are made is chosen at the first step"
+        return f"{lines}\ncurvature products by {self.route.route}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in PyTorch; blocks are made anew.
@@ -259,7 +260,7 @@ class HessianFree(Optimizer):
             tau = coupled(group)
             gradients.append((gradient_of(p).to(dtype) + tau * p.to(dtype)).reshape(-1))
             dampings.append(group["damping"] * factor + tau)
-            warm = warm or "solution" in state
+            warm = warm or ("solution" in state and group["momentum"] > 0)
             held = state.setdefault("solution", torch.zeros_like(p, dtype=dtype))
             starts.append((group["momentum"] * held).reshape(-1))
         return System(parameters, torch.cat(gradients), dampings, torch.cat(starts), warm)

@@ -7,13 +7,15 @@ of crossing it once, beside their own, instead of B times everything.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, linearize
+from torch.utils import deterministic
 
 from optim.layers import owners_of
 from optim.passes import random_state, replayed
@@ -196,7 +198,7 @@ def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
     reasons = []
     for route in ROUTES:
         try:
-            with replayed(piece.model, random_state(piece.model)):
+            with replayed(piece.model, random_state(piece.model)), _nothing_right_by_luck():
                 works = _is_adjoint(route(piece, parts), parts)
             if works:
                 return route
@@ -205,6 +207,24 @@ def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
             reasons.append(f"{route.route}: {str(error).splitlines()[0]}")
     why = "; ".join(reasons)
     raise ValueError(REFUSED.format(model=type(piece.model).__name__, why=why))
+
+
+@contextmanager
+def _nothing_right_by_luck() -> Iterator[None]:
+    """Inside, memory that nobody has written to holds NaN.
+
+    Where tracing has lost what a layer writes in place, it may still hold what is missing.
+    """
+    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("warn")
+    deterministic.fill_uninitialized_memory = True  # in that mode
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        deterministic.fill_uninitialized_memory = fill
 
 
 def _is_adjoint(jacobian: Jacobian, parts: Sequence[Sequence[Tensor]]) -> bool:
