@@ -215,16 +215,17 @@ def _nothing_right_by_luck() -> Iterator[None]:
 
     Where tracing has lost what a layer writes in place, it may still hold what is missing.
     """
-    mode, fill = torch.get_deterministic_debug_mode(), deterministic.fill_uninitialized_memory
+    settings: Any = deterministic  # a module whose attribute is a property
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")
-    deterministic.fill_uninitialized_memory = True  # in that mode
+    settings.fill_uninitialized_memory = True  # in that mode
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*deterministic")
             yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def _is_adjoint(jacobian: Jacobian, parts: Sequence[Sequence[Tensor]]) -> bool:
