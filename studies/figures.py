@@ -308,15 +308,28 @@ def _finish(
     if figure.axes[0].get_yscale() == "log" and (rows["value"].abs() <= ROUNDING).any():
         shown = {**shown, "zero but for rounding": ZERO_LOOK}
     handles = [Line2D([], [], label=name, **look) for name, look in shown.items()]
-    lines = math.ceil(len(handles) / (figure.get_figwidth() // 1.75))
-    columns = math.ceil(len(handles) / lines)
+    inches = 0.6 + 0.08 * max((len(name) for name in shown), default=0)  # of the longest entry
+    lines = math.ceil(len(handles) / max(1, figure.get_figwidth() // inches))
+    columns = math.ceil(len(handles) / max(1, lines))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     for axes in figure.axes:
         if axes.xaxis.get_tick_params()["labelbottom"]:
             axes.set_xlabel("seconds of training" if x == "seconds" else x)
-        if x == "step":
+        if x == "step" and not _far_apart(axes, rows):
             _whole_steps(axes, rows["step"])
     return figure
+
+
+def _far_apart(axes: Axes, rows: pd.DataFrame) -> bool:
+    """Whether some optimizers took many times the steps of others: then the steps are on a log."""
+    ends = rows.groupby("optimizer")["step"].max()
+    if ends.max() <= 4 * ends.min():
+        return False
+    first = float(rows.loc[rows["step"] > 0, "step"].min())
+    axes.set_xscale("symlog", linthresh=first, linscale=0.3)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(0, 1.2 * float(ends.max()))
+    return True
 
 
 def _whole_steps(axes: Axes, steps: pd.Series) -> None:
