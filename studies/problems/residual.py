@@ -11,8 +11,8 @@ from studies.problems import TrainingProblem, register
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.003},
     "sgd": {"lr": 0.03, "momentum": 0.9},
-    "hessian_free": {"lr": 1.0, "damping": 1.0},
-    "block_hessian_free": {"lr": 1.0, "damping": 1.0},
+    "hessian_free": {"lr": 0.3, "damping": 0.1},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
 }
 
 BLOCKS = (("stem", "block1"), ("block2",), ("block3", "head"))  # as in arXiv:1712.07296
@@ -25,7 +25,7 @@ register(
         loss=cross_entropy,
         likelihood="categorical",
         data=data.cifar10,
-        batch_size=128,
+        batch_size=1000,
         epochs=10,
         measure_damping=0.1,
         optimizers=SETTINGS,
@@ -42,8 +42,8 @@ register(
         loss=cross_entropy,
         likelihood="categorical",
         data=data.made_up_pictures,
-        batch_size=50,
-        epochs=15,
+        batch_size=200,
+        epochs=30,
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=BLOCKS,

@@ -98,9 +98,6 @@ def test_cifar_records(tmp_path, monkeypatch):
     (folder / "data_batch_1.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"no data_batch_\*.bin"):
         data.cifar10()
-    monkeypatch.delenv("KRONSCOPE_DATA")
-    with pytest.raises(FileNotFoundError, match="KRONSCOPE_DATA is None"):
-        data.cifar10()
 
 
 @pytest.mark.skipif(
