@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -98,7 +99,8 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
     """Train, yielding the state before the first step and after each one.
 
     What the caller does between two yields is not counted in `state.seconds`. Batches are blocks of
-    the set reshuffled each epoch, an incomplete one dropped, as in the published K-BFGS code.
+    the set reshuffled each epoch, an incomplete one dropped, as in the published K-BFGS code; those
+    of the warm-up too are augmented where the problem says how.
 
     Raises: DivergedError, with the last finite parameters; the yielded state stays readable.
     """
@@ -107,14 +109,15 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
         load(state, resume)
     elif hasattr(state.optimizer, "warm_up"):
         begun = time.perf_counter()
-        state.optimizer.warm_up(_closure(state, settings, rows) for rows in _blocks(state))
+        blocks = enumerate(_blocks(state))
+        state.optimizer.warm_up(_closure(state, settings, rows, (1, k)) for k, rows in blocks)
         state.seconds += time.perf_counter() - begun
     yield state
     last, before = _snapshot(state.model), _snapshot(state.model)
     first: float | None = None
     while state.step < settings.epochs * state.steps_per_epoch:
         begun = time.perf_counter()
-        closure = _closure(state, settings, _rows(state, settings.seed))
+        closure = _closure(state, settings, _rows(state, settings.seed), (0, state.step))
         torch._foreach_copy_(list(before.values()), list(state.model.state_dict().values()))
         loss = state.optimizer.step(closure).detach().item()  # type: ignore[attr-defined, arg-type]
         first = loss if first is None else first
@@ -155,8 +158,11 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
-def _closure(state: State, settings: Settings, rows: Tensor) -> Closure:
+def _closure(state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]) -> Closure:
+    """Loss and gradient of these examples; `draw` is the batch's own number for augmentation."""
     inputs, targets = state.data.train_inputs[rows], state.data.train_targets[rows]
+    if settings.problem.augment is not None:
+        inputs = settings.problem.augment(inputs, _random(settings.seed, draw))
 
     def closure() -> Tensor:
         state.optimizer.zero_grad()
@@ -165,6 +171,12 @@ def _closure(state: State, settings: Settings, rows: Tensor) -> Closure:
         return loss
 
     return closure
+
+
+def _random(seed: int, draw: tuple[int, int]) -> torch.Generator:
+    """A batch's generator depends on seed and place alone, so that a resumed run draws the same."""
+    (mixed,) = np.random.SeedSequence((seed % 2**32, *draw)).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed))
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from studies.data import Data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Augment = Callable[[Tensor, Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class TrainingProblem:
     measure_damping: λ of the damped metrics. partition: groups of module names, each name standing
     for all layers inside its module: the blocks of block-diagonal Hessian-free. Together they hold
     every layer once; () where a problem has no partition of its own. averaging: decay of the
-    running average of the parameters (Polyak) at which losses are evaluated; 0 has none.
+    running average of the parameters (Polyak) at which losses are evaluated; 0 has none. augment:
+    changes the inputs of each training batch, from draws of a generator; losses are evaluated at
+    the inputs themselves.
     """
 
     name: str
@@ -37,6 +40,7 @@ class TrainingProblem:
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     partition: Sequence[Sequence[str]] = ()
     averaging: float = 0.0
+    augment: Augment | None = None
 
 
 PROBLEMS: dict[str, TrainingProblem] = {}

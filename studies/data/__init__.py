@@ -1,0 +1,68 @@
+"""Data sets: real files from $KRONSCOPE_DATA, else the cache, else scikit-learn's fetchers.
+
+Some are made: CURVES by its recipe, FACES out of Olivetti's faces, and pictures for tests that
+need some where there are no files.
+"""
+
+from studies.data.augmentation import crop_and_flip
+from studies.data.colour import (
+    CIFAR100_MEAN,
+    CIFAR100_STD,
+    CIFAR_MEAN,
+    CIFAR_STD,
+    SVHN_MEAN,
+    SVHN_STD,
+    black,
+    cifar10,
+    cifar10_subset,
+    cifar100,
+    made_up_pictures,
+    svhn,
+)
+from studies.data.curve import curves
+from studies.data.digit import (
+    digits,
+    digits_sequences,
+    fashion_mnist,
+    fashion_mnist_pictures,
+    mnist,
+    mnist16,
+    mnist_sequences,
+    pooled_sequences,
+)
+from studies.data.face import faces, olivetti
+from studies.data.reader import read_cifar, read_idx, read_matlab
+from studies.data.tensors import Data, labelled, reconstruction
+
+__all__ = [
+    "CIFAR100_MEAN",
+    "CIFAR100_STD",
+    "CIFAR_MEAN",
+    "CIFAR_STD",
+    "SVHN_MEAN",
+    "SVHN_STD",
+    "Data",
+    "black",
+    "cifar10",
+    "cifar10_subset",
+    "cifar100",
+    "crop_and_flip",
+    "curves",
+    "digits",
+    "digits_sequences",
+    "faces",
+    "fashion_mnist",
+    "fashion_mnist_pictures",
+    "labelled",
+    "made_up_pictures",
+    "mnist",
+    "mnist16",
+    "mnist_sequences",
+    "olivetti",
+    "pooled_sequences",
+    "read_cifar",
+    "read_idx",
+    "read_matlab",
+    "reconstruction",
+    "svhn",
+]

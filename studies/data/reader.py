@@ -1,0 +1,113 @@
+"""Readers of the files that data sets are published in.
+
+Each names the file, what was expected of it, what was found and the remedy.
+"""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+IDX_BYTES = 8  # the kind of idx files that hold unsigned bytes
+REMEDY = "get it again, or point $KRONSCOPE_DATA to a folder that has it"
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a gzipped idx file of unsigned bytes.
+
+    Raises: FileNotFoundError or ValueError naming the file, the shape expected and what was found.
+    """
+    expected = f"gzipped idx file of uint8 {shape}"
+    _require(path, expected)
+    try:
+        content = gzip.decompress(path.read_bytes())
+        zeros, kind, ndim = struct.unpack_from(">HBB", content)
+    except (OSError, EOFError, struct.error, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); expected a {expected}; {REMEDY}") from error
+    if zeros != 0 or kind != IDX_BYTES or ndim != len(shape):
+        raise ValueError(f"{path} has header {content[:4]!r}; expected a {expected}; {REMEDY}")
+    start = 4 + 4 * ndim
+    if len(content) < start:
+        raise ValueError(f"{path} is damaged (no sizes); expected a {expected}; {REMEDY}")
+    found = struct.unpack(f">{ndim}I", content[4:start])
+    body = np.frombuffer(content, np.uint8, offset=start)
+    if found != shape or body.size != int(np.prod(shape)):
+        raise ValueError(
+            f"{path} holds {found}, {body.size} bytes; expected a {expected}; {REMEDY}"
+        )
+    return body.reshape(shape)
+
+
+def read_cifar(
+    path: Path, classes: int, labels: int = 1, count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures [n, 3, 32, 32] and labels [n] of a file in the binary version of CIFAR.
+
+    A record has its labels, a byte each (CIFAR-10 one, CIFAR-100 the coarse one, then the fine
+    one; the last is returned), then its red, green and blue planes. count: of the records, where
+    the file has to have so many.
+
+    Raises: FileNotFoundError or ValueError naming the file, what was expected and what was found.
+    """
+    size = labels + 3 * 32 * 32
+    expected = f"CIFAR-{classes} batch in the binary version, records of {size} bytes"
+    _require(path, expected)
+    raw = np.fromfile(path, dtype=np.uint8)
+    if len(raw) == 0 or len(raw) % size:
+        raise ValueError(
+            f"{path} has {len(raw)} bytes, not a multiple of {size}: it is truncated or no "
+            f"{expected}; {REMEDY}"
+        )
+    records = raw.reshape(-1, size)
+    if count not in (None, len(records)):
+        raise ValueError(
+            f"{path} holds {len(records)} records, not {count}: it is truncated or no {expected}; "
+            f"{REMEDY}"
+        )
+    found = records[:, labels - 1]
+    if found.max() >= classes:
+        raise ValueError(
+            f"{path} holds the label {found.max()}; CIFAR-{classes} has 0 to {classes - 1}: it is "
+            f"damaged or no {expected}; {REMEDY}"
+        )
+    return records[:, labels:].reshape(-1, 3, 32, 32), found
+
+
+def read_matlab(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[str, np.ndarray]:
+    """Arrays of unsigned bytes in a MATLAB file, by variable; None in a shape fits any size.
+
+    Raises: FileNotFoundError or ValueError naming the file, what was expected and what was found.
+    """
+    from scipy.io import loadmat
+
+    wanted = {name: str(shape).replace("None", "n") for name, shape in shapes.items()}
+    expected = "MATLAB file with " + ", ".join(f"{k}: uint8 {v}" for k, v in wanted.items())
+    _require(path, expected)
+    try:
+        content = loadmat(path, variable_names=list(shapes))
+    except Exception as error:  # what a damaged file makes of the parser has no common type
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); expected a {expected}; {REMEDY}"
+        ) from error
+    for name, shape in shapes.items():
+        array = content.get(name)
+        if array is None:
+            raise ValueError(f"{path} has no variable {name}; expected a {expected}; {REMEDY}")
+        if array.dtype != np.uint8 or not _fits(array.shape, shape):
+            raise ValueError(
+                f"{path} holds {name}: {array.dtype} {array.shape}; expected a {expected}; {REMEDY}"
+            )
+    return {name: content[name] for name in shapes}
+
+
+def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(found) == len(shape) and all(
+        b in (None, a) for a, b in zip(found, shape, strict=True)
+    )
+
+
+def _require(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected a {expected}; {REMEDY}")

@@ -1,0 +1,33 @@
+"""What every set becomes: tensors to train and to test on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs and targets: train [n, ...] and test [m, ...].
+
+    Inputs are float32; targets float32 where the inputs are reconstructed, else classes, int64.
+    """
+
+    train_inputs: Tensor
+    train_targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+
+
+def reconstruction(train: np.ndarray, test: np.ndarray) -> Data:
+    """Data whose targets are the inputs."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for a in (train, test))
+    return Data(x, x, y, y)
+
+
+def labelled(inputs: np.ndarray, labels: np.ndarray, train: int) -> Data:
+    """Data of classes: the first `train` examples to train, the others to test."""
+    x = torch.from_numpy(np.ascontiguousarray(inputs, dtype=np.float32))
+    t = torch.from_numpy(labels.astype(np.int64))
+    return Data(x[:train], t[:train], x[train:], t[train:])
