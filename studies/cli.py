@@ -194,6 +194,9 @@ def train(
     if outcome.diverged:
         console.print(f"[bold red]{outcome.diverged}[/]")
         raise typer.Exit(3)
+    if outcome.stopped:
+        console.print(f"stopped; go on with --resume {outcome.folder}", soft_wrap=True)
+        raise typer.Exit(143)  # what a shell reports of a process that SIGTERM ended
 
 
 @app.command()

@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import pandas as pd
@@ -23,11 +27,19 @@ LAST_FINITE = "last-finite.pt"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a training run is kept, its records, and why it ended early if it did."""
+    """Where a training run is kept, its records, and why it ended early if it did.
+
+    stopped: by SIGTERM, at a checkpoint from which it can go on.
+    """
 
     folder: Path
     frame: pd.DataFrame
     diverged: str = ""
+    stopped: bool = False
+
+
+class Stopped(Exception):
+    """SIGTERM has come, and the checkpoint of this step is written."""
 
 
 def train(
@@ -37,27 +49,31 @@ def train(
 
     resume: the folder of an earlier run of the same settings, which then goes on in place.
     A run that diverges keeps its records; the last parameters with a finite loss are in
-    last-finite.pt and the header's status says so.
+    last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
+    with a checkpoint of that.
     """
     folder = resume or records.new_run(results, NAME)
     header = records.read_header(folder) if resume else _header(settings)
     records.write_header(folder, header | {"status": "running"})
-    diverged, begun = "", time.perf_counter()
+    status, diverged, begun = "finished", "", time.perf_counter()
     try:
-        for state in _epochs(settings, resume, progress):
-            if not (resume and state.step == _last_step(folder)):
-                records.append(folder, _rows(folder, settings, state))
-            training.save(state, folder / CHECKPOINT)
+        with _sigterm() as asked:
+            for state in _epochs(settings, folder, resume, progress, asked):
+                if not (resume and state.step == _last_step(folder)):
+                    records.append(folder, _rows(folder, settings, state))
+                training.save(state, folder / CHECKPOINT)
+    except Stopped as reason:
+        status = f"stopped: {reason}"
     except training.DivergedError as error:
         diverged = str(error)
+        status = f"diverged: {diverged}"
         training.save_parameters(error.parameters, folder / LAST_FINITE)
     except BaseException as error:
         records.write_header(folder, header | {"status": f"failed: {type(error).__name__}"})
         raise
-    status = f"diverged: {diverged}" if diverged else "finished"
     seconds = header["seconds"] + time.perf_counter() - begun
     records.write_header(folder, header | {"status": status, "seconds": seconds})
-    return Outcome(folder, records.read(folder), diverged)
+    return Outcome(folder, records.read(folder), diverged, status.startswith("stopped"))
 
 
 def _header(settings: training.Settings) -> dict[str, Any]:
@@ -65,16 +81,40 @@ def _header(settings: training.Settings) -> dict[str, Any]:
     return provenance.header(NAME, settings.problem.name, settings.device, config)
 
 
+@contextmanager
+def _sigterm() -> Iterator[Event]:
+    """Inside, SIGTERM sets the event and nothing else, where Python may handle signals."""
+    asked = Event()
+    if current_thread() is not main_thread():  # nobody may be told there
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _epochs(
-    settings: training.Settings, resume: Path | None, progress: Progress
-) -> Any:  # Iterator[State]
-    """The states at the ends of epochs, the start included."""
+    settings: training.Settings,
+    folder: Path,
+    resume: Path | None,
+    progress: Progress,
+    asked: Event,
+) -> Iterator[training.State]:
+    """The states at the ends of epochs, the start included.
+
+    Raises: Stopped if the event is set, when the checkpoint is written.
+    """
     task = progress.add_task(f"training {settings.optimizer}", total=None)
     for state in training.steps(settings, resume / CHECKPOINT if resume else None):
         total = settings.epochs * state.steps_per_epoch
         progress.update(task, total=total, completed=state.step)
         if state.step % state.steps_per_epoch == 0:
             yield state
+        if asked.is_set() and state.step < total:
+            training.save(state, folder / CHECKPOINT)
+            raise Stopped(f"by SIGTERM at step {state.step:,} of {total:,}; --resume goes on")
 
 
 def _last_step(folder: Path) -> int:

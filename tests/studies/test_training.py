@@ -1,6 +1,8 @@
 """Training: any optimizer, exact resume, divergence with the last good state kept."""
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -96,6 +98,37 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert list(outcome.frame["value"]) == list(whole["value"])
     assert outcome.frame["seconds"].is_monotonic_increasing
     assert records.read_header(outcome.folder)["status"] == "finished"
+
+
+def test_sigterm_ends_at_a_checkpoint_from_which_the_run_goes_on(tmp_path, monkeypatch):
+    """In the middle of the second epoch, and bit for bit as if it had not been."""
+    chosen, real = settings("kbfgs", epochs=3), training.steps
+    before = signal.getsignal(signal.SIGTERM)
+
+    def steps(*arguments):
+        for state in real(*arguments):
+            if state.step == 13 and "parts" in found:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield state
+
+    found = {}
+    monkeypatch.setattr(runs.training, "steps", steps)
+    with Progress(disable=True) as progress:
+        whole = runs.train(chosen, tmp_path / "whole", progress)
+        found["parts"] = True
+        first = runs.train(chosen, tmp_path / "parts", progress)
+        status = records.read_header(first.folder)["status"]
+        monkeypatch.setattr(runs.training, "steps", real)
+        outcome = runs.train(chosen, tmp_path, progress, resume=first.folder)
+    assert first.stopped
+    assert not whole.stopped
+    assert status == "stopped: by SIGTERM at step 13 of 30; --resume goes on"
+    assert first.frame["step"].max() == 10
+    assert torch.load(first.folder / runs.CHECKPOINT, weights_only=True)["step"] == 30
+    assert list(outcome.frame["step"]) == list(whole.frame["step"])
+    assert list(outcome.frame["value"]) == list(whole.frame["value"])
+    assert records.read_header(outcome.folder)["status"] == "finished"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_refusals(tmp_path):
