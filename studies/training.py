@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from studies import optimizers
@@ -53,7 +54,8 @@ class Settings:
 class State:
     """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded).
 
-    averaged: running average of the parameters, of problems that evaluate that.
+    averaged: running average of the parameters, of problems that evaluate that. scheduler: of the
+    learning rate, where the problem has one for the optimizer; it steps after each epoch.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class State:
     data: Data
     steps_per_epoch: int
     averaged: AveragedModel | None = None
+    scheduler: LRScheduler | None = None
     step: int = 0
     seconds: float = 0.0
 
@@ -87,7 +90,9 @@ def start(settings: Settings) -> State:
         averaged = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(problem.averaging), use_buffers=True
         )
-    return State(model, optimizer, data, len(data.train_inputs) // batch, averaged)
+    schedule = problem.schedule.get(settings.optimizer)
+    scheduler = None if schedule is None else schedule.scheduler(optimizer)
+    return State(model, optimizer, data, len(data.train_inputs) // batch, averaged, scheduler)
 
 
 def _on(data: Data, device: str) -> Data:
@@ -127,6 +132,8 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
             state.averaged.update_parameters(state.model)
         last, before = before, last  # the loss at these parameters is now known to be finite
         state.step += 1
+        if state.scheduler is not None and state.step % state.steps_per_epoch == 0:
+            state.scheduler.step()
         state.seconds += time.perf_counter() - begun
         yield state
 
@@ -188,6 +195,8 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
     """
     data, found = state.data, {}
     model = state.model if state.averaged is None else state.averaged
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # batch norm by its running statistics, which stay as they are; no dropout
     sets = {
         "train": (data.train_inputs, data.train_targets),
         "test": (data.test_inputs, data.test_targets),
@@ -202,6 +211,8 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
         found[f"{name}_loss"] = loss / len(inputs)
         if problem.likelihood == "categorical":
             found[f"{name}_accuracy"] = right / len(inputs)
+    for module, mode in modes.items():
+        module.training = mode
     return found
 
 
@@ -222,6 +233,7 @@ def save(state: State, path: Path) -> None:
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
             "averaged": None if state.averaged is None else state.averaged.state_dict(),
+            "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
             "step": state.step,
             "seconds": state.seconds,
         },
@@ -243,6 +255,8 @@ def load(state: State, path: Path) -> None:
         state.optimizer.load_state_dict(content["optimizer"])
         if state.averaged is not None:
             state.averaged.load_state_dict(content["averaged"])
+        if state.scheduler is not None:
+            state.scheduler.load_state_dict(content["scheduler"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} is no checkpoint of this problem and optimizer: {error}"

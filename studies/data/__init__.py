@@ -19,10 +19,12 @@ from studies.data.colour import (
     made_up_pictures,
     svhn,
 )
-from studies.data.curve import curves
+from studies.data.curve import curves, few_curves
 from studies.data.digit import (
     digits,
+    digits_classes,
     digits_sequences,
+    digits_standardised,
     fashion_mnist,
     fashion_mnist_pictures,
     mnist,
@@ -32,7 +34,7 @@ from studies.data.digit import (
 )
 from studies.data.face import faces, olivetti
 from studies.data.reader import read_cifar, read_idx, read_matlab
-from studies.data.tensors import Data, labelled, reconstruction
+from studies.data.tensors import Data, labelled, reconstruction, standardised
 
 __all__ = [
     "CIFAR100_MEAN",
@@ -49,10 +51,13 @@ __all__ = [
     "crop_and_flip",
     "curves",
     "digits",
+    "digits_classes",
     "digits_sequences",
+    "digits_standardised",
     "faces",
     "fashion_mnist",
     "fashion_mnist_pictures",
+    "few_curves",
     "labelled",
     "made_up_pictures",
     "mnist",
@@ -64,5 +69,6 @@ __all__ = [
     "read_idx",
     "read_matlab",
     "reconstruction",
+    "standardised",
     "svhn",
 ]

@@ -163,17 +163,24 @@ def planes(rows: np.ndarray) -> np.ndarray:
     return orders[0] if rough[0] + rough[1] <= rough[2] + rough[3] else orders[1]
 
 
-def made_up_pictures(train: int = 400, test: int = 200) -> Data:
-    """Pictures [n, 3, 32, 32] and labels [n] in CIFAR-10's shape, always the same; no files needed.
+def made_up_pictures(
+    train: int = 400, test: int = 200, size: int = 32, classes: int = 10, channels: int = 3
+) -> Data:
+    """Pictures [n, channels, size, size] and labels [n], always the same; no files needed.
 
-    Each of ten classes is a coarse random pattern; a picture is its class's plus noise.
+    Each class is a coarse random pattern of 4x4; a picture is its class's plus noise.
+
+    Raises: ValueError where the size is not a multiple of 4.
     """
-    random = np.random.default_rng(0)
-    patterns = random.standard_normal((10, 3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    if size % 4:
+        raise ValueError(f"patterns of 4 x 4 do not fill pictures of {size} x {size}")
+    random, side = np.random.default_rng(0), size // 4
+    patterns = random.standard_normal((classes, channels, 4, 4))
+    patterns = patterns.repeat(side, axis=2).repeat(side, axis=3)
 
     def pictures(n: int) -> tuple[Tensor, Tensor]:
-        labels = random.integers(10, size=n)
-        pixels = 0.5 * patterns[labels] + random.standard_normal((n, 3, 32, 32))
+        labels = random.integers(classes, size=n)
+        pixels = 0.5 * patterns[labels] + random.standard_normal((n, channels, size, size))
         return torch.from_numpy(pixels.astype(np.float32)), torch.from_numpy(labels)
 
     return Data(*pictures(train), *pictures(test))

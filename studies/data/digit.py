@@ -6,7 +6,7 @@ import numpy as np
 
 from studies.data.reader import read_idx
 from studies.data.source import data_folder, openml
-from studies.data.tensors import Data, labelled, reconstruction
+from studies.data.tensors import Data, labelled, reconstruction, standardised
 
 IDX_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
     "images": {
@@ -69,6 +69,19 @@ def digits() -> Data:
     pictures, _ = _shuffled_digits()
     pixels = pictures.reshape(len(pictures), -1)
     return reconstruction(pixels[:1500], pixels[1500:])
+
+
+def digits_classes() -> Data:
+    """The pictures of `digits` as rows of 64, with labels [n]."""
+    pictures, labels = _shuffled_digits()
+    return labelled(pictures.reshape(len(pictures), -1), labels, train=1500)
+
+
+def digits_standardised() -> Data:
+    """The pictures of `digits`, less their mean and divided by one number, as those of `faces`."""
+    pictures, _ = _shuffled_digits()
+    pixels = pictures.reshape(len(pictures), -1)
+    return standardised(pixels[:1500], pixels[1500:])
 
 
 def digits_sequences() -> Data:

@@ -11,7 +11,7 @@ from torch.nn.functional import grid_sample
 from studies.data.cache import Arrays, cached
 from studies.data.reader import read_matlab
 from studies.data.source import data_folder, fetched
-from studies.data.tensors import Data, reconstruction
+from studies.data.tensors import Data, standardised
 
 PICTURES, SIDE = 400, 64  # ten of each of 40 people, one person after the other
 OF_A_PICTURE, PATCH = 414, 25
@@ -52,12 +52,7 @@ def faces(seed: int = 0) -> Data:
     pictures = _pictures()
     origin = hashlib.sha256(pictures.tobytes()).hexdigest()[:8]
     made = cached(f"faces-{VERSION}-seed{seed}-of-{origin}", lambda: patches(pictures, seed))
-    train = made["train"].astype(np.float32)
-    mean = train.mean(0, dtype=np.float64).astype(np.float32)
-    train -= mean
-    deviation = np.float32(np.sqrt(np.square(train).mean(dtype=np.float64)))
-    train /= deviation
-    return reconstruction(train, (made["test"] - mean) / deviation)
+    return standardised(made["train"], made["test"])
 
 
 def patches(pictures: np.ndarray, seed: int) -> Arrays:

@@ -31,3 +31,17 @@ def labelled(inputs: np.ndarray, labels: np.ndarray, train: int) -> Data:
     x = torch.from_numpy(np.ascontiguousarray(inputs, dtype=np.float32))
     t = torch.from_numpy(labels.astype(np.int64))
     return Data(x[:train], t[:train], x[train:], t[train:])
+
+
+def standardised(train: np.ndarray, test: np.ndarray) -> Data:
+    """Data whose targets are the inputs: rows [n, d] less the mean of those to train.
+
+    The mean is of each entry. All are divided by one number, so that the variance of the entries
+    averages 1.
+    """
+    x = train.astype(np.float32)
+    mean = x.mean(0, dtype=np.float64).astype(np.float32)
+    x -= mean
+    deviation = np.float32(np.sqrt(np.square(x).mean(dtype=np.float64)))
+    x /= deviation
+    return reconstruction(x, (test - mean) / deviation)

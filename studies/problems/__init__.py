@@ -9,6 +9,7 @@ from typing import Any
 from torch import Generator, Tensor, nn
 
 from studies.data import Data
+from studies.hyper import Schedule, Searched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -19,7 +20,10 @@ class TrainingProblem:
     """A model, its data and the settings it is trained with.
 
     likelihood: of which the loss is the negative logarithm. optimizers: recommended
-    hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names.
+    hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names. sources:
+    where those come from; of optimizers that are not named there they are ours. searched: the
+    values tried in the papers, by optimizer. schedule: how the learning rate changes, by
+    optimizer, and for how many epochs they were then trained; that of the others is constant.
     measure_damping: λ of the damped metrics. partition: groups of module names, each name standing
     for all layers inside its module: the blocks of block-diagonal Hessian-free. Together they hold
     every layer once; () where a problem has no partition of its own. averaging: decay of the
@@ -41,6 +45,13 @@ class TrainingProblem:
     partition: Sequence[Sequence[str]] = ()
     averaging: float = 0.0
     augment: Augment | None = None
+    schedule: dict[str, Schedule] = field(default_factory=dict)
+    searched: dict[str, Searched] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def epochs_of(self, optimizer: str) -> int:
+        """How long to train with this optimizer: as its schedule says, else `epochs`."""
+        return self.schedule[optimizer].epochs if optimizer in self.schedule else self.epochs
 
 
 PROBLEMS: dict[str, TrainingProblem] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from studies import data
+from studies import data, hyper
 from studies.problems import TrainingProblem, register
 
 
@@ -98,6 +98,23 @@ register(
     )
 )
 
+MNIST: dict[str, dict[str, Any]] = {
+    "kbfgs": {"lr": 0.3, "damping": 0.3, "weight_decay": 1e-5},
+    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, "weight_decay": 1e-5},
+    "kfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
+    "ekfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
+    "tkfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
+    "mbf": {"lr": 1e-3, "damping": 0.1},
+    "shampoo": {"lr": 3e-4, "damping": 3e-4},
+    "tnt": {"lr": 1e-4, "damping": 0.1},
+    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
+    "exact_fisher": {"lr": 0.1, "damping": 3.0},
+    "hessian_free": {"lr": 0.3, "damping": 0.1},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+    "adam": {"lr": 1e-4, "eps": 1e-4},
+    "sgd": {"lr": 3e-3, "momentum": 0.9},
+}
+
 register(
     TrainingProblem(
         name="mnist-autoencoder",
@@ -109,22 +126,35 @@ register(
         batch_size=1000,
         epochs=20,
         measure_damping=0.3,
-        optimizers={
-            "kbfgs": {"lr": 0.3, "damping": 0.3, "weight_decay": 1e-5},
-            "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, "weight_decay": 1e-5},
-            "kfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
-            "ekfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
-            "tkfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
-            "mbf": {"lr": 1e-3, "damping": 0.1},
-            "shampoo": {"lr": 3e-4, "damping": 3e-4},
-            "tnt": {"lr": 1e-4, "damping": 0.1},
-            "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-            "exact_fisher": {"lr": 0.1, "damping": 3.0},
-            "hessian_free": {"lr": 0.3, "damping": 0.1},
-            "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-            "adam": {"lr": 1e-4, "eps": 1e-4},
-            "sgd": {"lr": 3e-3, "momentum": 0.9},
+        optimizers=MNIST,
+        searched=hyper.AUTOENCODERS,
+        sources={
+            "kbfgs": hyper.KBFGS_DEMO,
+            "kbfgs_l": f"{hyper.TENGRAD_CODE}; weight decay as in the demo of arXiv:2006.08877",
+            "kfac": hyper.KBFGS_DEMO,
+            "shampoo": hyper.TNT_DEMO,
+            "tnt": hyper.TNT_DEMO,
+            "eva": hyper.EVA_CODE,
+            "exact_fisher": f"{hyper.TENGRAD_CODE}, empirical Fisher, batch 100",
+            "adam": f"{hyper.TNT_DEMO}, whose Adam squares the momentum",
+            "sgd": hyper.TNT_DEMO,
         },
+    )
+)
+
+register(
+    TrainingProblem(
+        name="mnist-autoencoder-small",
+        summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, ReLU; runs in seconds, for tests",
+        model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.ReLU),
+        loss=summed_logistic_loss,
+        likelihood="bernoulli",
+        data=data.digits,
+        batch_size=150,
+        epochs=10,
+        measure_damping=0.1,
+        optimizers=DIGITS | {"tkfac": {"lr": 0.03, "damping": 0.01}},
+        searched=hyper.AUTOENCODERS,
     )
 )
 

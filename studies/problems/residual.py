@@ -1,12 +1,14 @@
-"""Residual classifiers without norms: a small one on CIFAR-10, and one of seconds for tests."""
+"""Residual classifiers: ResNet32 with batch norm, a small one without norms; ones for tests."""
 
+from functools import partial
 from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data
-from studies.networks import norm_free_resnet
+from studies import data, hyper
+from studies.networks import norm_free_resnet, resnet, resnet32
 from studies.problems import TrainingProblem, register
+from studies.problems.convolutional import MADE_UP
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.003},
@@ -48,5 +50,66 @@ register(
         optimizers=SETTINGS,
         partition=BLOCKS,
         averaging=0.9,
+    )
+)
+
+EVERY = {"update_every": 10, "refresh_every": 100}
+WITH_NORM: dict[str, dict[str, Any]] = {
+    "kbfgs": {"lr": 0.3, "damping": 0.03, "weight_decay": 0.003, "update_every": 20},
+    "kbfgs_l": {"lr": 0.3, "damping": 0.03, "history": 100, "weight_decay": 0.003}
+    | {"update_every": 20},
+    "kfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
+    "ekfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
+    "tkfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
+    "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
+    "shampoo": {"lr": 0.01, "damping": 0.01, "weight_decay": 0.1, **EVERY},
+    "tnt": {"lr": 1e-4, "damping": 0.01, "weight_decay": 10.0, **EVERY},
+    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, "weight_decay": 5e-4},
+    "exact_fisher": {"lr": 0.1, "damping": 0.2, "weight_decay": 5e-4},
+    "hessian_free": {"lr": 0.3, "damping": 0.1},
+    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+    "adam": {"lr": 0.001, "weight_decay": 1e-4},
+    "sgd": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.001},
+}
+
+register(
+    TrainingProblem(
+        name="cifar10-resnet32",
+        summary="CIFAR-10, cropped and mirrored; ResNet32 with batch norm, ReLU; TNT paper",
+        model=resnet32,
+        loss=cross_entropy,
+        likelihood="categorical",
+        data=data.cifar10,
+        batch_size=128,
+        epochs=100,
+        measure_damping=0.1,
+        optimizers=WITH_NORM,
+        augment=partial(data.crop_and_flip, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)),
+        schedule=hyper.CIFAR_SCHEDULES,
+        searched=hyper.CONVOLUTIONAL,
+        sources={
+            "shampoo": hyper.TNT_DEMO,
+            "tnt": hyper.TNT_DEMO,
+            "eva": f"{hyper.EVA_CODE}; weight decay ours",
+            "sgd": f"{hyper.TNT_DEMO}, where a weight decay of 0.01 multiplied the parameters; "
+            "this one, of the loss, is a tenth of it, as momentum sums ten gradients",
+        },
+    )
+)
+
+register(
+    TrainingProblem(
+        name="cifar10-resnet32-small",
+        summary="300 made-up pictures of 16x16, moved and mirrored; three blocks 4-8-16; for tests",
+        model=lambda: resnet((4, 8, 16), depth=1),
+        loss=cross_entropy,
+        likelihood="categorical",
+        data=partial(data.made_up_pictures, 200, 100, size=16),
+        batch_size=50,
+        epochs=5,
+        measure_damping=0.1,
+        optimizers=MADE_UP,
+        augment=partial(data.crop_and_flip, padding=1),
+        schedule={"sgd": hyper.Schedule(5, (3, 4))},
     )
 )

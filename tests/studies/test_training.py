@@ -131,8 +131,44 @@ def test_sigterm_ends_at_a_checkpoint_from_which_the_run_goes_on(tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+SCHEDULED = "cifar10-resnet32-small"
+
+
+def test_the_learning_rate_follows_its_schedule(tmp_path):
+    """After each epoch, also of a run that went on from the middle of one."""
+    problem = problems.get(SCHEDULED)
+    plan, lr = problem.schedule["sgd"], problem.optimizers["sgd"]["lr"]
+    chosen = training.Settings(problem, "sgd", 4)
+    rates, weights = {}, {}
+    for state in training.steps(chosen):
+        rates[state.step] = state.optimizer.param_groups[0]["lr"]
+        weights = {n: t.clone() for n, t in state.model.state_dict().items()}
+        if state.step == state.steps_per_epoch + 1:
+            training.save(state, tmp_path / "middle.pt")
+    each = state.steps_per_epoch
+    assert rates == {step: pytest.approx(lr * plan.rate(step // each)) for step in rates}
+    assert len(set(rates.values())) > 1
+    *_, resumed = training.steps(chosen, resume=tmp_path / "middle.pt")
+    assert all(torch.equal(t, weights[n]) for n, t in resumed.model.state_dict().items())
+
+
+def test_evaluation_is_that_of_a_finished_model():
+    """Batch norm by its running statistics, which evaluation does not move; modes as before."""
+    state = training.start(training.Settings(problems.get(SCHEDULED), "sgd", 1))
+    frozen = next(m for m in state.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    frozen.eval()
+    before = {n: t.clone() for n, t in state.model.state_dict().items()}
+    found = [
+        training.evaluate(state, problems.get(SCHEDULED), chunk)["test_loss"] for chunk in (7, 50)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # of batches of any size
+    assert all(torch.equal(t, before[n]) for n, t in state.model.state_dict().items())
+    assert state.model.training
+    assert not frozen.training
+
+
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match=r"no problem 'digit'; known: \['cifar10-small-resnet'"):
+    with pytest.raises(ValueError, match=r"no problem 'digit'; known: \['cifar10-allcnn'"):
         problems.get("digit")
     with pytest.raises(ValueError, match=r"no optimizer 'kfca'; known: \['adam'"):
         training.start(settings("kfca"))
@@ -148,7 +184,7 @@ def test_refusals(tmp_path):
 
 
 def test_every_problem_is_complete():
-    assert len(problems.PROBLEMS) >= 11
+    assert len(problems.PROBLEMS) >= 32
     for name, problem in problems.PROBLEMS.items():
         assert problem.name == name
         if problem.partition:  # the paper's problems; few optimizers know their layers
@@ -162,8 +198,8 @@ def test_every_problem_is_complete():
 
 def test_autoencoders_have_a_narrow_code():
     found = {n: p for n, p in problems.PROBLEMS.items() if "autoencoder" in n}
-    assert len(found) >= 3
+    assert len(found) >= 12
     for problem in found.values():
         layers = [m for m in problem.model().modules() if isinstance(m, torch.nn.Linear)]
         code = min(layers, key=lambda layer: layer.out_features)
-        assert code.out_features in (4, 8, 30)
+        assert code.out_features in (4, 6, 8, 30)

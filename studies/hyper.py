@@ -1,0 +1,107 @@
+"""Hyper-parameters as data: schedules, what was searched, and where either comes from.
+
+A source begins with "published" (read in code or notebooks of authors), "recalled" (from memory of
+a paper: a default to be tested, never to be cited) or "ours".
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+SOURCES = "published", "recalled", "ours"
+OURS = "ours"
+KBFGS_DEMO = "published: demo of arXiv:2006.08877"
+TNT_DEMO = "published: demo of arXiv:2106.02925"
+TNT_CODE = "published: code of arXiv:2106.02925"
+EVA_CODE = "published: code of arXiv:2308.02123, for convolutional networks, batch 128"
+TENGRAD_CODE = "published: benchmark of TENGraD's authors"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes over a training: raised in equal parts, later cut in steps.
+
+    epochs: of the whole training. milestones: numbers of epochs after which the rate is multiplied
+    by `factor`. warm_up: epochs until the rate is whole, the first of which has 1 / warm_up of it.
+
+        >>> plan = Schedule(epochs=100, milestones=(40, 80), warm_up=2)
+        >>> [round(plan.rate(epoch), 3) for epoch in (0, 1, 39, 40, 79, 80)]
+        [0.5, 1.0, 1.0, 0.1, 0.1, 0.01]
+    """
+
+    epochs: int
+    milestones: tuple[int, ...]
+    factor: float = 0.1
+    warm_up: int = 0
+    source: str = OURS
+
+    def rate(self, epoch: int) -> float:
+        """What the learning rate is multiplied by in this epoch; the first is 0."""
+        risen = min(1.0, (epoch + 1) / self.warm_up) if self.warm_up else 1.0
+        return risen * self.factor ** bisect_right(self.milestones, epoch)
+
+    def scheduler(self, optimizer: Optimizer) -> LambdaLR:
+        """Scheduler of this optimizer; its step() is to be called after each epoch."""
+        return LambdaLR(optimizer, lambda epoch: self.rate(epoch))
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The values that each hyper-parameter was tried at, all combinations of them."""
+
+    grid: Mapping[str, tuple[float, ...]]
+    source: str
+
+
+def half_decades(low: float, high: float) -> tuple[float, ...]:
+    """1 and 3 times powers of ten, from `low` to `high`, both ends included.
+
+    >>> half_decades(0.003, 0.1)
+    (0.003, 0.01, 0.03, 0.1)
+    """
+    values = [float(f"{digit}e{power}") for power in range(-8, 3) for digit in (1, 3)]
+    return tuple(value for value in values if low <= value <= high)
+
+
+# what was tuned is published: learning rate and damping, and ε of Adam; by training loss
+_TUNED = "recalled: of {} the names of what was tuned are published, the values are not"
+AUTOENCODERS = {
+    name: Searched(grid, _TUNED.format(paper))
+    for name, paper, grid in (
+        ("kbfgs", "K-BFGS", {"lr": half_decades(0.01, 3), "damping": half_decades(0.03, 3)}),
+        ("kbfgs_l", "K-BFGS", {"lr": half_decades(0.01, 3), "damping": half_decades(0.03, 3)}),
+        ("kfac", "K-BFGS", {"lr": half_decades(0.01, 3), "damping": half_decades(0.1, 10)}),
+        ("shampoo", "TNT", {"lr": half_decades(1e-5, 3e-3), "damping": half_decades(1e-4, 0.01)}),
+        ("tnt", "TNT", {"lr": half_decades(1e-6, 1e-3), "damping": half_decades(0.01, 1)}),
+        ("adam", "TNT", {"lr": half_decades(1e-5, 0.01), "eps": (1e-8, 1e-4, 0.01)}),
+        ("sgd", "TNT", {"lr": half_decades(1e-4, 0.03)}),
+    )
+}
+
+# learning rate and weight decay, the damping fixed; Shampoo's and TNT's weight decay is decoupled
+CONVOLUTIONAL = {
+    name: Searched(grid, _TUNED.format("TNT"))
+    for name, grid in (
+        ("kfac", {"lr": half_decades(1e-3, 0.3), "weight_decay": half_decades(1e-4, 0.01)}),
+        ("shampoo", {"lr": half_decades(3e-4, 0.1), "weight_decay": half_decades(0.01, 1)}),
+        ("tnt", {"lr": half_decades(1e-5, 1e-3), "weight_decay": half_decades(1, 30)}),
+        ("adam", {"lr": half_decades(1e-5, 0.01), "weight_decay": half_decades(1e-5, 1e-3)}),
+        ("sgd", {"lr": half_decades(3e-3, 0.3), "weight_decay": half_decades(1e-4, 0.01)}),
+    )
+}
+
+_LIKE_KFAC = Schedule(100, (40, 80), source=OURS)
+CIFAR_SCHEDULES = {
+    **{name: _LIKE_KFAC for name in ("ekfac", "tkfac", "exact_fisher")},
+    **{name: Schedule(100, (40, 80), source=TNT_CODE) for name in ("kfac", "shampoo", "tnt")},
+    **{name: Schedule(200, (60, 120, 180), source=TNT_CODE) for name in ("adam", "sgd")},
+    **{
+        name: Schedule(60, (10, 20, 30, 40, 50), 0.5, source=f"{TENGRAD_CODE}, CIFAR-10")
+        for name in ("kbfgs", "kbfgs_l")
+    },
+    "mbf": Schedule(100, (40, 80), source="recalled: arXiv:2202.04124, 100 or 150 epochs"),
+    "eva": Schedule(100, (35, 75, 90), warm_up=5, source=f"{EVA_CODE}; the milestones are ours"),
+}
