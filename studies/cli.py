@@ -1,5 +1,6 @@
 """The `kronscope` command."""
 
+import dataclasses
 import importlib.util
 import inspect
 import subprocess
@@ -8,17 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from studies import cli_tuning
+from studies.printing import Results, console, numbers, print_results
 
 app = typer.Typer(
     help="Exact curvature of neural networks, and how far approximations are from it.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-console = Console()
+app.add_typer(cli_tuning.app, name="tune")
 
-Results = Annotated[Path, typer.Option(help="Folder for results.")]
 Seed = Annotated[int, typer.Option(help="Seed of initialisation and batch order.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
@@ -87,39 +89,24 @@ def study(
     """Run a study and write its report."""
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
     given["longer"] = longer
-    given["lr_factors"] = _numbers("lr-factors", lr_factors)
-    given["damping_factors"] = _numbers("damping-factors", damping_factors)
+    given["lr_factors"] = numbers("lr-factors", lr_factors)
+    given["damping_factors"] = numbers("damping-factors", damping_factors)
     given["optimizers"] = tuple(optimizers.split(",")) if optimizers else None
     chosen = {option: value for option, value in given.items() if value is not None}
     run_study(name, tiny, results, resume, **chosen)
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers with commas between. Raises: ValueError for what is not a positive number."""
-    if text is None:
-        return None
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (0.0,)
-    if min(values) <= 0:
-        raise ValueError(f"--{option} takes positive numbers with commas between, not '{text}'")
-    return values
 
 
 def run_study(
     name: str, tiny: bool, results: Path, resume: Path | None = None, **changes: Any
 ) -> Path:
     """Run the study with progress bars, write its report, and say where it is."""
-    from dataclasses import fields, replace
-
-    from studies import STUDIES, records, report
+    from studies import STUDIES, records
     from studies.progress import bars
 
     if name not in STUDIES:
         raise ValueError(f"no study '{name}'; known: {list(STUDIES)}")
     module = importlib.import_module(f"studies.{name}")
-    known = {field.name for field in fields(module.Grid)}
+    known = {field.name for field in dataclasses.fields(module.Grid)}
     if unknown := changes.keys() - known:
         raise ValueError(f"study '{name}' has no option {sorted(unknown)}; it has {sorted(known)}")
     grid, more = (module.TINY if tiny else module.Grid()), {}
@@ -129,32 +116,27 @@ def run_study(
         grid = module.Grid(**records.read_header(resume).get("config", {}))
         more = {"resume": resume}
     with bars(console) as progress:
-        run = module.run(replace(grid, **changes), results, progress, **more)
-    _print_comparison(records.read_header(run))
-    console.print(f"report: [bold]{report.write_report(run)}[/]", soft_wrap=True)
+        run = module.run(dataclasses.replace(grid, **changes), results, progress, **more)
+    print_results(run)
     return run
-
-
-def _print_comparison(header: dict[str, Any]) -> None:
-    """Print the table of a study that has one, and what it says of a paper's claims."""
-    if found := header.get("comparison"):
-        table = Table(*found["columns"], caption=found["caption"])
-        for row in found["rows"]:
-            table.add_row(*row)
-        console.print(table)
-    for claim in header.get("claims", ()):
-        console.print(f"- {claim}", highlight=False)
 
 
 @app.command("problems")
 def list_problems() -> None:
     """List the training problems."""
+    from studies.optimizers import OPTIMIZERS
     from studies.problems import PROBLEMS
 
     table = Table("problem", "batch", "epochs", "optimizers", "what")
+    for column in table.columns:  # a name or a list of widths in one line, or whole in several
+        column.overflow = "fold"
+    table.columns[0].no_wrap, table.columns[3].max_width = True, len("block_hessian_free")
     for name, problem in sorted(PROBLEMS.items()):
-        row = (str(problem.batch_size), str(problem.epochs), ", ".join(problem.optimizers))
-        table.add_row(name, *row, problem.summary)
+        some = (
+            "all" if set(OPTIMIZERS) <= set(problem.optimizers) else ", ".join(problem.optimizers)
+        )
+        table.add_row(name, str(problem.batch_size), str(problem.epochs), some, problem.summary)
+    table.caption = "optimizers: with recommended settings; *-small: for tests, without files"
     console.print(table)
 
 
@@ -164,7 +146,9 @@ def train(
     optimizer: Annotated[
         str, typer.Option(help="kbfgs, kfac, adam, ...: see `problems`.")
     ] = "kbfgs",
-    epochs: Annotated[int, typer.Option(help="Epochs; 0 takes the problem's.")] = 0,
+    epochs: Annotated[
+        int, typer.Option(help="Epochs; 0 takes those of the problem or its schedule.")
+    ] = 0,
     seed: Seed = 0,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     damping: Annotated[float | None, typer.Option(help="Damping λ.")] = None,
@@ -181,7 +165,7 @@ def train(
     settings = training.Settings(
         problems.get(problem),
         optimizer,
-        epochs or problems.get(problem).epochs,
+        epochs or problems.get(problem).epochs_of(optimizer),
         seed,
         batch_size,
         device,

@@ -78,19 +78,29 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     """The trials that an optimizer is tuned by, one per point of its grid."""
+    own = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
+    points = [dict(zip(own, point, strict=True)) for point in itertools.product(*own.values())]
+    return [trials.trial(grid.problem, optimizer, p, grid.seed, grid.budget) for p in points]
+
+
+def axes(
+    problem: str, optimizer: str, lr_factors: Sequence[float], damping_factors: Sequence[float]
+) -> dict[str, list[float]]:
+    """What is tuned: {setting: the recommended value times the factors}, where there is one.
+
+    Raises: ValueError for an unknown problem or optimizer.
+    """
+    recommended = problems.get(problem).optimizers.get(optimizer, {})
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"no optimizer '{optimizer}'; known: {sorted(OPTIMIZERS)}")
-    recommended = problems.get(grid.problem).optimizers.get(optimizer, {})
-    factors = {"lr": grid.lr_factors, "damping": grid.damping_factors}
+    factors = {"lr": lr_factors, "damping": damping_factors}
     if "kl_clip" in recommended:  # clipped steps have a length of its root, whatever the lr
-        factors = {"kl_clip": [f**2 for f in factors["lr"]], "damping": factors["damping"]}
-    axes = {
+        factors = {"kl_clip": [f**2 for f in lr_factors], "damping": damping_factors}
+    return {
         name: [float(f"{recommended[name] * factor:.2g}") for factor in factors[name]]
         for name in factors
         if name in recommended
     }
-    points = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
-    return [trials.trial(grid.problem, optimizer, p, grid.seed, grid.budget) for p in points]
 
 
 def yardsticks(grid: Grid) -> list[list[Trial]]:

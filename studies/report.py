@@ -57,7 +57,8 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"no run folder {run}; `kronscope demo` makes one")
     frame, header = records.read(run), records.read_header(run)
     shown = []
-    for picture in pictures(frame, run):
+    drawn = frame[frame["optimizer"].isin(header["shown"])] if "shown" in header else frame
+    for picture in pictures(drawn, run):
         png = picture.png()
         records.write_atomically(run / "figures" / f"{picture.name}.png", png)
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})

@@ -53,15 +53,19 @@ def trial(
     return Trial(problem, optimizer, tuple(sorted(settings.items())), seed, epochs)
 
 
-def train(trial: Trial) -> pd.DataFrame:
-    """Train with one thread; rows (epochs, ended, step, epoch, seconds, metric, value) per epoch.
+class EndedError(RuntimeError):
+    """Why a training stopped early: divergence, or a factor that could not be inverted."""
 
-    ended: why the training stopped before its `epochs`, as divergence or a factor that could not
-    be inverted; empty where it did not. seconds: of training, evaluation excluded.
-    Raises: RuntimeError that comes up before the first step is done: it is none of the numbers'.
+
+def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
+    """Train with one thread; at the start and after each epoch the rows of its losses.
+
+    A row: (step, epoch, seconds, metric, value), with seconds of training, evaluation excluded.
+    Raises: EndedError for what comes up in the numbers; any other error from before the end of the
+    first step as it is, for it is none of the numbers'.
     """
     torch.set_num_threads(1)
-    problem, rows, ended, step = problems.get(trial.problem), [], "", 0
+    problem, step = problems.get(trial.problem), 0
     settings = training.Settings(
         problem,
         trial.optimizer,
@@ -76,10 +80,23 @@ def train(trial: Trial) -> pd.DataFrame:
             if step % state.steps_per_epoch == 0:
                 place = {"step": step, "epoch": state.epoch, "seconds": state.seconds}
                 found = training.evaluate(state, problem)
-                rows += [{**place, "metric": name, "value": v} for name, v in found.items()]
+                yield [{**place, "metric": name, "value": v} for name, v in found.items()]
     except RuntimeError as error:
         if step == 0 and not isinstance(error, training.DivergedError):
             raise
+        raise EndedError(str(error)) from error
+
+
+def train(trial: Trial) -> pd.DataFrame:
+    """All rows of `epochs`, with (epochs, ended): its `epochs`, and why it stopped before those.
+
+    ended: empty where it did not. Raises: as `epochs`, but for EndedError.
+    """
+    rows, ended = [], ""
+    try:
+        for found in epochs(trial):
+            rows += found
+    except EndedError as error:
         ended = str(error)
     return pd.DataFrame(rows).assign(epochs=trial.epochs, ended=ended)
 
@@ -119,6 +136,13 @@ def complete_all(
 
 def rows(run: Path, trial: Trial, study: str, label: str) -> list[dict[str, Any]]:
     """The trial's losses as rows for the records, with `label` as name of the optimizer."""
+    return as_records(run, trial, study, label, read(run, trial).to_dict("records"))
+
+
+def as_records(
+    run: Path, trial: Trial, study: str, label: str, losses: Iterable[Mapping[Any, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of `epochs` as rows for the records, with `label` as name of the optimizer."""
     shared = {
         "run": run.name,
         "study": study,
@@ -132,7 +156,7 @@ def rows(run: Path, trial: Trial, study: str, label: str) -> list[dict[str, Any]
             **loss_row(row["metric"], row["value"]),
             **{name: row[name] for name in ("step", "epoch", "seconds")},
         }
-        for row in read(run, trial).to_dict("records")
+        for row in losses
     ]
 
 

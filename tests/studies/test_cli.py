@@ -69,6 +69,20 @@ def test_compare_optimizers_and_add_one_to_the_run(tmp_path):
     assert (run / "report.html").is_file()
 
 
+def test_tune_and_go_on_with_the_same_settings(tmp_path):
+    words = ("tune", "grid", "digits-autoencoder-small", "--results", tmp_path)
+    found = invoke(*words, "--optimizer", "adam", "--epochs", 1, "--lr-factors", "0.5,1")
+    assert found.exit_code == 0, found.output
+    assert "lr 0.01*" in found.output
+    (run,) = tmp_path.iterdir()
+    assert (run / "report.html").is_file()
+    found = invoke(*words, "--resume", run, "--lr-factors", "0.5,1,2")
+    assert found.exit_code == 0, found.output
+    config = records.read_header(run)["config"]
+    assert (config["optimizer"], config["epochs"]) == ("adam", 1)
+    assert len(records.read_header(run)["comparison"]["rows"]) == 3
+
+
 def test_report_is_written_again(demo_run):
     (demo_run / "report.html").unlink()
     assert invoke("report", demo_run).exit_code == 0
@@ -89,6 +103,9 @@ def test_report_is_written_again(demo_run):
             "positive numbers with commas",
         ),
         (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step', 'hf']"),
+        (("tune", "grid", "nonsense"), "no problem 'nonsense'; known:"),
+        (("tune", "halving", "digits-autoencoder", "--lr-factors", "0"), "positive numbers with"),
+        (("tune", "grid", "digits-autoencoder", "--resume", "."), "and problem (None, None)"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),
         (("measure", "digits-autoencoder", "--truth", "fishy"), "no truth 'fishy'; known:"),

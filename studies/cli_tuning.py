@@ -1,0 +1,98 @@
+"""The commands `kronscope tune grid` and `kronscope tune halving`."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from studies.printing import Results, console, numbers, print_results
+
+if TYPE_CHECKING:
+    from studies.searches import Search
+
+app = typer.Typer(
+    help="Search for the lr and damping with the least training loss, around the recommended.",
+    no_args_is_help=True,
+)
+
+Tuned = Annotated[str, typer.Argument(help="Training problem.")]
+Optimizer = Annotated[str | None, typer.Option(help="kbfgs unless given; see `problems`.")]
+Epochs = Annotated[int | None, typer.Option(help="Of a training; the problem's unless given.")]
+SameSeed = Annotated[int | None, typer.Option(help="Of initialisation, batches and draws.")]
+Workers = Annotated[int | None, typer.Option(help="Trainings at once; 2 unless given.")]
+GoOn = Annotated[
+    Path | None, typer.Option(help="Search to go on with: its settings, those given over them.")
+]
+
+
+@app.command("grid")
+def grid(
+    problem: Tuned,
+    optimizer: Optimizer = None,
+    epochs: Epochs = None,
+    seed: SameSeed = None,
+    lr_factors: Annotated[
+        str | None, typer.Option(help="Times the recommended lr, with commas between.")
+    ] = None,
+    damping_factors: Annotated[
+        str | None, typer.Option(help="Times the recommended damping, with commas between.")
+    ] = None,
+    workers: Workers = None,
+    resume: GoOn = None,
+    results: Results = Path("results"),
+) -> None:
+    """Train every combination of an lr and a damping to the end."""
+    from studies.searches import Grid
+
+    given = {"optimizer": optimizer, "epochs": epochs, "seed": seed, "workers": workers}
+    _search(Grid, problem, given, (lr_factors, damping_factors), resume, results)
+
+
+@app.command("halving")
+def halving(
+    problem: Tuned,
+    optimizer: Optimizer = None,
+    epochs: Epochs = None,
+    trials: Annotated[int | None, typer.Option(help="Points drawn; 24 unless given.")] = None,
+    seed: SameSeed = None,
+    lr_factors: Annotated[
+        str | None, typer.Option(help="Least and largest, times the recommended lr.")
+    ] = None,
+    damping_factors: Annotated[
+        str | None, typer.Option(help="Least and largest, times the recommended damping.")
+    ] = None,
+    workers: Workers = None,
+    resume: GoOn = None,
+    results: Results = Path("results"),
+) -> None:
+    """Draw lr and damping at random and stop the worse trainings early."""
+    from studies.searches import Halving
+
+    given = {"optimizer": optimizer, "epochs": epochs, "seed": seed, "workers": workers}
+    given["trials"] = trials
+    _search(Halving, problem, given, (lr_factors, damping_factors), resume, results)
+
+
+def _search(
+    search: "type[Search]",
+    problem: str,
+    given: dict[str, Any],
+    factors: tuple[str | None, str | None],
+    resume: Path | None,
+    results: Path,
+) -> None:
+    """Search with progress bars, print the best and write the report."""
+    from studies import records, tuning
+    from studies.progress import bars
+
+    given["lr_factors"] = numbers("lr-factors", factors[0])
+    given["damping_factors"] = numbers("damping-factors", factors[1])
+    chosen = {name: value for name, value in given.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(search)}
+    earlier = records.read_header(resume).get("config", {}) if resume else {}
+    earlier = {name: value for name, value in earlier.items() if name in known}
+    chosen = {**earlier, "problem": problem, **chosen}
+    with bars(console) as progress:
+        run = tuning.run(search(**chosen), results, progress, resume)
+    print_results(run)
