@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -195,25 +196,34 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
     """
     data, found = state.data, {}
     model = state.model if state.averaged is None else state.averaged
-    modes = {module: module.training for module in model.modules()}
-    model.eval()  # batch norm by its running statistics, which stay as they are; no dropout
     sets = {
         "train": (data.train_inputs, data.train_targets),
         "test": (data.test_inputs, data.test_targets),
     }
-    for name, (inputs, targets) in sets.items():
-        loss = right = 0.0
-        for x, t in zip(inputs.split(chunk), targets.split(chunk), strict=True):
-            output = model(x)
-            loss += len(x) * float(problem.loss(output, t))
+    with _finished(model):
+        for name, (inputs, targets) in sets.items():
+            loss = right = 0.0
+            for x, t in zip(inputs.split(chunk), targets.split(chunk), strict=True):
+                output = model(x)
+                loss += len(x) * float(problem.loss(output, t))
+                if problem.likelihood == "categorical":
+                    right += int((output.argmax(1) == t).sum())
+            found[f"{name}_loss"] = loss / len(inputs)
             if problem.likelihood == "categorical":
-                right += int((output.argmax(1) == t).sum())
-        found[f"{name}_loss"] = loss / len(inputs)
-        if problem.likelihood == "categorical":
-            found[f"{name}_accuracy"] = right / len(inputs)
-    for module, mode in modes.items():
-        module.training = mode
+                found[f"{name}_accuracy"] = right / len(inputs)
     return found
+
+
+@contextmanager
+def _finished(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norm goes by its running statistics and leaves them, and nothing drops out."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def save_parameters(parameters: dict[str, Tensor], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Training: any optimizer, exact resume, divergence with the last good state kept."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -165,6 +166,13 @@ def test_evaluation_is_that_of_a_finished_model():
     assert all(torch.equal(t, before[n]) for n, t in state.model.state_dict().items())
     assert state.model.training
     assert not frozen.training
+
+    def broken(*_):
+        raise ValueError("no loss")
+
+    with pytest.raises(ValueError, match="no loss"):
+        training.evaluate(state, dataclasses.replace(problems.get(SCHEDULED), loss=broken))
+    assert state.model.training
 
 
 def test_refusals(tmp_path):
