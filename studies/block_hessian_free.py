@@ -32,7 +32,11 @@ TUNED_AT = 4
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over; fields as in `optimizers_compared.Grid`."""
+    """What the study runs over; fields as in `optimizers_compared.Grid`.
+
+    lr_factors, damping_factors: of both Hessian-free. adam_lr_factors: of Adam, an epoch of which
+    costs a small part of one of theirs.
+    """
 
     problem: str = "mnist-autoencoder-tanh-small"
     seed: int = 0
@@ -40,6 +44,7 @@ class Grid:
     epochs: int = 0
     lr_factors: Sequence[float] = (0.3, 1.0, 3.0)
     damping_factors: Sequence[float] = (0.1, 1.0, 10.0)
+    adam_lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
     workers: int = 2
 
     @property
@@ -58,7 +63,7 @@ class Grid:
         return max(1, self.large // 10)
 
 
-TINY = Grid(seeds=1, epochs=1, lr_factors=(1.0,), damping_factors=(1.0,))
+TINY = Grid(seeds=1, epochs=1, lr_factors=(1.0,), damping_factors=(1.0,), adam_lr_factors=(1.0,))
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
@@ -78,8 +83,9 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 def contenders(grid: Grid) -> dict[str, list[Trial]]:
     """{name of a run: the trials it is tuned by}, at the curvature batch that settings are for."""
     found = {}
+    adam = dataclasses.replace(grid, lr_factors=grid.adam_lr_factors)
     for size in (grid.small, grid.large):
-        found[f"Adam, batch {size}"] = _points(grid, "adam", {}, size)
+        found[f"Adam, batch {size}"] = _points(adam, "adam", {}, size)
     for optimizer, short in KINDS.items():
         curvature = {"curvature_batch": _curvature(grid, TUNED_AT)}
         found[short] = _points(grid, optimizer, curvature, grid.large)

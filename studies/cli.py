@@ -80,6 +80,9 @@ def study(
     damping_factors: Annotated[
         str | None, typer.Option(help="Tuned: times the recommended damping, commas between.")
     ] = None,
+    adam_lr_factors: Annotated[
+        str | None, typer.Option(help="As lr-factors, of Adam, in studies that have it beside.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Run folder to go on with: its settings, with those given over them."),
@@ -90,6 +93,7 @@ def study(
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
     given["longer"] = longer
     given["lr_factors"] = numbers("lr-factors", lr_factors)
+    given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)
     given["damping_factors"] = numbers("damping-factors", damping_factors)
     given["optimizers"] = tuple(optimizers.split(",")) if optimizers else None
     chosen = {option: value for option, value in given.items() if value is not None}

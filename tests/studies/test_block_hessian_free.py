@@ -55,7 +55,7 @@ def test_a_run_goes_on_and_knows_its_own(done, tmp_path):
 def test_settings_are_tuned_for_one_curvature_batch():
     grid = study.Grid()
     found = study.contenders(grid)
-    assert [len(trials) for trials in found.values()] == [3, 3, 9, 9]
+    assert [len(trials) for trials in found.values()] == [5, 5, 9, 9]
     assert {trial.batch_size for trial in found["Adam, batch 15"]} == {15}
     (size,) = {dict(trial.settings)["curvature_batch"] for trial in found["block HF"]}
     assert size == 38  # a quarter of 150, rounded up
