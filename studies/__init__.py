@@ -5,4 +5,9 @@ without ever loading torch.
 """
 
 # files that `kronscope study` runs
-STUDIES = ("error_along_training", "optimizers_compared", "block_hessian_free")
+STUDIES = (
+    "error_along_training",
+    "optimizers_compared",
+    "equal_seconds",
+    "block_hessian_free",
+)

@@ -71,8 +71,14 @@ def study(
     seeds: Annotated[
         int | None, typer.Option(help="Seeds of each final run, in studies that have several.")
     ] = None,
+    spares: Annotated[
+        int | None, typer.Option(help="Further seeds, in place of those that diverge.")
+    ] = None,
     longer: Annotated[
         int | None, typer.Option(help="Times the epochs that SGD-momentum gets in comparisons.")
+    ] = None,
+    seconds: Annotated[
+        str | None, typer.Option(help="Seconds of training to rank at, with commas between.")
     ] = None,
     lr_factors: Annotated[
         str | None, typer.Option(help="Tuned: times the recommended lr, with commas between.")
@@ -83,6 +89,9 @@ def study(
     adam_lr_factors: Annotated[
         str | None, typer.Option(help="As lr-factors, of Adam, in studies that have it beside.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes side by side, with one thread each.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Run folder to go on with: its settings, with those given over them."),
@@ -91,7 +100,8 @@ def study(
 ) -> None:
     """Run a study and write its report."""
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
-    given["longer"] = longer
+    given |= {"spares": spares, "longer": longer, "workers": workers}
+    given["seconds"] = numbers("seconds", seconds)
     given["lr_factors"] = numbers("lr-factors", lr_factors)
     given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)
     given["damping_factors"] = numbers("damping-factors", damping_factors)

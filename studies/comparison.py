@@ -20,6 +20,7 @@ COLUMNS = (
     "train loss",
     "test loss",
     "test acc.",
+    "diverged",
     "seconds",
     "steps ×",
     "time ×",
@@ -36,11 +37,17 @@ class Row:
 
 
 def row(
-    name: str, settings: str, runs: Sequence[Run], epochs: int, paces: Sequence[Sequence[Run]]
+    name: str,
+    settings: str,
+    runs: Sequence[Run],
+    epochs: int,
+    paces: Sequence[Sequence[Run]],
+    tried: int = 0,
 ) -> Row:
     """Medians over the runs after their epochs, and of their ratios to SGD-momentum's pace.
 
     paces: for each of `runs` SGD-momentum's, from the same start and with the same batches.
+    tried: how many seeds were trained for these runs; 0: as many as there are runs.
     """
     ends = pd.DataFrame([end(run, epochs) for run in runs])
     middle = ends.median()
@@ -50,7 +57,10 @@ def row(
         reasons = [run["ended"].iloc[0] for run in runs if run["ended"].iloc[0]]
         reason = reasons[0] if reasons else "the loss was not finite at the end"
         settings = f"{settings}: {reason.partition(';')[0]}"
-    cells = [name, settings, *values, number(float(middle["seconds"])), *ratios]
+    tried = tried or len(runs)
+    lost = tried - int(np.isfinite(ends["train_loss"]).sum())
+    diverged = f"{lost} of {tried}" if lost else "–"
+    cells = [name, settings, *values, diverged, number(float(middle["seconds"])), *ratios]
     return Row(float(middle["train_loss"]), cells)
 
 
@@ -124,7 +134,8 @@ def table(rows: Sequence[Row], epochs: int, seeds: int, longer: int) -> dict[str
         "seed(s); * where the best value lies at the edge of its grid. steps ×, time ×: what "
         "SGD-momentum needs to get to the same training loss from the same start, at whichever "
         "learning rate of its grid does so first for that seed, over what the optimizer took. "
-        f"SGD-momentum was given {longer} times the epochs; > where it did not get there."
+        f"SGD-momentum was given {longer} times the epochs; > where it did not get there. "
+        "diverged: how many of the seeds that were tried did not get to the end."
     )
     ordered = [row.cells for row in sorted(rows, key=lambda row: row.loss)]
     kept = [i for i in range(len(COLUMNS)) if any(cells[i] != "–" for cells in ordered)]

@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, LogFormatter, MaxNLocator
 from studies.summaries import (
     BOUND,
     NOISE,
+    PUBLISHED,
     ROUNDING,
     label,
     last,
@@ -34,6 +35,7 @@ IN_UNITS_OF_NOISE = ("relative_error", "relative_error_best_scale")  # relative 
 COLOURS = [sns.color_palette("colorblind")[i] for i in (0, 1, 2, 3, 4, 9, 5, 6)]  # not grey, yellow
 MARKERS, LINES = ("o", "s", "^", "D", "v", "P", "X"), ("-", (0, (5, 1)), (0, (1, 1)), "-.")
 NOISE_LOOK: Look = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
+PUBLISHED_LOOK: Look = {"linewidth": 5.5, "alpha": 0.3, "zorder": 1}
 LINEAR = (
     "cosine",
     "step_cosine",
@@ -58,14 +60,18 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     """Return colour, marker and line of each name; the best Kronecker is black.
 
     Depends on the set of names, not on their order. Marker and line differ too, so that figures
-    can be read in grey.
+    can be read in grey. A published curve is a broad pale line of its optimizer's colour.
     """
     found: dict[str, Look] = {BOUND: {"color": "black", "marker": "d", "linewidth": 1.6}}
-    for i, name in enumerate(sorted(set(names) - {BOUND, ""})):
+    names = set(names)
+    ours = {name.removesuffix(PUBLISHED) for name in names}
+    for i, name in enumerate(sorted(ours - {BOUND, ""})):
         marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
         again = i // len(COLOURS)  # a colour comes back with another line
         colour = COLOURS[(i + again) % len(COLOURS)]
         found[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.4}
+        if (printed := name + PUBLISHED) in names:
+            found[printed] = {"color": colour, **PUBLISHED_LOOK}
     return found
 
 
@@ -101,7 +107,7 @@ def accuracy_curves(frame: pd.DataFrame, x: str = "step") -> Figure:
 
 
 def _along_training(frame: pd.DataFrame, ending: str, x: str, y: str) -> Figure:
-    rows = select(frame[frame["metric"].str.endswith(ending)], block="")
+    rows = select(frame[frame["metric"].str.endswith(ending) & frame[x].notna()], block="")
     metrics = sorted(rows["metric"].unique(), reverse=True)  # training before test
     styles = looks(frame["optimizer"])
     shown = {name: styles[name] for name in sorted(rows["optimizer"].unique())}
@@ -279,13 +285,14 @@ def _dress(axes: Axes, title: str) -> None:
 def _scale(axes: Axes, values: pd.Series, metric: str = "") -> None:
     """Choose the scale of the common y axis, before anything is drawn.
 
-    Logarithmic where positive values span more than a decade; symmetric logarithmic where signs
-    mix beyond [-2, 2]; else linear, as always for cosines.
+    Logarithmic where positive values span more than a decade, losses more than a factor of 4;
+    symmetric logarithmic where signs mix beyond [-2, 2]; else linear, as always for cosines.
     """
     sizes = values[np.isfinite(values) & (values.abs() > ROUNDING)]
     if metric in LINEAR or sizes.empty:
         return
-    if sizes.min() > 0 and sizes.max() > 10 * sizes.min():
+    span = 4 if metric.endswith("_loss") else 10
+    if sizes.min() > 0 and sizes.max() > span * sizes.min():
         axes.set_yscale("log")
         axes.set_ylim(sizes.min() / 1.6, sizes.max() * 1.6)  # intervals may reach down to 0
         axes.yaxis.set_minor_formatter(LogFormatter())

@@ -4,11 +4,12 @@ Each is tuned over a grid of learning rates and dampings around the problem's re
 training loss at the end of the budget decides. Then its best setting is trained with every seed.
 The yardstick is SGD with momentum at every learning rate of its grid, which is given several times
 the epochs: how many steps does it need, from the same start, to get as far as the method got?
+Where training curves of the problem were published, they stand beside ours.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from studies import comparison, problems, records, trials
+from studies import comparison, problems, published, records, trials
 from studies.optimizers import ONE_SOLVE_A_STEP, OPTIMIZERS
 from studies.running import running
 from studies.trials import Trial
@@ -31,14 +32,15 @@ class Grid:
 
     lr_factors, damping_factors: times the problem's recommended values, where it has one; a
     kl_clip takes the squares of the lr's factors, and the lr then stays. seed: of the tuning; the
-    final runs have this and the following ones, `seeds` of them. longer: the yardstick's budget
-    in units of `epochs`.
+    final runs have this and the following ones, `seeds` of them, and up to `spares` more in place
+    of those that diverge. longer: the yardstick's budget in units of `epochs`.
     """
 
     problem: str = "digits-autoencoder"
     optimizers: Sequence[str] = field(default_factory=lambda: ONE_SOLVE_A_STEP)
     seed: int = 0
     seeds: int = 1
+    spares: int = 0
     epochs: int = 0  # 0: the problem's
     longer: int = 6
     lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -72,7 +74,8 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)
         finals = train_best(grid, folder, tuned, progress)
-        header["comparison"] = compared(grid, folder, tuned, finals)
+        header["comparison"] = compared(grid, folder, tuned, finals, progress)
+        add_published(grid, folder, finals, header)
     return folder
 
 
@@ -103,53 +106,108 @@ def axes(
     }
 
 
-def yardsticks(grid: Grid) -> list[list[Trial]]:
+def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:
     """For each seed SGD with momentum at every learning rate, with its longer budget."""
     own, long = candidates(grid, YARDSTICK), grid.budget * grid.longer
-    return [
-        [dataclasses.replace(trial, seed=seed, epochs=long) for trial in own]
-        for seed in range(grid.seed, grid.seed + grid.seeds)
-    ]
+    return [[dataclasses.replace(trial, seed=seed, epochs=long) for trial in own] for seed in seeds]
 
 
 def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
-    """Train all candidates and the yardsticks; {optimizer: the best of its candidates}."""
+    """Train all candidates; {optimizer: the best of its own}."""
     own = {name: candidates(grid, name) for name in grid.optimizers}
-    wanted = itertools.chain(*own.values(), *yardsticks(grid))
-    trials.complete_all(folder, wanted, grid.workers, "tuning", progress)
+    trials.complete_all(folder, itertools.chain(*own.values()), grid.workers, "tuning", progress)
     losses = {name: [trials.loss_at_the_end(folder, t) for t in own[name]] for name in own}
     return {name: own[name][int(np.argmin(losses[name]))] for name in own}
 
 
+@dataclass(frozen=True)
+class Finals:
+    """An optimizer's final runs: those to be looked at, and how many seeds were tried for them."""
+
+    trials: list[Trial]
+    tried: int
+
+
 def train_best(
     grid: Grid, folder: Path, tuned: dict[str, Trial], progress: Progress
-) -> dict[str, list[Trial]]:
-    """Train each best candidate with every seed and put its losses into the records."""
-    seeds = range(grid.seed, grid.seed + grid.seeds)
-    finals = {
-        name: [dataclasses.replace(trial, seed=seed) for seed in seeds]
-        for name, trial in tuned.items()
-    }
-    wanted = itertools.chain(*finals.values())
-    trials.complete_all(folder, wanted, grid.workers, "best settings", progress)
-    for name, own in finals.items():
-        records.put(folder, name, [row for t in own for row in trials.rows(folder, t, NAME, name)])
+) -> dict[str, Finals]:
+    """Train each best candidate with every seed and put its losses into the records.
+
+    Spares come in as long as fewer than `seeds` converged; what diverged counts only where there
+    are not enough others.
+    """
+    own = {name: [_of(grid, trial, k) for k in range(grid.seeds)] for name, trial in tuned.items()}
+    while True:
+        wanted = itertools.chain(*own.values())
+        trials.complete_all(folder, wanted, grid.workers, "best settings", progress)
+        lacking = {name: grid.seeds - len(_converged(folder, found)) for name, found in own.items()}
+        room = {name: grid.seeds + grid.spares - len(found) for name, found in own.items()}
+        more = {name: min(lacking[name], room[name]) for name in own}
+        if not any(more.values()):
+            break
+        for name, found in own.items():
+            tried = len(found)
+            found += [_of(grid, tuned[name], tried + k) for k in range(more[name])]
+    finals = {}
+    for name, found in own.items():
+        shown = sorted(found, key=lambda trial: trial not in _converged(folder, found))
+        finals[name] = Finals(sorted(shown[: grid.seeds], key=lambda t: t.seed), len(found))
+        rows = [row for t in finals[name].trials for row in trials.rows(folder, t, NAME, name)]
+        records.put(folder, name, rows)
     return finals
 
 
+def _of(grid: Grid, trial: Trial, place: int) -> Trial:
+    return dataclasses.replace(trial, seed=grid.seed + place)
+
+
+def _converged(folder: Path, found: Iterable[Trial]) -> list[Trial]:
+    return [trial for trial in found if np.isfinite(trials.loss_at_the_end(folder, trial))]
+
+
 def compared(
-    grid: Grid, folder: Path, tuned: dict[str, Trial], finals: dict[str, list[Trial]]
+    grid: Grid,
+    folder: Path,
+    tuned: dict[str, Trial],
+    finals: dict[str, Finals],
+    progress: Progress,
 ) -> dict[str, Any]:
-    """The study's table, in print: {"caption", "columns", "rows"}."""
-    paces = [[trials.read(folder, trial) for trial in own] for own in yardsticks(grid)]
+    """The study's table, in print, {"caption", "columns", "rows"}, after the yardsticks' runs."""
+    seeds = sorted({trial.seed for own in finals.values() for trial in own.trials})
+    paces = dict(zip(seeds, yardsticks(grid, seeds), strict=True))
+    wanted = itertools.chain(*paces.values())
+    trials.complete_all(folder, wanted, grid.workers, "SGD with momentum", progress)
     rows = [
         comparison.row(
             name,
             comparison.settings(tuned[name].settings, [t.settings for t in candidates(grid, name)]),
-            [trials.read(folder, trial) for trial in own],
+            [trials.read(folder, trial) for trial in own.trials],
             grid.budget,
-            paces,
+            [[trials.read(folder, pace) for pace in paces[t.seed]] for t in own.trials],
+            own.tried,
         )
         for name, own in finals.items()
     ]
     return comparison.table(rows, grid.budget, grid.seeds, grid.longer)
+
+
+def add_published(
+    grid: Grid, folder: Path, finals: dict[str, Finals], header: dict[str, Any]
+) -> None:
+    """Put published curves of these optimizers into the records, and their table into the header.
+
+    The step of a published point is that of ours after as many epochs.
+    """
+    known = [name for name in finals if name in published.curves(grid.problem)]
+    if not known:
+        return
+    shared = {"run": folder.name, "study": NAME, "problem": grid.problem}
+    setting = problems.get(grid.problem)
+    per_epoch = len(setting.data().train_inputs) // setting.batch_size
+    for name in known:
+        found = published.rows(shared, name, per_epoch, grid.budget)
+        records.put(folder, f"{name}-published", found)
+    runs = {
+        n: [trials.read(folder, t) for t in _converged(folder, finals[n].trials)] for n in known
+    }
+    header["published"] = published.table(grid.problem, runs, grid.budget)

@@ -57,8 +57,7 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"no run folder {run}; `kronscope demo` makes one")
     frame, header = records.read(run), records.read_header(run)
     shown = []
-    drawn = frame[frame["optimizer"].isin(header["shown"])] if "shown" in header else frame
-    for picture in pictures(drawn, run):
+    for picture in pictures(summaries.drawn(frame, header), run):
         png = picture.png()
         records.write_atomically(run / "figures" / f"{picture.name}.png", png)
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
@@ -68,6 +67,7 @@ def write_report(run: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         run=run.name,
         header=header,
+        grids={summaries.TABLES[key]: header[key] for key in summaries.TABLES if key in header},
         damaged=frame.attrs["damaged"],
         count=len(frame),
         verdicts=summaries.verdicts(frame),

@@ -1,6 +1,7 @@
 """What the records say, in words and tables: names in print, medians, verdicts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,12 @@ LABELS = {  # where blanks for underscores are not enough
     "hessian": "Hessian",
 }
 BOUND, NOISE = "best_kronecker", "noise_floor"
+PUBLISHED = ", published"  # ends the name of an optimizer whose curve others have printed
+TABLES = {  # that studies put into the header, by their keys there
+    "comparison": "Comparison",
+    "published": "Beside published curves",
+    "ranking": "At equal seconds",
+}
 ROUNDING = 1e-10  # the metrics are relative: below this, float64 sums no longer tell
 
 
@@ -33,6 +40,11 @@ def number(value: float) -> str:
     if np.isinf(value):
         return "∞" if value > 0 else "−∞"
     return f"{value:#.3g}".rstrip(".")
+
+
+def drawn(frame: pd.DataFrame, header: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the records to be drawn: those of the header's "shown" optimizers, if it names any."""
+    return frame[frame["optimizer"].isin(header["shown"])] if "shown" in header else frame
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -21,12 +21,22 @@ st.header(run.folder.name)
 st.caption(
     " · ".join(f"{name} {run.header[name]}" for name in ("device", "commit") if name in run.header)
 )
+if "question" in run.header:
+    st.markdown(run.header["question"])
 verdicts = summaries.verdicts(run.frame)
+tables = {title: run.header[key] for key, title in summaries.TABLES.items() if key in run.header}
 if verdicts:
     st.subheader("Verdict")
     st.markdown("\n".join(f"- **{place}**: {verdict}" for place, verdict in verdicts.items()))
-else:
+elif not tables:
     st.info("No verdict yet: it needs records of the metric `relative_error`.")
+for title, table in tables.items():
+    st.subheader(title)
+    st.dataframe(pd.DataFrame(table["rows"], columns=table["columns"]), hide_index=True)
+    st.caption(table["caption"])
+if claims := run.header.get("claims"):
+    st.subheader("The paper's claims")
+    st.markdown("\n".join(f"- {claim}" for claim in claims))
 
 truths = sorted(set(run.frame["truth"]) - {""})
 if truths:
@@ -35,8 +45,12 @@ if truths:
     table = summaries.medians(run.frame, truth).drop(index="", level="approximation")
     common.show_table(run, table.dropna(axis="columns", how="all").map(summaries.number))
 
-st.subheader("Loss")
-try:
-    common.draw(figures.loss_curves(run.frame))
-except ValueError as error:
-    st.info(f"No loss curves: {error}")
+shown = summaries.drawn(run.frame, run.header)
+pictures = {"Loss": figures.loss_curves, "Accuracy": figures.accuracy_curves}
+for title, draw in pictures.items():
+    if shown["metric"].str.endswith(f"_{title.lower()}").any():
+        st.subheader(title)
+        x = common.choose("Against", ["step", "epoch", "seconds"], f"{title.lower()}-against")
+        common.draw(draw(shown, x))
+    elif title == "Loss":
+        st.info("No loss curves: this run has no records of a loss.")

@@ -51,6 +51,18 @@ def _diverged(folder):
     SYNTHETIC["records"].write_header(folder / "made-up", header)
 
 
+def _compared(folder):
+    """What studies put into the header: tables, claims, and which optimizers are to be drawn."""
+    table = {
+        "caption": "Best of 3.",
+        "columns": ["settings", "train loss"],
+        "rows": [["lr 1", "7"]],
+    }
+    more = {"question": "Which is best?", "comparison": table, "claims": ["It is: it was."]}
+    header = SYNTHETIC["HEADER"] | more | {"shown": ["adam"]}
+    SYNTHETIC["records"].write_header(folder / "made-up", header)
+
+
 def _damaged(folder):
     (folder / "made-up" / "records" / "part-00001.parquet").write_bytes(b"PAR1 torn")
 

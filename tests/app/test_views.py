@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from streamlit.testing.v1 import AppTest
+
+from studies import figures
 
 APP = Path(__file__).parents[2] / "app"
 VIEWS = sorted(file.stem for file in (APP / "views").glob("[!_]*.py"))
@@ -74,6 +77,26 @@ def test_overview_gives_runs_verdicts_and_definitions(in_state):
     assert "Exact Hessian, adam at step 100" in text
     columns = json.loads(app.dataframe[1].proto.columns)
     assert "‖B − C‖_F / ‖C‖_F" in columns["relative_error"]["help"]  # the tooltips
+
+
+def test_overview_shows_what_a_study_put_into_the_header(in_state, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        figures,
+        "loss_curves",
+        lambda frame, x: (drawn.append((set(frame["optimizer"]), x)), Figure())[1],
+    )
+    in_state("compared")
+    app = open_view("overview")
+    assert not app.exception
+    assert "Comparison" in [block.value for block in app.subheader]
+    assert app.dataframe[1].value.to_dict("records") == [{"settings": "lr 1", "train loss": "7"}]
+    assert "Best of 3." in [block.value for block in app.caption]
+    text = "\n".join(block.value for block in app.markdown)
+    assert "Which is best?" in text
+    assert "It is: it was." in text
+    app.selectbox(key="loss-against").select("epoch").run()
+    assert drawn == [({"adam"}, "step"), ({"adam"}, "epoch")]
 
 
 def test_along_training_keeps_its_choice_in_the_address(in_state):

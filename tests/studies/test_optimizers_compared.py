@@ -2,6 +2,8 @@
 
 import dataclasses
 import doctest
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +12,11 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from studies import comparison, optimizers, problems, records, training, trials
+from studies import comparison, optimizers, problems, published, records, training, trials
 from studies import optimizers_compared as study
 from studies.report import write_report
 
+REFERENCE = Path(__file__).parents[1] / "reference" / "curves.json"
 SMALL = problems.get("digits-autoencoder-small")
 
 
@@ -59,7 +62,7 @@ def test_a_trial_is_what_training_does(done):
 
 
 def test_the_yardstick_has_its_longer_budget(done):
-    (own,) = study.yardsticks(study.TINY)
+    (own,) = study.yardsticks(study.TINY, [0])
     for trial in own:
         assert trial.optimizer == "sgd"
         assert trials.read(done, trial)["epoch"].max() == 6
@@ -120,6 +123,74 @@ def test_divergence_is_infinitely_bad_and_no_error(tmp_path):
     assert settings.startswith("lr 1000: training diverged at step")
     assert loss == "∞"
     write_report(folder)
+
+
+def test_spares_come_in_for_what_diverged(tmp_path, monkeypatch):
+    grid = dataclasses.replace(
+        study.TINY, optimizers=("adam", "sgd"), seeds=2, spares=2, epochs=1, longer=1
+    )
+    ends = {("adam", seed): 3.0 for seed in range(4)} | {("sgd", 0): np.inf, ("sgd", 1): 2.0}
+    ends |= {("sgd", 2): np.inf, ("sgd", 3): 1.0}
+    asked = []
+
+    def complete(_, wanted, *_rest):
+        asked.extend((t.optimizer, t.seed) for t in wanted)
+
+    monkeypatch.setattr(trials, "complete_all", complete)
+    monkeypatch.setattr(
+        trials, "loss_at_the_end", lambda _, trial: ends[trial.optimizer, trial.seed]
+    )
+    monkeypatch.setattr(trials, "rows", lambda *_: [])
+    tuned = {name: study.candidates(grid, name)[0] for name in grid.optimizers}
+    finals = study.train_best(grid, tmp_path, tuned, None)
+    assert ("adam", 2) not in asked
+    assert ("sgd", 3) in asked
+    assert ([t.seed for t in finals["sgd"].trials], finals["sgd"].tried) == ([1, 3], 4)
+    assert ([t.seed for t in finals["adam"].trials], finals["adam"].tried) == ([0, 1], 2)
+    ends["sgd", 3] = np.inf  # there are no more spares: what diverged is shown
+    finals = study.train_best(grid, tmp_path, tuned, None)
+    assert ([t.seed for t in finals["sgd"].trials], finals["sgd"].tried) == ([0, 1], 4)
+
+
+def test_published_curves_stand_beside_ours(tmp_path, monkeypatch):
+    curve = published.Curve("a paper", 9, train_loss=[20.0], test_loss=[21.0, 19.0])
+    monkeypatch.setattr(published, "curves", lambda _: {"adam": curve})
+    grid = dataclasses.replace(study.TINY, optimizers=("adam", "sgd"), lr_factors=(1.0,), longer=1)
+    folder = run(grid, tmp_path)
+    frame = records.read(folder)
+    drawn = frame[frame["optimizer"] == "adam, published"]
+    assert drawn["seconds"].isna().all()
+    points = drawn[["metric", "step", "value"]].itertuples(index=False, name=None)
+    assert sorted(points) == [
+        ("test_loss", 10, 21.0),
+        ("test_loss", 20, 19.0),
+        ("train_loss", 10, 20.0),
+    ]
+    table = records.read_header(folder)["published"]
+    assert table["columns"] == ["optimizer", "run", "epoch 1", "epoch 2"]
+    printed, ours = table["rows"]
+    assert printed == ["adam", "published", "20.0", "–"]
+    assert ours[:2] == ["adam", "ours, 1 seed(s)"]
+    loss = frame[
+        (frame["optimizer"] == "adam") & (frame["metric"] == "train_loss") & (frame["step"] == 10)
+    ]["value"].item()
+    assert ours[2] == f"{loss:.1f} ({100 * (loss / 20 - 1):+.1f} %)"
+    text = write_report(folder).read_text()
+    assert "Beside published curves" in text
+    assert "adam, published" in text
+
+
+def test_the_published_curves_are_those_of_the_reference():
+    known = json.loads(REFERENCE.read_text())["runs"]
+    runs = {run["id"]: run for run in known}
+    names = {"kbfgs": "kbfgs_demo/K-BFGS", "kfac": "kbfgs_demo/KFAC", "sgd": "tnt_demo/MNIST/SGD-m"}
+    names |= {name.lower(): f"tnt_demo/MNIST/{name}" for name in ("TNT", "Shampoo", "Adam")}
+    found = published.curves("mnist-autoencoder")
+    assert set(found) == set(names)
+    for name, curve in found.items():
+        assert curve.train_loss == runs[names[name]]["train_loss"][:100]
+        assert curve.test_loss == runs[names[name]]["test_loss"][:100]
+    assert published.curves("digits-autoencoder") == {}
 
 
 def test_errors_are_written_down_and_raised(tmp_path):
@@ -193,7 +264,7 @@ def test_a_row_of_the_table():
     paces = [[pace([9, 8, 7, 6.4, 6])]]
     row = comparison.row("mine", "lr 1", [own], 2, paces)
     assert row.loss == 6.5
-    assert row.cells == ["mine", "lr 1", "6.500", "–", "–", "4.00", "1.50", "1.50"]
+    assert row.cells == ["mine", "lr 1", "6.500", "–", "–", "–", "4.00", "1.50", "1.50"]
     beyond = comparison.row("mine", "lr 1", [pace([9, 6, 1.0])], 2, paces)
     assert beyond.cells[-2:] == ["> 2.00", "> 2.00"]
     # medians over the seeds, each against SGD-momentum of its own
@@ -206,7 +277,8 @@ def test_a_row_of_the_table():
     broken = comparison.row("mine", "lr 1", [ended], 2, paces)
     assert broken.loss == np.inf
     settings = "lr 1: training diverged at step 11: it was"
-    assert broken.cells == ["mine", settings, "∞", "∞", "–", "–", "–", "–"]
+    assert broken.cells == ["mine", settings, "∞", "∞", "–", "1 of 1", "–", "–", "–"]
+    assert comparison.row("mine", "", [own], 2, paces, tried=3).cells[5] == "2 of 3"
     table = comparison.table([broken, row], 2, 1, 6)
     assert [cells[0:3:2] for cells in table["rows"]] == [["mine", "6.500"], ["mine", "∞"]]
     assert table["columns"] == [c for c in comparison.COLUMNS if c != "test acc."]
@@ -218,5 +290,5 @@ def test_no_pace_no_ratio():
 
 
 def test_examples_in_docstrings():
-    attempted = [doctest.testmod(module) for module in (comparison, optimizers)]
+    attempted = [doctest.testmod(module) for module in (comparison, optimizers, published)]
     assert all(found.failed == 0 < found.attempted for found in attempted)

@@ -1,0 +1,140 @@
+"""Which optimizer is ahead after the same seconds of training?
+
+Each trains alone, on all cores, from the same start and with the same batches, at the problem's
+recommended settings, until the last of the given seconds; the clock stands while it is evaluated.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from loky import get_reusable_executor
+from rich.progress import Progress
+
+from studies import comparison, problems, records, training
+from studies.optimizers import ONE_SOLVE_A_STEP
+from studies.running import running
+from studies.snapshots import LARGE_PAGES, loss_row
+from studies.summaries import number
+
+NAME = "equal_seconds"
+POINTS = 24  # evaluations on a curve, evenly spread over the logarithm of the seconds
+FOREVER = 10**6  # epochs: the seconds end a training
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the study runs over. seconds: of training, at which the optimizers are ranked."""
+
+    problem: str = "mnist-autoencoder"
+    optimizers: Sequence[str] = field(default_factory=lambda: ONE_SOLVE_A_STEP)
+    seed: int = 0
+    seconds: Sequence[float] = (60.0, 180.0, 600.0)
+
+    @property
+    def marks(self) -> list[float]:
+        """Seconds at which a training is evaluated."""
+        last = max(self.seconds)
+        return sorted({*map(float, self.seconds), *np.geomspace(last / 100, last, POINTS).tolist()})
+
+
+TINY = Grid("digits-autoencoder-small", ("kfac", "adam"), seconds=(0.2, 0.5))
+
+
+def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
+    """Run the study and return the run's folder; losses are written as they are evaluated.
+
+    resume: the folder of an earlier run; the optimizers that got to their end are kept.
+    Raises: ValueError for a folder of another study or problem, or for an unknown optimizer.
+    """
+    question = (__doc__ or "").partition("\n")[0]
+    ended = {} if resume is None else records.read_header(resume).get("ended", {})
+    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
+        header["ended"] = ended
+        task = progress.add_task("training", total=len(grid.optimizers))
+        for name in grid.optimizers:
+            if name not in ended:
+                ended[name] = _alone(folder, grid, name)
+                records.write_header(folder, header)
+            progress.advance(task)
+        own = {name: ended[name] for name in grid.optimizers}
+        header["ranking"] = table(records.read(folder), own, grid)
+    return folder
+
+
+def _alone(folder: Path, grid: Grid, name: str) -> str:
+    pool = get_reusable_executor(max_workers=1, env=LARGE_PAGES)
+    return str(pool.submit(train, folder, grid, name).result())
+
+
+def train(folder: Path, grid: Grid, name: str) -> str:
+    """Train with all cores and keep the losses as the run's part `name`; why it ended early, or "".
+
+    Raises: what comes up before the end of the first step, for it is none of the numbers'.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    problem = problems.get(grid.problem)
+    settings = training.Settings(problem, name, FOREVER, grid.seed)
+    shared = {"run": folder.name, "study": NAME, "problem": problem.name, "optimizer": name}
+    rows: list[dict[str, Any]] = []
+    try:
+        for state in _at(grid.marks, settings):
+            place = {"seed": grid.seed, "step": state.step, "epoch": state.epoch}
+            place["seconds"] = state.seconds
+            for metric, value in training.evaluate(state, problem).items():
+                rows.append({**shared, **place, **loss_row(metric, value)})
+            records.put(folder, name, rows)
+    except RuntimeError as error:
+        if not rows or (rows[-1]["step"] == 0 and not isinstance(error, training.DivergedError)):
+            raise
+        return str(error)
+    return ""
+
+
+def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[training.State]:
+    """The states before the first step and at the first step that ends after each mark."""
+    due = list(marks)
+    for state in training.steps(settings):
+        if state.step and state.seconds < due[0]:
+            continue
+        yield state
+        due = [mark for mark in due if mark > state.seconds]
+        if not due:
+            return
+
+
+def table(frame: pd.DataFrame, ended: dict[str, str], grid: Grid) -> dict[str, Any]:
+    """{"caption", "columns", "rows"}: training losses with ranks, the least at the end first."""
+    losses = frame[frame["metric"] == "train_loss"]
+    own = {name: losses[losses["optimizer"] == name].sort_values("step") for name in ended}
+    found = {name: [_after(own[name], mark) for mark in grid.seconds] for name in ended}
+    ranks = pd.DataFrame(found).T.rank(method="min")
+    rows = []
+    for name in sorted(ended, key=lambda name: found[name][::-1]):
+        cells = [
+            f"{loss:#.4g} ({ranks[k][name]:.0f})" if np.isfinite(loss) else "∞"
+            for k, loss in enumerate(found[name])
+        ]
+        settings = list(problems.get(grid.problem).optimizers.get(name, {}).items())
+        reason = f": {ended[name].partition(';')[0]}" if ended[name] else ""
+        printed = comparison.settings(settings, [settings])
+        rows.append([name, printed + reason, *cells, number(float(own[name]["epoch"].max()))])
+    caption = (
+        "Training loss, and rank, at the first step that ended after so many seconds of training; "
+        f"each optimizer alone on {os.cpu_count()} cores, seed {grid.seed}, recommended settings."
+    )
+    columns = ["optimizer", "settings", *(f"{mark:g} s" for mark in grid.seconds), "epochs"]
+    return {"caption": caption, "columns": columns, "rows": rows}
+
+
+def _after(losses: pd.DataFrame, mark: float) -> float:
+    """Loss at the first evaluation after `mark` seconds; infinite where there is none."""
+    reached = losses.loc[losses["seconds"] >= mark, "value"]
+    value = float(reached.iloc[0]) if len(reached) else np.inf
+    return value if np.isfinite(value) else np.inf

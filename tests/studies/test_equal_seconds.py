@@ -1,0 +1,85 @@
+"""The ranking after equal seconds: real runs in tiny grids, and the table against ranks by hand."""
+
+import dataclasses
+import html
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.progress import Progress
+
+from studies import equal_seconds as study
+from studies import problems, records
+from studies.report import write_report
+
+
+def run(grid, results, resume=None):
+    with Progress(disable=True) as progress:
+        return study.run(grid, results, progress, resume)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return run(study.TINY, tmp_path_factory.mktemp("results"))
+
+
+def test_each_trains_until_the_last_mark(done):
+    frame, header = records.read(done), records.read_header(done)
+    assert (header["status"], header["ended"]) == ("finished", {"kfac": "", "adam": ""})
+    losses = frame[frame["metric"] == "train_loss"]
+    for name in study.TINY.optimizers:
+        own = losses[losses["optimizer"] == name]
+        assert own["step"].min() == 0
+        assert own["seconds"].is_monotonic_increasing
+        assert len(own) <= len(study.TINY.marks) + 1
+        assert (own["seconds"] >= 0.5).sum() == 1  # it ends with the step that passes the last mark
+        for mark in study.TINY.seconds:
+            assert (own["seconds"] >= mark).any()
+    text = html.unescape(write_report(done).read_text())
+    assert "At equal seconds" in text
+    drawn = {path.name for path in (done / "figures").glob("loss*.png")}
+    assert drawn == {"loss-epoch.png", "loss-seconds.png"}
+
+
+def test_what_is_done_is_not_done_again(done, tmp_path):
+    parts = {path: path.stat().st_mtime_ns for path in (done / "records").iterdir()}
+    more = dataclasses.replace(study.TINY, optimizers=("kfac", "sgd"))
+    assert run(more, tmp_path, resume=done) == done
+    assert {path: path.stat().st_mtime_ns for path in parts} == parts
+    header = records.read_header(done)
+    assert set(header["ended"]) == {"kfac", "adam", "sgd"}
+    assert {row[0] for row in header["ranking"]["rows"]} == {"kfac", "sgd"}
+    with pytest.raises(ValueError, match="no optimizer 'nonsense'"):
+        run(dataclasses.replace(study.TINY, optimizers=("nonsense",)), tmp_path)
+
+
+def test_divergence_is_ranked_last(tmp_path, monkeypatch):
+    wild = dataclasses.replace(
+        problems.get("digits-autoencoder-small"), optimizers={"sgd": {"lr": 1e5, "momentum": 0.9}}
+    )
+    monkeypatch.setattr(problems, "get", lambda _: wild)
+    reason = study.train(tmp_path, dataclasses.replace(study.TINY, optimizers=("sgd",)), "sgd")
+    assert reason.startswith("training diverged at step")
+    frame = records.read(tmp_path)
+    assert len(frame) >= 2  # what was evaluated before is kept
+
+
+def curve(name, points):
+    return [{"optimizer": name, "metric": "train_loss", "value": v, "seconds": s, "step": k,
+             "epoch": k / 2} for k, (s, v) in enumerate(points)]  # fmt: skip
+
+
+def test_the_table_by_hand():
+    frame = pd.DataFrame(
+        curve("adam", [(0, 9), (0.9, 8), (1.1, 7), (2.1, 6.5)])
+        + curve("kfac", [(0, 9), (1.0, 7.5), (2.3, 4)])
+        + curve("sgd", [(0, 9), (1.2, 10), (1.4, np.inf)])
+    )
+    grid = study.Grid("digits-autoencoder", ("adam", "sgd", "kfac"), seconds=(1, 2))
+    found = study.table(frame, {"adam": "", "sgd": "it diverged; try less", "kfac": ""}, grid)
+    assert found["columns"] == ["optimizer", "settings", "1 s", "2 s", "epochs"]
+    assert found["rows"] == [
+        ["kfac", "lr 1, λ 0.3", "7.500 (2)", "4.000 (1)", "1.00"],
+        ["adam", "lr 0.01", "7.000 (1)", "6.500 (2)", "1.50"],
+        ["sgd", "lr 0.01: it diverged", "10.00 (3)", "∞", "1.00"],
+    ]
