@@ -168,13 +168,18 @@ def train(
     damping: Annotated[float | None, typer.Option(help="Damping λ.")] = None,
     batch_size: Annotated[int, typer.Option(help="Batch size; 0 takes the problem's.")] = 0,
     device: Device = "cpu",
+    measure: Annotated[
+        float | None, typer.Option(help="Measure too, in this share of the run's time, as 0.2.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
     results: Results = Path("results"),
 ) -> None:
     """Train a problem; records and a checkpoint after every epoch."""
     from studies import problems, runs, training
+    from studies.alongside import Alongside
     from studies.progress import bars
 
+    beside = None if measure is None else Alongside(measure)
     given = {"lr": lr, "damping": damping}
     settings = training.Settings(
         problems.get(problem),
@@ -186,8 +191,10 @@ def train(
         {name: value for name, value in given.items() if value is not None},
     )
     with bars(console) as progress:
-        outcome = runs.train(settings, results, progress, resume)
+        outcome = runs.train(settings, results, progress, resume, beside)
     console.print(runs.table(outcome.frame))
+    if outcome.measuring:
+        console.print(outcome.measuring)
     console.print(f"run: [bold]{outcome.folder}[/]", soft_wrap=True)
     if outcome.diverged:
         console.print(f"[bold red]{outcome.diverged}[/]")

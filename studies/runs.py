@@ -18,6 +18,7 @@ from rich.table import Table
 
 from diag import Problem
 from studies import measuring, problems, provenance, records, training
+from studies.alongside import Alongside
 from studies.snapshots import loss_row
 
 NAME = "train"
@@ -29,13 +30,15 @@ LAST_FINITE = "last-finite.pt"
 class Outcome:
     """Where a training run is kept, its records, and why it ended early if it did.
 
-    stopped: by SIGTERM, at a checkpoint from which it can go on.
+    measuring: what measuring beside it took, in words. stopped: by SIGTERM, at a checkpoint from
+    which it can go on.
     """
 
     folder: Path
     frame: pd.DataFrame
     diverged: str = ""
     stopped: bool = False
+    measuring: str = ""
 
 
 class Stopped(Exception):
@@ -43,24 +46,34 @@ class Stopped(Exception):
 
 
 def train(
-    settings: training.Settings, results: Path, progress: Progress, resume: Path | None = None
+    settings: training.Settings,
+    results: Path,
+    progress: Progress,
+    resume: Path | None = None,
+    beside: Alongside | None = None,
 ) -> Outcome:
     """Train, writing losses and a checkpoint after every epoch; evaluation time is not counted.
 
     resume: the folder of an earlier run of the same settings, which then goes on in place.
+    beside: measures at ends of epochs; what it spent goes into the header.
     A run that diverges keeps its records; the last parameters with a finite loss are in
     last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
     with a checkpoint of that.
     """
     folder = resume or records.new_run(results, NAME)
     header = records.read_header(folder) if resume else _header(settings)
+    if beside is not None:
+        header["metrics"] = measuring.definitions([*beside.plan.metrics, "noise_floor"])
+        beside.resume(header.get("measuring", {}))
     records.write_header(folder, header | {"status": "running"})
     status, diverged, begun = "finished", "", time.perf_counter()
     try:
         with _sigterm() as asked:
             for state in _epochs(settings, folder, resume, progress, asked):
                 if not (resume and state.step == _last_step(folder)):
-                    records.append(folder, _rows(folder, settings, state))
+                    records.append(folder, _rows(folder, settings, state, beside))
+                    if beside is not None:
+                        header["measuring"] = beside.counters()
                 training.save(state, folder / CHECKPOINT)
     except Stopped as reason:
         status = f"stopped: {reason}"
@@ -73,7 +86,9 @@ def train(
         raise
     seconds = header["seconds"] + time.perf_counter() - begun
     records.write_header(folder, header | {"status": status, "seconds": seconds})
-    return Outcome(folder, records.read(folder), diverged, status.startswith("stopped"))
+    frame = records.read(folder)
+    said = "" if beside is None else beside.summary(frame["seconds"].max())
+    return Outcome(folder, frame, diverged, status.startswith("stopped"), said)
 
 
 def _header(settings: training.Settings) -> dict[str, Any]:
@@ -122,10 +137,15 @@ def _last_step(folder: Path) -> int:
     return -1 if frame.empty else int(frame["step"].max())
 
 
-def _rows(folder: Path, settings: training.Settings, state: training.State) -> list[dict[str, Any]]:
+def _rows(
+    folder: Path, settings: training.Settings, state: training.State, beside: Alongside | None
+) -> list[dict[str, Any]]:
+    own = {"run": folder.name, "study": NAME}
+    measured = [] if beside is None or state.step == 0 else beside.rows(settings, state)
+    if measured:
+        return [{**own, **row} for row in measured]
     shared = {
-        "run": folder.name,
-        "study": NAME,
+        **own,
         "problem": settings.problem.name,
         "optimizer": settings.optimizer,
         "seed": settings.seed,
@@ -139,6 +159,7 @@ def _rows(folder: Path, settings: training.Settings, state: training.State) -> l
 
 def table(frame: pd.DataFrame) -> Table:
     """Losses, and accuracies where there are classes, by epoch as a table."""
+    frame = frame[frame["block"] == ""]
     wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
     names = sorted(wide.columns, key=lambda name: (not name.endswith("_loss"), "test" in name))
     shown = Table("epoch", "seconds", *(name.replace("_", " ") for name in names))

@@ -26,9 +26,10 @@ def test_train_prints_losses_and_resumes(tmp_path):
     words = ("train", "digits-autoencoder", "--optimizer", "kfac", "--results", tmp_path)
     assert invoke(*words, "--epochs", 1).exit_code == 0
     (run,) = tmp_path.iterdir()
-    found = invoke(*words, "--epochs", 2, "--resume", run)
+    found = invoke(*words, "--epochs", 2, "--resume", run, "--measure", 0.9)
     assert found.exit_code == 0
     assert "train loss" in found.output
+    assert "measured 1 time(s) in" in found.output
     assert list(records.read(run)["step"].unique()) == [0, 10, 20]
 
 
@@ -105,6 +106,7 @@ def test_report_is_written_again(demo_run):
         (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step', 'hf']"),
         (("tune", "grid", "nonsense"), "no problem 'nonsense'; known:"),
         (("tune", "halving", "digits-autoencoder", "--lr-factors", "0"), "positive numbers with"),
+        (("train", "digits-autoencoder", "--measure", "20"), "takes a share in (0, 1)"),
         (("tune", "grid", "digits-autoencoder", "--resume", "."), "and problem (None, None)"),
         (("report", "nowhere"), "no run folder nowhere"),
         (("measure", "digits-autoencoder", "--block", "99"), "no block '99'; known: ['0', '2'"),

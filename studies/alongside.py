@@ -1,0 +1,84 @@
+"""Measuring beside a training, within a share of the run's time."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from studies import measuring, snapshots
+from studies.training import Settings, State
+
+# what costs little next to the training: no factorisation of a block
+METRICS = ("relative_error", "relative_error_best_scale", "cosine")
+
+
+@dataclass
+class Alongside:
+    """Measures the GGN blocks of a run at some of its steps, the live approximations and KFAC's.
+
+    share: of the run's time (training and measuring), in (0, 1); evaluating losses is in neither.
+    A measurement is left out where with it, as long as the last one took, the share would be
+    exceeded. The first one is always taken, nobody knowing how long it takes: what was spent in
+    the end is in `summary`.
+
+    Raises: ValueError for a share outside (0, 1).
+    """
+
+    share: float
+    seconds: float = 0.0
+    last: float = 0.0
+    taken: int = 0
+    left_out: int = 0
+    plan: measuring.Plan = field(
+        default_factory=lambda: measuring.Plan(
+            truths=("ggn",), approximations=("kfac",), metrics=METRICS
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"measuring takes a share in (0, 1) of a run's time, not {self.share}")
+
+    def allows(self, training: float) -> bool:
+        """Whether another measurement stays within the share after `training` seconds.
+
+        >>> beside = Alongside(0.2, seconds=3.0, last=3.0)
+        >>> beside.allows(20.0), beside.allows(24.0)
+        (False, True)
+        """
+        spent = self.seconds + self.last
+        return spent <= self.share * (training + spent)
+
+    def rows(self, settings: Settings, state: State) -> list[dict[str, Any]]:
+        """Rows without run and study, the losses among them; [] where it has to be left out.
+
+        Measured in another process with one thread, on a copy: the run is not disturbed.
+        """
+        if not self.allows(state.seconds):
+            self.left_out += 1
+            return []
+        snapshot = snapshots.take(settings, state, self.plan, keep_matrices=False)
+        begun = time.perf_counter()
+        (found,) = snapshots.measure_all([snapshot], workers=1)
+        self.last = time.perf_counter() - begun
+        self.seconds += self.last
+        self.taken += 1
+        return found.rows
+
+    def counters(self) -> dict[str, float]:
+        """What was spent so far, for the header; `resume` takes it back."""
+        return {name: getattr(self, name) for name in ("seconds", "last", "taken", "left_out")}
+
+    def resume(self, counters: Mapping[str, float]) -> None:
+        """Count on from `counters` of the run's earlier part; from nothing where it has none."""
+        for name, value in counters.items():
+            setattr(self, name, value)
+
+    def summary(self, training: float) -> str:
+        """What was spent, in words."""
+        whole = training + self.seconds
+        spent = self.seconds / whole if whole else 0.0
+        said = f"measured {self.taken} time(s) in {spent:.1%} of the run's time"
+        if self.left_out:
+            said += f", left out {self.left_out} time(s) to stay within {self.share:.0%}"
+        return said

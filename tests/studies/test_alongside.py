@@ -1,0 +1,72 @@
+"""Measuring beside a training: within its share of the time, and without a trace in the run."""
+
+import doctest
+
+import pytest
+from rich.progress import Progress
+
+from studies import alongside, problems, records, runs, training
+from studies.alongside import Alongside
+
+SMALL = problems.get("digits-autoencoder-small")
+
+
+def train(folder, epochs, beside=None, resume=None):
+    settings = training.Settings(SMALL, "kfac", epochs)
+    with Progress(disable=True) as progress:
+        return runs.train(settings, folder, progress, resume, beside)
+
+
+def test_measuring_leaves_no_trace_and_resumes(tmp_path):
+    plain = train(tmp_path / "plain", 2).frame
+    beside = Alongside(0.999)
+    first = train(tmp_path / "measured", 1, beside)
+    again = Alongside(0.999)
+    found = train(tmp_path, 2, again, resume=first.folder)
+    own = found.frame[found.frame["block"] == ""]
+    assert list(own["value"]) == list(plain["value"])
+    assert list(own["step"]) == list(plain["step"]) == [0, 0, 10, 10, 20, 20]
+    measured = found.frame[found.frame["block"] != ""]
+    assert set(measured["step"]) == {10, 20}
+    assert {"kfac", "kfac_live", "kfac_live_undamped"} <= set(measured["approximation"])
+    assert set(measured["block"]) == {"0", "2", "4", "5", "7", "9"}
+    assert (beside.taken, again.taken, again.left_out) == (1, 2, 0)
+    assert again.seconds > beside.seconds > 0
+    header = records.read_header(first.folder)
+    assert header["measuring"] == again.counters()
+    assert "relative_error" in header["metrics"]
+    assert found.measuring.startswith("measured 2 time(s) in ")
+    assert first.measuring != found.measuring
+
+
+def test_what_would_take_too_much_is_left_out(monkeypatch):
+    clock = iter(range(0, 10000, 10))  # a measurement takes 10 s
+    monkeypatch.setattr(alongside.time, "perf_counter", lambda: next(clock))
+    row = {"metric": "relative_error"}
+    found = type("Found", (), {"rows": [row]})
+    monkeypatch.setattr(alongside.snapshots, "take", lambda *_, **__: None)
+    monkeypatch.setattr(alongside.snapshots, "measure_all", lambda *_, **__: [found])
+    beside = Alongside(0.25)
+    state = type("State", (), {"seconds": 0.0})
+    taken = []
+    for seconds in range(10, 130, 10):
+        state.seconds = float(seconds)
+        if beside.rows(None, state):
+            taken.append(seconds)
+            spent = beside.seconds / (beside.seconds + seconds)
+            assert spent <= 0.25 or len(taken) == 1
+    assert taken == [10, 60, 90, 120]
+    assert beside.summary(120.0) == (
+        "measured 4 time(s) in 25.0% of the run's time, left out 8 time(s) to stay within 25%"
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 20.0])
+def test_refusals(share):
+    with pytest.raises(ValueError, match=r"takes a share in \(0, 1\) of a run's time, not"):
+        Alongside(share)
+
+
+def test_examples_in_docstrings():
+    found = doctest.testmod(alongside)
+    assert found.failed == 0 < found.attempted
