@@ -23,6 +23,7 @@ FIRST_ORDER = (
     "secant_consistency",
     "inverse_secant_consistency",
     "step_cosine",
+    "preconditioned_sharpness",
 )
 BOOTSTRAP = ("trace_ratio", "effective_rank", "off_block_mass", "error_over_noise")
 
