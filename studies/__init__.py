@@ -9,5 +9,6 @@ STUDIES = (
     "error_along_training",
     "optimizers_compared",
     "equal_seconds",
+    "stability",
     "block_hessian_free",
 )

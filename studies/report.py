@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from studies import figures, records, summaries
+from studies import figures, maps, records, summaries
 
 MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
 
@@ -25,6 +25,8 @@ CAPTIONS = {
     "Kronecker product can do; dashed grey is how far two halves of the sample differ.",
     STEP: "Cosine between the damped step of each approximation and that of the exact {truth}, "
     "layer by layer at the last measured step; 1 is the same direction.",
+    "stability": "How many seeds diverged, of how many, at each learning rate and damping; below "
+    "it the median training loss at the end of the others.",
     "matrix": "Layer {block} after {step} steps of {optimizer}: the exact {truth}, the "
     "approximation {name} and their difference, on one symmetric logarithmic colour scale.",
 }
@@ -57,7 +59,7 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"no run folder {run}; `kronscope demo` makes one")
     frame, header = records.read(run), records.read_header(run)
     shown = []
-    for picture in pictures(summaries.drawn(frame, header), run):
+    for picture in [*pictures(summaries.drawn(frame, header), run), *_maps(header)]:
         png = picture.png()
         records.write_atomically(run / "figures" / f"{picture.name}.png", png)
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
@@ -157,6 +159,13 @@ def _training(frame: pd.DataFrame) -> Iterator[Picture]:
             for x in axes:
                 name = kind if x == "step" else f"{kind}-{x}"
                 yield Picture(name, CAPTIONS[kind].format(x=x), draw(frame, x))
+
+
+def _maps(header: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yield the map of a study of stability, where it had more points than the recommended one."""
+    rows = header.get("stability", [])
+    if len(rows) > len({row["optimizer"] for row in rows}):
+        yield Picture("stability", CAPTIONS["stability"], maps.stability_map(rows))
 
 
 def _matrices(run: Path) -> Iterator[Picture]:

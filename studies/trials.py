@@ -54,7 +54,11 @@ def trial(
 
 
 class EndedError(RuntimeError):
-    """Why a training stopped early: divergence, or a factor that could not be inverted."""
+    """Why a training stopped early, and at which step: divergence, or a factor not inverted."""
+
+    def __init__(self, why: str, step: int) -> None:
+        super().__init__(why)
+        self.step = step
 
 
 def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
@@ -84,21 +88,22 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
     except RuntimeError as error:
         if step == 0 and not isinstance(error, training.DivergedError):
             raise
-        raise EndedError(str(error)) from error
+        raise EndedError(str(error), getattr(error, "step", step)) from error
 
 
 def train(trial: Trial) -> pd.DataFrame:
-    """All rows of `epochs`, with (epochs, ended): its `epochs`, and why it stopped before those.
+    """All rows of `epochs`, with (epochs, ended, last_step): its `epochs`, why it stopped before.
 
-    ended: empty where it did not. Raises: as `epochs`, but for EndedError.
+    ended: empty where it did not. last_step: at which it stopped, -1 where it did not.
+    Raises: as `epochs`, but for EndedError.
     """
-    rows, ended = [], ""
+    rows, ended, last_step = [], "", -1
     try:
         for found in epochs(trial):
             rows += found
     except EndedError as error:
-        ended = str(error)
-    return pd.DataFrame(rows).assign(epochs=trial.epochs, ended=ended)
+        ended, last_step = str(error), error.step
+    return pd.DataFrame(rows).assign(epochs=trial.epochs, ended=ended, last_step=last_step)
 
 
 def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial]:

@@ -221,7 +221,8 @@ def train(search: Search, folder: Path, study: "optuna.Study", trial: "optuna.Tr
             epoch = round(losses[0]["epoch"])
             loss = next(row["value"] for row in losses if row["metric"] == "train_loss")
             if not math.isfinite(loss):
-                raise trials.EndedError(f"the training loss is {loss} after {epoch} epochs")
+                why = f"the training loss is {loss} after {epoch} epochs"
+                raise trials.EndedError(why, losses[0]["step"])
             if epoch:
                 trial.report(loss, epoch)
             if 0 < epoch < point.epochs and trial.should_prune():
