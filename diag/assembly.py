@@ -44,25 +44,31 @@ def assembled(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, SampleMean | RootMean]:
     """The truths of the blocks, given the roots of the curvature at the outputs."""
-    return _collected(
-        problem, {block: _collector(problem, block, roots) for block in blocks}, roots
-    )
+    collectors = {block: _collector(problem, block, roots) for block in blocks}
+    joint = any(len(block.members) > 1 for block in blocks)
+    return _collected(problem, collectors, roots, joint=joint)
 
 
 def columns(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, RootMean]:
-    """The same with every block as a RootMean, its columns V [N, k, d] formed."""
-    return _collected(problem, {block: _Columns(problem, block) for block in blocks}, roots)
+    """The same with every block as a RootMean, its columns V [N, k, d] formed.
+
+    The k-th columns of all blocks belong together: V_aᵀ V_b is the block between a and b.
+    """
+    collectors = {block: _Columns(problem, block) for block in blocks}
+    return _collected(problem, collectors, roots, joint=True)
 
 
-def _collected(problem: Problem, collectors: dict, roots: Diagonals | Outer) -> dict:
+def _collected(
+    problem: Problem, collectors: dict, roots: Diagonals | Outer, *, joint: bool
+) -> dict:
     """One sweep, what comes back given to every block's collector."""
     known = layers(problem)
     members = [member for block in collectors for member in block.members]
     names = {m.module for m in members if _by_layer(problem, m)}
     others = sorted({n for m in members if m.module not in names for n in m.parameters})
-    for chunk in sweep(problem, [n for n in known if n in names], roots):
+    for chunk in sweep(problem, [n for n in known if n in names], roots, joint=joint):
         pulled = parameter_roots(problem, others, chunk.rows, chunk.roots) if others else {}
         for collector in collectors.values():
             collector.add(chunk, pulled)

@@ -80,7 +80,7 @@ def off_block_share(norms: Tensor) -> float:
 def _column_gram(problem: Problem, block: Block, of: str) -> Tensor:
     """F Fᵀ [N·k, N·k] with C = FᵀF, without F where the layer sees one row per example."""
     if by_rows(problem, block) is not None and not block.members[0].rows:
-        terms = layer_positions(problem, block, of)
+        terms = layer_positions(problem, block, of, joint=True)
         a, b = terms.a[:, 0].double(), terms.b[:, :, 0].double()
         (n, k, _), flat = b.shape, b.flatten(0, 1)
         _refuse_large(problem, block, n * k)

@@ -33,22 +33,25 @@ def layer_positions(
     of: str = "ggn",
     samples: int = 1,
     generator: torch.Generator | None = None,
+    *,
+    joint: bool = False,
 ) -> Positions:
     """The terms of a layer's exact block by position: V_nk = Σ_t b_nkt a_ntᵀ, [out, in+1].
 
     a has a column of ones where the block has a bias. k: network outputs for "ggn" and "fisher",
-    `samples` for "fisher_mc", 1 for "empirical_fisher".
+    `samples` for "fisher_mc", 1 for "empirical_fisher"; fewer of the same Σ_k V Vᵀ behind a narrow
+    layer, unless joint: then the k-th terms of different layers belong together.
 
     Raises: ValueError for a block that is not a whole Linear, Conv1d or Conv2d layer with one
         group; for of="hessian", which has no such roots; for a loss not convex in the outputs.
     """
     member = _whole_layer(problem, block)
     kept = getattr(problem.recall((of, block)), "positions", None)
-    if kept is not None:
+    if kept is not None and not joint:
         return kept()
     roots = required_roots(problem, of, samples, generator)
     module = problem.model.get_submodule(member.module)
-    chunks = sweep(problem, [member.module], roots)
+    chunks = sweep(problem, [member.module], roots, joint=joint)
     return joined_positions(module, member, [chunk.layers[member.module] for chunk in chunks])
 
 

@@ -47,14 +47,19 @@ class Stage:
     targets: tuple[str, ...]
 
 
-def sweep(problem: Problem, names: Sequence[str], roots: Diagonals | Outer) -> Iterator[Chunk]:
+def sweep(
+    problem: Problem, names: Sequence[str], roots: Diagonals | Outer, *, joint: bool = False
+) -> Iterator[Chunk]:
     """Back-propagate roots to the named layers, chunk by chunk of the examples.
 
-    Layers must be among `capture.layers(problem)`.
+    Layers must be among `capture.layers(problem)`. joint: the k-th roots of different layers are to
+    belong together, for blocks across layers; condensing, which mixes those upstream alone, is off.
     """
     known, k = layers(problem), count(roots)
     # any layer may be a place to condense at
-    narrow = [n for n, layer in known.items() if layer.rows and NARROW * layer.shape[0] <= k]
+    narrow = [
+        n for n, layer in known.items() if layer.rows and NARROW * layer.shape[0] <= k and not joint
+    ]
     modules = [n for n in known if n in names or n in narrow] if names else []
     step = _examples_at_once(problem, k, [known[n].floats for n in modules])
     stages: list[Stage] | None = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optim import checks, distributed, kbfgs_statistics
+from optim import checks, distributed, kbfgs_statistics, step_limit
 from optim.capture import Totals
 from optim.harness import Harness
 from optim.kbfgs_formulas import (
@@ -41,6 +41,7 @@ COUNTS = (
     "H_a skipped",
     "Powell fired",
     "second damping fired",
+    "step shortened",
     "not finite",
 )
 
@@ -68,6 +69,10 @@ class KBFGS(Optimizer):
     pair_decay: of (s, y) alone; the paper takes 0 for full batches. None: decay.
     damping_split: of convolutions with T places; "equal" as above, "sqrtT" λ_A = √λ √T and
         mu_2 = √λ / √T.
+    curvature_limit: None for the published algorithm. c > 0, ours: where the loss curves along the
+        step c times more than planned, step and M are shortened to that (`optim.step_limit`; what
+        the step taught H_g stays). The closure must return the loss whose gradient it makes. The
+        attribute `curvature_ratio` is how many times it was in the last step, a tensor.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     A Linear layer's A = E[Σ ã ãᵀ] is a running average (over positions it sums); H_g learns from
@@ -112,6 +117,7 @@ class KBFGS(Optimizer):
         *,
         pair_decay: float | None = None,
         damping_split: str = "equal",
+        curvature_limit: float | None = None,
         decoupled_weight_decay: bool = False,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -126,6 +132,7 @@ class KBFGS(Optimizer):
             "update_every": update_every,
             "pair_decay": pair_decay,
             "damping_split": damping_split,
+            "curvature_limit": curvature_limit,
         }
         checks.common(settings)
         checks.periods(settings)
@@ -134,9 +141,12 @@ class KBFGS(Optimizer):
             checks.at_least_one("history", history)
         if pair_decay is not None:
             checks.fraction("pair_decay", pair_decay)
+        if curvature_limit is not None:
+            checks.positive("curvature_limit", curvature_limit)
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
         self._harness.capture.wants_outputs = True
+        self.curvature_ratio: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
@@ -157,15 +167,20 @@ class KBFGS(Optimizer):
             for stack, totals in first.items():
                 self._learn_a(stack, totals)
             harness.ready(live)
+            limit = harness.setting("curvature_limit") if update else None
+            before = {} if limit is None else step_limit.remember(harness.groups)
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
                 P = applied(stack)
                 harness.move(stack, blocks, P, ok)
             harness.plain_steps()
-        second = self._second_pass(closure, start, first) if first else {}
+            taken = step_limit.taken(before, live, self.state) if before else None
+        second, after = self._second_pass(closure, start, first) if first else ({}, loss)
         with harness.exact():
             for stack in first:
                 self._learn_h(stack, first[stack], second[stack])
+            if taken is not None:
+                self._shorten(taken, loss, after, live)
         harness.end()
         return loss
 
@@ -258,14 +273,14 @@ class KBFGS(Optimizer):
         closure: Callable[[], Tensor],
         start: Any,
         first: dict[Stack, dict[Block, Totals]],
-    ) -> dict[Stack, dict[Block, Totals]]:
-        """Means at the new point, on the same batch with the same dropout masks."""
+    ) -> tuple[dict[Stack, dict[Block, Totals]], Tensor]:
+        """Means and the loss at the new point, on the same batch with the same dropout masks."""
         harness = self._harness
         model = harness.model
         quiet = getattr(model, "no_sync", nullcontext)  # DistributedDataParallel's
         with untouched(model), replayed(model, start), parameters_at_rest(model), quiet():
             with harness.capture.recording(kbfgs_statistics.second, outputs_only=True):
-                _run_again(closure)
+                loss = _run_again(closure)
             second = harness.collected({stack: list(totals) for stack, totals in first.items()})
         for stack, totals in first.items():
             for block, total in totals.items():
@@ -275,7 +290,7 @@ class KBFGS(Optimizer):
                         f"{second[stack][block].rows} rows: both must use the same batch, so "
                         "draw it outside the closure"
                     )
-        return second
+        return second, loss
 
     def _learn_h(
         self, stack: Stack, first: dict[Block, Totals], second: dict[Block, Totals]
@@ -308,15 +323,26 @@ class KBFGS(Optimizer):
         }
         self._harness.count(stack, flags)
 
+    def _shorten(
+        self, taken: step_limit.Taken, loss: Tensor, after: Tensor, live: dict[Stack, list[Block]]
+    ) -> None:
+        harness = self._harness
+        limit = harness.setting("curvature_limit")
+        self.curvature_ratio = step_limit.ratio(taken, loss.detach(), after.detach())
+        kept = step_limit.kept(self.curvature_ratio, limit)
+        step_limit.shorten_(taken, kept)
+        for stack, blocks in live.items():
+            harness.count(stack, {"step shortened": (kept < 1) & stack.mask(blocks)})
+
     def _dampings(self, stack: Stack) -> tuple[float, float]:
         """λ_A and mu_2."""
         split = self._harness.setting("damping_split") if stack.convolutional else "equal"
         return split_damping(stack.group["damping"], split, stack.positions)
 
 
-def _run_again(closure: Callable[[], Tensor]) -> None:
+def _run_again(closure: Callable[[], Tensor]) -> Tensor:
     try:
-        run(closure)
+        return run(closure)
     except Exception as error:
         error.add_note(
             "This was the closure's second call in one step of KBFGS, in which parameters get no "

@@ -10,5 +10,6 @@ STUDIES = (
     "optimizers_compared",
     "equal_seconds",
     "stability",
+    "sharpness_along_training",
     "block_hessian_free",
 )

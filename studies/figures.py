@@ -332,10 +332,14 @@ def _far_apart(axes: Axes, rows: pd.DataFrame) -> bool:
     ends = rows.groupby("optimizer")["step"].max()
     if ends.max() <= 4 * ends.min():
         return False
-    first = float(rows.loc[rows["step"] > 0, "step"].min())
+    first, last = float(rows.loc[rows["step"] > 0, "step"].min()), float(ends.max())
     axes.set_xscale("symlog", linthresh=first, linscale=0.3)
+    decades = range(math.ceil(math.log10(first)), math.floor(math.log10(last)) + 1)
+    # 0 and the first step lie close together: no label between them
+    ticks = [10.0**k for k in decades] if len(decades) > 1 else [first, last]
+    axes.xaxis.set_major_locator(FixedLocator([0.0, *ticks]))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlim(0, 1.2 * float(ends.max()))
+    axes.set_xlim(0, 1.2 * last)
     return True
 
 

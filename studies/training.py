@@ -166,11 +166,19 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
-def _closure(state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]) -> Closure:
-    """Loss and gradient of these examples; `draw` is the batch's own number for augmentation."""
+def _batch(
+    state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of these examples; `draw` is the batch's own number for augmentation."""
     inputs, targets = state.data.train_inputs[rows], state.data.train_targets[rows]
     if settings.problem.augment is not None:
         inputs = settings.problem.augment(inputs, _random(settings.seed, draw))
+    return inputs, targets
+
+
+def _closure(state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]) -> Closure:
+    """Loss and gradient of these examples."""
+    inputs, targets = _batch(state, settings, rows, draw)
 
     def closure() -> Tensor:
         state.optimizer.zero_grad()
@@ -185,6 +193,15 @@ def _random(seed: int, draw: tuple[int, int]) -> torch.Generator:
     """A batch's generator depends on seed and place alone, so that a resumed run draws the same."""
     (mixed,) = np.random.SeedSequence((seed % 2**32, *draw)).generate_state(1)
     return torch.Generator().manual_seed(int(mixed))
+
+
+@torch.no_grad()
+def batch_loss(state: State, settings: Settings) -> float:
+    """Loss of the coming step's batch, with the model as `evaluate` takes it; disturbs nothing."""
+    rows = _rows(state, settings.seed)
+    inputs, targets = _batch(state, settings, rows, (0, state.step))
+    with _finished(state.model):
+        return float(settings.problem.loss(state.model(inputs), targets))
 
 
 @torch.no_grad()

@@ -1,11 +1,14 @@
 """Cross blocks and off-block mass against the dense matrix of the whole partition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
 from diag import Problem, dense, exact
 from diag.cross import block_norms, cross, off_block_share
+from diag.curvatures import dense_block
 
 
 @pytest.fixture
@@ -23,10 +26,25 @@ def mixed():
     return Problem(model, nn.CrossEntropyLoss(), torch.randn(7, 1, 3, 3), torch.randint(3, (7,)))
 
 
+@pytest.fixture
+def narrow():
+    """Two narrow layers of one width, before which a layer's own columns may be condensed."""
+    sizes = (6, 5, 2, 6, 2, 5, 18)
+    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Tanh())), nn.LayerNorm(18))
+    return Problem(model, nn.MSELoss(), torch.randn(7, 6), torch.randn(7, 18))
+
+
 @pytest.mark.parametrize("of", ["hessian", "ggn", "fisher", "empirical_fisher"])
-def test_cross_blocks_equal_parts_of_the_whole(mixed, of):
+@pytest.mark.parametrize("name", ["mixed", "narrow"])
+def test_cross_blocks_equal_parts_of_the_whole(name, of, request):
+    mixed = request.getfixturevalue(name)
     blocks = mixed.blocks()
-    whole = dense(exact.truth(mixed, mixed.group("all", [b.name for b in blocks]), of))
+    for block in blocks:
+        exact.truth(mixed, block, of)  # what a layer's own truth keeps is not for other layers
+    group = mixed.group("all", [b.name for b in blocks])
+    whole = dense_block(mixed, group, of, 1, None).detach()
+    torch.testing.assert_close(dense(exact.truth(mixed, group, of)), whole)
     ends = torch.tensor([0, *(b.d for b in blocks)]).cumsum(0)
     norms = block_norms(mixed, blocks, of)
     scale = whole.abs().max().item()
