@@ -93,9 +93,9 @@ def table(frame: pd.DataFrame) -> dict[str, Any]:
                 found = runs(own, chosen)
                 rows.append([f"{optimizer}: {name}", *_judged(found)])
     caption = (
-        f"A run goes wrong where a batch's loss exceeds {WRONG:g} times its first. The "
-        "threshold is chosen on even seeds (hits less false alarms); the other columns are of odd seeds. steps "
-        "ahead: from the first alarm to the first wrong loss, median and range."
+        f"A run goes wrong where a batch's loss exceeds {WRONG:g} times its first. The threshold "
+        "is chosen on even seeds (hits less false alarms); the other columns are of odd seeds. "
+        "steps ahead: from the first alarm to the first wrong loss, median and range."
     )
     return {"caption": caption, "columns": list(COLUMNS), "rows": rows}
 
