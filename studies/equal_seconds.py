@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from loky import get_reusable_executor
 from rich.progress import Progress
 
 from studies import comparison, problems, records, training
 from studies.optimizers import ONE_SOLVE_A_STEP
+from studies.pools import shared_pool
 from studies.running import running
-from studies.snapshots import LARGE_PAGES, loss_row
+from studies.snapshots import loss_row
 from studies.summaries import number
 
 NAME = "equal_seconds"
@@ -69,7 +69,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 
 def _alone(folder: Path, grid: Grid, name: str) -> str:
-    pool = get_reusable_executor(max_workers=1, env=LARGE_PAGES)
+    pool = shared_pool(1)
     return str(pool.submit(train, folder, grid, name).result())
 
 

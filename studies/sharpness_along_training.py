@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from loky import get_reusable_executor
 from rich.progress import Progress
 from torch import Tensor
 
@@ -25,8 +24,9 @@ from diag import Operator, Problem, exact, live
 from diag.operators import like
 from diag.sharpness import Sharpest, sharpest, side_by_side
 from studies import foretelling, problems, records, training
+from studies.pools import shared_pool
 from studies.running import running
-from studies.snapshots import LARGE_PAGES, loss_row
+from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
 WATCH_ONLY = {"kbfgs": {"curvature_limit": 1e30}, "kbfgs_l": {"curvature_limit": 1e30}}
@@ -73,7 +73,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
         task = progress.add_task(
             "training", total=len(wanted), completed=len(wanted) - len(missing)
         )
-        pool = get_reusable_executor(max_workers=grid.workers, env=LARGE_PAGES)
+        pool = shared_pool(grid.workers)
         pending = {pool.submit(trace, grid, *place): place for place in missing}
         try:
             for future in as_completed(pending):

@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from loky import get_reusable_executor
 from torch import Tensor
 
 from diag import Operator, Problem
 from studies import measuring, problems
 from studies.data import Data
+from studies.pools import shared_pool
 from studies.training import Settings, State, evaluate
-
-# PyTorch asks for large pages: fresh memory costs more than the arithmetic on it otherwise
-LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measure
 
     Taking the next snapshot waits while more than four per worker are queued.
     """
-    pool = get_reusable_executor(max_workers=workers, env=LARGE_PAGES)
+    pool = shared_pool(workers)
     pending: set[Future] = set()
     try:
         for snapshot in snapshots:

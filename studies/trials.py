@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from loky import get_reusable_executor
 from rich.progress import Progress
 
 from studies import problems, records, training
-from studies.snapshots import LARGE_PAGES, loss_row
+from studies.pools import shared_pool
+from studies.snapshots import loss_row
 
 FOLDER = "trials"
 
@@ -116,7 +116,7 @@ def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial
         longest[trial.name] = trial
     missing = [trial for trial in longest.values() if not _is_done(run, trial)]
     yield from (trial for trial in longest.values() if trial not in missing)
-    pool = get_reusable_executor(max_workers=workers, env=LARGE_PAGES)
+    pool = shared_pool(workers)
     pending = {pool.submit(train, trial): trial for trial in reversed(missing)}  # longest first
     try:
         for future in as_completed(pending):

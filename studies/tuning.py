@@ -21,14 +21,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loky import get_reusable_executor
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
 from studies import records, trials
+from studies.pools import shared_pool
 from studies.running import running
 from studies.searches import Search, load_optuna
-from studies.snapshots import LARGE_PAGES
 from studies.tuned import table
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def _queue(
 
 def _work_off(search: Search, folder: Path, count: int) -> Iterator[None]:
     """Have `count` points trained, `search.workers` at once; yields as each has ended."""
-    pool = get_reusable_executor(max_workers=search.workers, env=LARGE_PAGES)
+    pool = shared_pool(search.workers)
     pending = [pool.submit(work, search, folder) for _ in range(count)]
     try:
         for future in as_completed(pending):

@@ -8,6 +8,14 @@ from studies import error_along_training
 from studies.report import write_report
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """Leave the number of threads: with another, sums differ in their last digits."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def demo_results(tmp_path_factory):
     """Results folder of `kronscope demo --tiny --no-dashboard`."""
