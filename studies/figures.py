@@ -46,6 +46,14 @@ ZERO_LOOK: Look = {"color": "0.3", "marker": "$0$", "linestyle": "", "markersize
 INFINITE_LOOK: Look = {"color": "0.3", "marker": r"$\infty$", "linestyle": "", "markersize": 9}
 
 
+class PlainLogFormatter(LogFormatter):
+    """Labels the ticks that its parent would, as 0.4 in place of 4e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of one tick; empty for those left out."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts layer 10 after layer 2."""
     return [(0, int(p)) if p.isdigit() else (1, p) for p in re.findall(r"\d+|\D+", name)]
@@ -295,7 +303,7 @@ def _scale(axes: Axes, values: pd.Series, metric: str = "") -> None:
     if sizes.min() > 0 and sizes.max() > span * sizes.min():
         axes.set_yscale("log")
         axes.set_ylim(sizes.min() / 1.6, sizes.max() * 1.6)  # intervals may reach down to 0
-        axes.yaxis.set_minor_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(PlainLogFormatter())
     elif sizes.min() < 0 and sizes.abs().max() > 2:
         axes.set_yscale("symlog", linthresh=0.1)
     else:

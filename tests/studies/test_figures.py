@@ -51,6 +51,29 @@ def test_loss_curves_have_a_panel_per_loss_and_a_line_per_optimizer(frame):
     assert figure.axes[0].get_yscale() == "log"
 
 
+def test_losses_below_one_and_steps_far_apart_have_labels_that_can_be_read(frame):
+    rows = frame[frame["metric"] == "train_loss"].copy()
+    few, many = (rows[rows["optimizer"] == name].copy() for name in ("adam", "kfac"))
+    few["value"], many["value"] = [2.3, 0.5, 0.3], [2.3, 0.9, 0.4]
+    few["step"], many["step"] = [0, 60, 120], [0, 600, 1200]
+    (axes,) = rendered(figures.loss_curves(pd.concat([few, many]))).axes
+    shown = [text.get_text() for text in axes.get_yticklabels(minor=True)]
+    assert {"0.3", "0.4", "2"} <= set(shown)
+    assert not any("e" in text for text in shown)
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "100", "1000"]
+
+
+def test_published_curves_are_pale_and_have_no_seconds(frame):
+    rows = frame[frame["metric"] == "train_loss"]
+    theirs = rows[rows["optimizer"] == "kfac"].assign(optimizer="kfac, published", seconds=np.nan)
+    both = pd.concat([rows, theirs])
+    ours, pale = (figures.looks(both["optimizer"])[n] for n in ("kfac", "kfac, published"))
+    assert ours["color"] == pale["color"]
+    assert pale["alpha"] < 0.5 < pale["linewidth"] / ours["linewidth"]
+    assert "kfac, published" in legend(rendered(figures.loss_curves(both)))
+    assert "kfac, published" not in legend(rendered(figures.loss_curves(both, "seconds")))
+
+
 def test_losses_and_accuracies_by_epoch_and_by_seconds(frame):
     rows = frame[frame["metric"] == "train_loss"].copy()
     rows["metric"] = "train_accuracy"
