@@ -48,8 +48,8 @@ def sharpest(
 
     Raises: NotPositiveDefiniteError (a ValueError) where P shows on the vectors met that it is
     not; ValueError where C or P is not finite.
-    Source: Parlett 1998, section 15.11 (Lanczos for a pair); as a measure of stability Cohen et al.
-    2022, arXiv:2207.14484 ("preconditioned sharpness").
+    Source: Parlett 1998, "The symmetric eigenvalue problem", chapter 15 (Lanczos for a pair); as a
+    measure of stability Cohen et al. 2022, arXiv:2207.14484 ("preconditioned sharpness").
 
     >>> from diag.operators import Diagonal
     >>> C, P = Diagonal(torch.tensor([3.0, 1.0, -9.0])), Diagonal(torch.tensor([1.0, 5.0, 1.0]))

@@ -52,7 +52,8 @@ def taken(
     for p, start in before.items():
         d = (p - start).flatten()
         assert p.grad is not None
-        slope.append(torch.dot(p.grad.flatten().to(d.dtype), d))
+        gradient = p.grad.nan_to_num(0.0, 0.0, 0.0)  # a layer with such a gradient did not move
+        slope.append(torch.dot(gradient.flatten().to(d.dtype), d))
         planned.append(-torch.dot(momenta[p].flatten().to(d.dtype), d))
     return Taken(before, momenta, torch.stack(slope).sum(), torch.stack(planned).sum())
 

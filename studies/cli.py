@@ -53,7 +53,10 @@ def demo(
 def study(
     name: Annotated[
         str,
-        typer.Argument(help="error_along_training, optimizers_compared or block_hessian_free."),
+        typer.Argument(
+            help="error_along_training, optimizers_compared, equal_seconds, stability, "
+            "sharpness_along_training or block_hessian_free."
+        ),
     ],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
     problem: Annotated[
@@ -80,6 +83,15 @@ def study(
     seconds: Annotated[
         str | None, typer.Option(help="Seconds of training to rank at, with commas between.")
     ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of a training, in studies that count in steps.")
+    ] = None,
+    layers_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of each layer; 0 for none.")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Training examples that a study measures curvature on.")
+    ] = None,
     lr_factors: Annotated[
         str | None, typer.Option(help="Tuned: times the recommended lr, with commas between.")
     ] = None,
@@ -101,6 +113,7 @@ def study(
     """Run a study and write its report."""
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
     given |= {"spares": spares, "longer": longer, "workers": workers}
+    given |= {"steps": steps, "layers_every": layers_every, "examples": examples}
     given["seconds"] = numbers("seconds", seconds)
     given["lr_factors"] = numbers("lr-factors", lr_factors)
     given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)

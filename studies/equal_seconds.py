@@ -25,7 +25,6 @@ from studies.summaries import number
 
 NAME = "equal_seconds"
 POINTS = 24  # evaluations on a curve, evenly spread over the logarithm of the seconds
-FOREVER = 10**6  # epochs: the seconds end a training
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def train(folder: Path, grid: Grid, name: str) -> str:
     """
     torch.set_num_threads(os.cpu_count() or 1)
     problem = problems.get(grid.problem)
-    settings = training.Settings(problem, name, FOREVER, grid.seed)
+    settings = training.Settings(problem, name, training.FOREVER, grid.seed)
     shared = {"run": folder.name, "study": NAME, "problem": problem.name, "optimizer": name}
     rows: list[dict[str, Any]] = []
     try:

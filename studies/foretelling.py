@@ -4,6 +4,8 @@ A run is foretold where the number exceeds the threshold at some step before the
 false alarm is a run in which it does and that never goes wrong. The threshold with the greatest
 difference of the two shares (Youden's J) is chosen on the runs of even seeds and judged on the odd
 ones: none is judged by what it was chosen on.
+
+Source of J: Youden 1950, "Index for rating diagnostic tests".
 """
 
 from collections.abc import Mapping, Sequence

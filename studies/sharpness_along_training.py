@@ -32,7 +32,6 @@ NAME = "sharpness_along_training"
 WATCH_ONLY = {"kbfgs": {"curvature_limit": 1e30}, "kbfgs_l": {"curvature_limit": 1e30}}
 ENOUGH = 0.05  # relative residual; the value's own error is far below it
 PRODUCTS = 24
-FOREVER = 10**6
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def trace(grid: Grid, optimizer: str, seed: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     problem = problems.get(grid.problem)
     hyper = dict(WATCH_ONLY.get(optimizer, {}))
-    settings = training.Settings(problem, optimizer, FOREVER, seed, hyper=hyper)
+    settings = training.Settings(problem, optimizer, training.FOREVER, seed, hyper=hyper)
     rows: list[dict[str, Any]] = []
     try:
         for place, found in _measured(grid, settings):

@@ -20,6 +20,7 @@ from studies.problems import TrainingProblem
 
 Closure = Callable[[], Tensor]
 
+FOREVER = 10**6  # epochs of a training that something else ends
 DIVERGED_AT = 100.0  # times the first loss: far beyond what any run recovered from
 
 

@@ -134,6 +134,25 @@ def test_a_shortened_step_lies_on_the_published_one_and_teaches_the_same():
         assert torch.equal(P.right, limited.preconditioner()[name].right)
 
 
+def test_a_layer_without_a_finite_gradient_hides_nothing_of_the_others():
+    """It does not move; the others' step is shortened by the ratio of theirs."""
+    model, opt, _ = train(1e-3, steps=6)
+    last = model[-1]
+    still, before = last.weight.detach().clone(), flat(model)
+    closure = closure_of(opt, model, DATA[6])
+
+    def broken():
+        loss = closure()
+        if last.weight.grad is not None:
+            last.weight.grad.fill_(float("nan"))
+        return loss
+
+    opt.step(broken)
+    assert torch.equal(last.weight, still)
+    assert 0 < opt.curvature_ratio.item() < float("inf")
+    assert not torch.equal(flat(model), before)
+
+
 def test_it_holds_where_the_published_algorithm_diverges():
     """Learning rates far too large: the loss still falls, and every parameter stays finite."""
     for settings in ({}, {"history": 3}):

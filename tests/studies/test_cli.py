@@ -90,6 +90,17 @@ def test_report_is_written_again(demo_run):
     assert (demo_run / "report.html").is_file()
 
 
+def test_study_of_sharpness_takes_its_sizes(tmp_path):
+    words = ("study", "sharpness_along_training", "--tiny", "--optimizers", "kbfgs")
+    sizes = ("--seeds", 1, "--steps", 3, "--layers-every", 1, "--examples", 8)
+    assert invoke(*words, *sizes, "--results", tmp_path).exit_code == 0
+    found = records.read(next(tmp_path.iterdir()))
+    assert set(found["step"]) == {0, 1, 2}
+    sharpness = found[found["metric"] == "sharpness"]
+    assert set(sharpness["n"]) == {8}
+    assert set(sharpness["block"]) > {"", "0"}  # the whole, and layers
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
