@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from optim import HessianFree
 from studies import problems
+from studies.bench_products import counter
 from studies.bench_step import YARDSTICK, prepared, threads
 from studies.problems import TrainingProblem
 
@@ -131,9 +131,9 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _flops(function: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with counter() as count:
         function()
-    return counter.get_total_flops()
+    return count.get_total_flops()
 
 
 def _table(costs: list[Cost], title: str) -> Table:

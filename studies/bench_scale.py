@@ -19,13 +19,13 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from diag import Estimate, Operator, Problem, exact, live
 from diag.problem import Block
 from diag.rank_curve import best_kronecker_curve
 from diag.registry import approximation, metric
 from studies import data, networks, problems, training
+from studies.bench_products import counter
 
 EPOCHS = 3
 BUILT = ("kfac", "mini_block", "diagonal")
@@ -135,14 +135,14 @@ def measured_resnet(examples: int) -> Measured:
 
 def timed(title: str, measure: Callable[[], dict[str, dict[str, str]]]) -> Measured:
     """Run a measurement, count its matrix products, and time large ones before and after."""
-    before, counter = rate_of_products(), FlopCounterMode(display=False)
+    before, count = rate_of_products(), counter()
     start = time.perf_counter()
-    with counter:
+    with count:
         found = measure()
     seconds = time.perf_counter() - start
     rate = (before + rate_of_products()) / 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Measured(title, found, seconds, counter.get_total_flops(), rate, peak)
+    return Measured(title, found, seconds, count.get_total_flops(), rate, peak)
 
 
 def rate_of_products(size: int = 2048, repeats: int = 8) -> float:

@@ -28,7 +28,8 @@ def table(
         ends = pd.DataFrame([end(run, epochs) for run in own]).median()
         values = [number(ends[metric]) for metric in METRICS]
         each = number(1e3 * seconds_per_update(own))
-        rows.append([name, settings[name], f"{ends['step']:g}", *values, each])
+        updates = "–" if np.isnan(ends["step"]) else f"{ends['step']:g}"
+        rows.append([name, settings[name], updates, *values, each])
     kept = [i for i in range(len(COLUMNS)) if any(row[i] != "–" for row in rows)]
     count = len(next(iter(runs.values())))
     return {
@@ -58,19 +59,25 @@ def fewer_updates(small: Sequence[Run], block: Sequence[Run]) -> str:
 
 
 def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]]) -> str:
-    """Block HF does at least as well as plain HF at every curvature batch; (plain, block) each."""
+    """Block HF does at least as well as plain HF at every curvature batch; (plain, block) each.
+
+    A batch at which both diverge compares nothing.
+    """
     parts, good = [], []
     for size, (plain, block) in pairs.items():
         losses = [
             [median(_losses(run, metric)[-1] for run in own) for own in (block, plain)]
             for metric in METRICS[:2]
         ]
+        if np.isinf(losses).all():
+            parts.append(f"{size}: both diverged")
+            continue
         good += [mine <= other for mine, other in losses]
         (a, b), (c, d) = losses
         parts.append(f"{size}: {a:.4g} to {b:.4g} in training, {c:.4g} to {d:.4g} in test")
     return (
-        f"{verdict(all(good))}: block HF does at least as well as plain HF at each curvature batch "
-        f"size. In {sum(good)} of {len(good)} losses; {'; '.join(parts)}."
+        f"{verdict(bool(good) and all(good))}: block HF does at least as well as plain HF at each "
+        f"curvature batch size. In {sum(good)} of {len(good)} losses; {'; '.join(parts)}."
     )
 
 

@@ -47,6 +47,17 @@ def test_what_kfac_keeps(x):
     assert cost.floats == pytest.approx(floats / PARAMETERS, rel=0.2)  # and some counters
 
 
+def test_what_kfac_multiplies(x):
+    """SGD's products, one more backward to activations, two moments in place, and G⁻¹ M A⁻¹."""
+    layers, n = [(7, 12), (3, 7), (7, 3), (12, 7)], len(x)
+    sgd = bench_step.measured("sgd", SMALL, x, x, rounds=1).flops
+    backward = sum(2 * n * o * i for o, i in layers[1:])
+    moments = sum(2 * n * (o * o + i * i) for o, i in layers)
+    sandwich = sum(2 * o * (i + 1) * (o + i + 1) for o, i in layers)
+    cost = bench_step.measured("kfac", SMALL, x, x, rounds=1)
+    assert cost.flops == sgd + backward + moments + sandwich
+
+
 def test_a_period_holds_one_refresh_and_no_more(x):
     one_step, kfac = bench_step.prepared("kfac", SMALL, x, x)
     bench_step._skip_to(kfac, bench_step.PAST)

@@ -90,6 +90,12 @@ def test_not_worse_than_plain():
     said = claims.not_worse_than_plain({8: ([worse], [better]), 4: ([worse], [odd])})
     assert said.startswith("does not hold")
     assert "In 3 of 4 losses; 8: 2 to 2.5 in training, 3 to 3.5 in test" in said
+    lost = a_run([9.0, 8.0], ended="the loss is not finite")
+    said = claims.not_worse_than_plain({8: ([worse], [better]), 4: ([lost], [lost])})
+    assert said.startswith("holds")
+    assert "In 2 of 2 losses;" in said
+    assert said.endswith("4: both diverged.")
+    assert claims.not_worse_than_plain({4: ([lost], [lost])}).startswith("does not hold")
 
 
 def test_costs_and_late_rise():
