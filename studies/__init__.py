@@ -10,6 +10,7 @@ STUDIES = (
     "optimizers_compared",
     "equal_seconds",
     "stability",
+    "cures",
     "sharpness_along_training",
     "block_hessian_free",
 )

@@ -55,7 +55,7 @@ def study(
         str,
         typer.Argument(
             help="error_along_training, optimizers_compared, equal_seconds, stability, "
-            "sharpness_along_training or block_hessian_free."
+            "cures, sharpness_along_training or block_hessian_free."
         ),
     ],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
@@ -64,6 +64,9 @@ def study(
     ] = None,
     optimizers: Annotated[
         str | None, typer.Option(help="Names with commas between; the study's own unless given.")
+    ] = None,
+    cures: Annotated[
+        str | None, typer.Option(help="Names with commas between, of the study of cures.")
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a training; the problem's unless given.")
@@ -119,6 +122,7 @@ def study(
     given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)
     given["damping_factors"] = numbers("damping-factors", damping_factors)
     given["optimizers"] = tuple(optimizers.split(",")) if optimizers else None
+    given["cures"] = tuple(cures.split(",")) if cures else None
     chosen = {option: value for option, value in given.items() if value is not None}
     run_study(name, tiny, results, resume, **chosen)
 

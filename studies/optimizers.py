@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import optim
+from studies import kbfgs_variants
 from studies.problems import TrainingProblem
 
 Factory = Callable[..., torch.optim.Optimizer]
@@ -57,6 +58,9 @@ OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds()
     ),
 }
 
+# of use in one study only, which gives them all of their settings
+VARIANTS = {name: _factory(kind) for name, kind in kbfgs_variants.VARIANTS.items()}
+
 # a step is worth tens of gradients: these have a bench and a study of their own
 HESSIAN_FREE = ("hessian_free", "block_hessian_free")
 ONE_SOLVE_A_STEP = tuple(name for name in OPTIMIZERS if name not in HESSIAN_FREE)
@@ -69,10 +73,11 @@ def make(
 
     Raises: ValueError listing the known names, or naming a hyper-parameter it does not take.
     """
-    if name not in OPTIMIZERS:
+    known = OPTIMIZERS | VARIANTS
+    if name not in known:
         raise ValueError(f"no optimizer '{name}'; known: {sorted(OPTIMIZERS)}")
     settings = {**problem.optimizers.get(name, {}), **hyper}
     try:
-        return OPTIMIZERS[name](model, problem, **settings)
+        return known[name](model, problem, **settings)
     except TypeError as error:
         raise ValueError(f"optimizer '{name}' does not take {settings}: {error}") from error

@@ -1,0 +1,152 @@
+"""The study of cures: variants do what they say, and the table counts what became of trainings."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.progress import Progress
+from torch import nn
+from torch.nn import functional as F
+
+from optim import KBFGS
+from studies import cures, kbfgs_variants, problems, records
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 8))
+
+
+DATA = [torch.rand(20, 8, generator=torch.Generator().manual_seed(k)) for k in range(6)]
+
+
+def closure_of(opt, model, x):
+    def closure():
+        opt.zero_grad()
+        loss = F.mse_loss(model(x), x, reduction="sum") / len(x)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def flat(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def train(kind, steps=4, **settings):
+    model = autoencoder()
+    opt = kind(model, **settings)
+    points = [flat(model)]
+    for x in DATA[:steps]:
+        opt.step(closure_of(opt, model, x))
+        points.append(flat(model))
+    return model, opt, points
+
+
+def test_undoing_goes_back_where_the_loss_rose():
+    model, opt, _ = train(kbfgs_variants.Undoing, curvature_limit=1.0)
+    saved = copy.deepcopy(model.state_dict())
+    x, before = DATA[4], flat(model)
+    for lr, moves in ((1e-3, True), (1e4, False)):
+        model.load_state_dict(saved)
+        opt.param_groups[0]["lr"] = lr
+        H_g = opt.preconditioner()["0"].left.clone()
+        opt.step(closure_of(opt, model, x))
+        assert torch.equal(flat(model), before) != moves
+        momentum = opt.state[model[0].weight]["momentum"]
+        assert bool(momentum.any()) == moves
+        assert not torch.equal(opt.preconditioner()["0"].left, H_g)  # the pair is kept
+
+
+def test_a_shortened_step_with_its_whole_momentum():
+    settings = {"lr": 0.3, "curvature_limit": 1e-3}
+    (_, ours, a), (_, other, b) = (
+        train(kind, 1, **settings) for kind in (KBFGS, kbfgs_variants.StepOnly)
+    )
+    assert torch.equal(a[1], b[1])
+    M, m = (next(iter(state["momentum"] for state in opt.state.values())) for opt in (other, ours))
+    torch.testing.assert_close(m / M, torch.full_like(m, (m / M).flatten()[0].item()))
+    assert (m.norm() < 0.5 * M.norm()).item()
+
+
+def test_the_ramp():
+    _, ramped, points = train(kbfgs_variants.Ramped, 3, lr=0.3, momentum=0.0)
+    _, _, whole = train(KBFGS, 1, lr=0.3, momentum=0.0)
+    step = (whole[1] - whole[0]) / kbfgs_variants.RAMP
+    torch.testing.assert_close(points[1] - points[0], step, rtol=1e-4, atol=1e-8)
+    assert ramped.param_groups[0]["lr"] == pytest.approx(0.3 * 3 / kbfgs_variants.RAMP)
+
+
+def test_the_scaled_start_makes_the_first_secant_scale_right():
+    """γ y · y = s · y: what the first update of H_g starts from maps y to the length along s."""
+    model = autoencoder()
+    opt = kbfgs_variants.ScaledStart(model, lr=0.3)
+    met = []
+    inner = KBFGS._learn_h
+
+    def watched(self, stack, first, second):
+        met.append(stack["H_g"].clone())
+        inner(self, stack, first, second)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KBFGS, "_learn_h", watched)
+        opt.step(closure_of(opt, model, DATA[0]))
+    for H_g, stack in zip(met, opt._harness.stacks, strict=True):
+        s, y = stack["s"], stack["y"]  # the averages after one step: one scale for both
+        eye = torch.eye(H_g.shape[-1])
+        torch.testing.assert_close(H_g, (s * y).sum() / (y * y).sum() * eye[None])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    with Progress(disable=True) as progress:
+        return cures.run(cures.TINY, tmp_path_factory.mktemp("results"), progress)
+
+
+def test_a_run(done):
+    header, frame = records.read_header(done), records.read(done)
+    assert set(frame["optimizer"]) == {"published", *cures.TINY.cures}
+    assert header["question"].startswith("What keeps K-BFGS from diverging")
+    assert [row[0] for row in header["comparison"]["rows"]] == ["published", *cures.TINY.cures]
+    assert header["comparison"]["rows"][0][-1] == "1.00"
+    assert len(list((done / "trials").iterdir())) == 8
+
+
+def test_every_cure_can_be_built():
+    problem = problems.get("digits-autoencoder-small")
+    for name in cures.CURES:
+        (trial,) = cures._trials(cures.Grid(problem.name, seeds=1), name)
+        assert trial.optimizer in {"kbfgs", *kbfgs_variants.VARIANTS}
+    third = dict(cures._trials(cures.Grid(problem.name, seeds=1), "lr a third")[0].settings)
+    assert third["lr"] == pytest.approx(problem.optimizers["kbfgs"]["lr"] / 3)
+
+
+def a_run(end, seconds=1.0, last_step=-1):
+    rows = [
+        {"step": k, "epoch": k, "seconds": k * seconds, "metric": "train_loss", "value": v}
+        for k, v in enumerate((9.0, end))
+    ]
+    ended = "the loss is not finite" if last_step >= 0 else ""
+    return pd.DataFrame(rows[: 1 if ended else 2]).assign(ended=ended, last_step=last_step)
+
+
+def test_the_table():
+    frames = {
+        "published": [a_run(4.0), a_run(0.0, last_step=7), a_run(6.0), a_run(10.0)],
+        "limit 10": [a_run(5.0, 1.1), a_run(2.0), a_run(0.0, last_step=9), a_run(3.0)],
+    }
+    published, limited = cures.table(frames, cures.Grid(seeds=4))["rows"]
+    assert published[1].startswith("2 of 4 ")
+    assert published[2:] == ["7 (7–7)", "5.00", "5.00", "1.00"]
+    assert limited[1].startswith("1 of 4 ")
+    assert limited[2:] == ["9 (9–9)", "3.00", "5.00", "1.10"]
+
+
+def test_an_unknown_cure(tmp_path):
+    grid = cures.Grid("digits-autoencoder-small", ("prayer",))
+    with pytest.raises(ValueError, match=r"no cure \['prayer'\]; known: \['published', "):
+        cures.run(grid, tmp_path, Progress(disable=True))
+    assert not np.any([path.is_file() for path in tmp_path.rglob("*")])
