@@ -72,7 +72,8 @@ class KBFGS(Optimizer):
     curvature_limit: None for the published algorithm. c > 0, ours: where the loss curves along the
         step c times more than planned, step and M are shortened to that (`optim.step_limit`; what
         the step taught H_g stays). The closure must return the loss whose gradient it makes. The
-        attribute `curvature_ratio` is how many times it was in the last step, a tensor.
+        attribute `curvature_ratio` is how many times it was in the last step, a tensor; None of
+        one that updated nothing.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     A Linear layer's A = E[Σ ã ãᵀ] is a running average (over positions it sums); H_g learns from
@@ -156,6 +157,7 @@ class KBFGS(Optimizer):
         missing or do not fit, and under a GradScaler.
         """
         closure, harness = checks.needed(closure), self._harness
+        self.curvature_ratio = None
         refuse_scaler(self)
         distributed.wrapped(harness.model, "KBFGS")
         start, update = random_state(harness.model), self._updates()

@@ -61,12 +61,14 @@ def taken(
 def ratio(step: Taken, before: Tensor, after: Tensor) -> Tensor:
     """κ = d·H d / ⟨M, −d⟩, negative where the loss curves downwards; ∞ where it became infinite.
 
-    before, after: the loss at both ends of the step, on the same batch. A difference within their
-    rounding is none. 0 for a step that plans with no curvature and meets none (M = 0).
+    before, after: the loss at both ends of the step, on the same batch; of several processes each
+    has its own, and all take the mean. A difference within their rounding is none. 0 for a step
+    that plans with no curvature and meets none (M = 0).
     """
+    ends = torch.stack([before, after])
+    distributed.add_up_(ends)
+    before, after = ends / distributed.size()
     rise = after - before
-    distributed.add_up_(rise)
-    rise = rise / distributed.size()
     noise = ROUNDING * torch.finfo(rise.dtype).eps * before.abs()
     met = 2 * (rise - step.slope - noise).to(step.planned.dtype)
     found = torch.where(met > 0, met / step.planned.clamp(min=0), met / step.planned)

@@ -26,6 +26,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "kbfgs": Recipe("KBFGS", {}),
     "kbfgs-l": Recipe("KBFGS", {"history": 3}),
+    "kbfgs-limited": Recipe("KBFGS", {"curvature_limit": 0.5}),  # so low that it is met often
     "kfac": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "kfac-empirical": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}),
     "kfac-pi": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "pi": True, "refresh_every": 2}),
