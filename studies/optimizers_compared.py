@@ -113,11 +113,16 @@ def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:
 
 
 def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
-    """Train all candidates; {optimizer: the best of its own}."""
+    """Train all candidates; {optimizer: the best of its own}. One alone needs no training."""
     own = {name: candidates(grid, name) for name in grid.optimizers}
-    trials.complete_all(folder, itertools.chain(*own.values()), grid.workers, "tuning", progress)
-    losses = {name: [trials.loss_at_the_end(folder, t) for t in own[name]] for name in own}
-    return {name: own[name][int(np.argmin(losses[name]))] for name in own}
+    several = itertools.chain(*(found for found in own.values() if len(found) > 1))
+    trials.complete_all(folder, several, grid.workers, "tuning", progress)
+    best = {name: found[0] for name, found in own.items()}
+    for name, found in own.items():
+        if len(found) > 1:
+            losses = [trials.loss_at_the_end(folder, trial) for trial in found]
+            best[name] = found[int(np.argmin(losses))]
+    return best
 
 
 @dataclass(frozen=True)
