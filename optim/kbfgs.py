@@ -328,13 +328,15 @@ class KBFGS(Optimizer):
     def _shorten(
         self, taken: step_limit.Taken, loss: Tensor, after: Tensor, live: dict[Stack, list[Block]]
     ) -> None:
-        harness = self._harness
-        limit = harness.setting("curvature_limit")
-        self.curvature_ratio = step_limit.ratio(taken, loss.detach(), after.detach())
-        kept = step_limit.kept(self.curvature_ratio, limit)
+        kept = self._kept(taken, loss.detach(), after.detach())
         step_limit.shorten_(taken, kept)
         for stack, blocks in live.items():
-            harness.count(stack, {"step shortened": (kept < 1) & stack.mask(blocks)})
+            self._harness.count(stack, {"step shortened": (kept < 1) & stack.mask(blocks)})
+
+    def _kept(self, taken: step_limit.Taken, loss: Tensor, after: Tensor) -> Tensor:
+        """The share of the step that stays, from the loss at both of its ends."""
+        self.curvature_ratio = step_limit.ratio(taken, loss, after)
+        return step_limit.kept(self.curvature_ratio, self._harness.setting("curvature_limit"))
 
     def _dampings(self, stack: Stack) -> tuple[float, float]:
         """λ_A and mu_2."""

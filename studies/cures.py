@@ -89,7 +89,9 @@ def _trials(grid: Grid, name: str) -> list[Trial]:
 
 def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> dict[str, Any]:
     """{"caption", "columns", "rows"}: a row per cure; frames as `trials.read` returns them."""
-    ends = {name: [_end(frame, grid.epochs) for frame in own] for name, own in frames.items()}
+    ends = {
+        name: [trials.fell(frame, grid.epochs) for frame in own] for name, own in frames.items()
+    }
     anyway = [k for k, (loss, _) in enumerate(ends[PUBLISHED]) if np.isfinite(loss)]
     rows = []
     for name, own in ends.items():
@@ -115,15 +117,6 @@ def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> dict[str,
     )
     columns = ["cure", "diverged", "at step", "train loss", "where published converges", "time"]
     return {"caption": caption, "columns": columns, "rows": rows}
-
-
-def _end(frame: pd.DataFrame, epochs: int) -> tuple[float, float]:
-    """Training loss and seconds at the end; infinite where it did not get there or did not fall."""
-    rows = frame[frame["metric"] == "train_loss"]
-    last = rows[rows["epoch"] == epochs]
-    if last.empty or not last["value"].iloc[0] < rows["value"].iloc[0]:
-        return np.inf, np.nan
-    return float(last["value"].iloc[0]), float(last["seconds"].iloc[0])
 
 
 def _middle(values: np.ndarray) -> str:

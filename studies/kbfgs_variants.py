@@ -1,7 +1,7 @@
 """K-BFGS with cures of its divergence other than `KBFGS(curvature_limit=)`, to be compared with it.
 
-None of them is offered as an optimizer: what they are worth is in docs/stability.md. They look at
-the second evaluation as KBFGS does when it has a limit, so they are built with one.
+None of them is offered as an optimizer: `studies.cures` finds what they are worth. Those that look
+at the loss of the second evaluation are built with a limit, as KBFGS must be to do so.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,8 @@ Live = dict[Stack, list[Block]]
 class Undoing(KBFGS):
     """Goes back where the loss on the same batch rose or is not finite, and clears the momentum."""
 
-    def _shorten(self, taken: step_limit.Taken, loss: Tensor, after: Tensor, live: Live) -> None:
-        falls = after <= loss
-        step_limit.shorten_(taken, falls.to(loss.dtype))
-        for stack, blocks in live.items():
-            self._harness.count(stack, {"step shortened": ~falls & stack.mask(blocks)})
+    def _kept(self, _: step_limit.Taken, loss: Tensor, after: Tensor) -> Tensor:
+        return (after <= loss).to(loss.dtype)
 
 
 class StepOnly(KBFGS):

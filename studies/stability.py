@@ -87,9 +87,9 @@ def outcome(folder: Path, own: Sequence[Trial]) -> dict[str, Any]:
     """
     steps, losses = [], []
     for trial in own:
-        frame, end = trials.read(folder, trial), trials.loss_at_the_end(folder, trial)
-        begun = frame.loc[frame["metric"] == "train_loss", "value"].iloc[0]
-        if end < begun:
+        frame = trials.read(folder, trial)
+        end, _ = trials.fell(frame, trial.epochs)
+        if np.isfinite(end):
             losses.append(end)
         elif frame["ended"].iloc[0]:
             steps.append(int(frame["last_step"].iloc[0]))

@@ -117,7 +117,8 @@ def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial
     missing = [trial for trial in longest.values() if not _is_done(run, trial)]
     yield from (trial for trial in longest.values() if trial not in missing)
     pool = shared_pool(workers)
-    pending = {pool.submit(train, trial): trial for trial in reversed(missing)}  # longest first
+    by_length = sorted(missing, key=lambda trial: trial.epochs, reverse=True)  # else as they came
+    pending = {pool.submit(train, trial): trial for trial in by_length}
     try:
         for future in as_completed(pending):
             trial = pending[future]
@@ -169,6 +170,15 @@ def read(run: Path, trial: Trial) -> pd.DataFrame:
     """The rows of a trial up to its epochs, as `train` returns them."""
     frame = pd.read_parquet(_path(run, trial))
     return frame[frame["epoch"] <= trial.epochs]
+
+
+def fell(frame: pd.DataFrame, epochs: int) -> tuple[float, float]:
+    """Training loss and seconds after the epochs; (inf, NaN) where it is no lower than at first."""
+    rows = frame[frame["metric"] == "train_loss"]
+    last = rows[rows["epoch"] == epochs]
+    if last.empty or not last["value"].iloc[0] < rows["value"].iloc[0]:
+        return np.inf, np.nan
+    return float(last["value"].iloc[0]), float(last["seconds"].iloc[0])
 
 
 def loss_at_the_end(run: Path, trial: Trial) -> float:

@@ -1,6 +1,7 @@
 """The study of cures: variants do what they say, and the table counts what became of trainings."""
 
 import copy
+from concurrent.futures import Future
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from optim import KBFGS
-from studies import cures, kbfgs_variants, problems, records
+from studies import cures, kbfgs_variants, problems, records, trials
 
 
 def autoencoder():
@@ -143,6 +144,33 @@ def test_the_table():
     assert published[2:] == ["7 (7–7)", "5.00", "5.00", "1.00"]
     assert limited[1].startswith("1 of 4 ")
     assert limited[2:] == ["9 (9–9)", "3.00", "5.00", "1.10"]
+
+
+class Recording:
+    """A pool that does what it is given at once, and notes it."""
+
+    def __init__(self):
+        self.given = []
+
+    def submit(self, _, trial):
+        self.given.append((trial.optimizer, trial.seed, trial.epochs))
+        future = Future()
+        future.set_result(a_run(1.0).assign(epochs=trial.epochs))
+        return future
+
+
+def test_trials_come_in_order_the_longest_first(tmp_path, monkeypatch):
+    pool = Recording()
+    monkeypatch.setattr(trials, "shared_pool", lambda _: pool)
+    wanted = [
+        trials.Trial("p", name, (), seed, epochs)
+        for seed, epochs in ((0, 1), (1, 1), (2, 3))
+        for name in ("a", "b")
+    ]
+    assert len(list(trials.complete(tmp_path, wanted, 1))) == 6
+    assert [(name, seed) for name, seed, _ in pool.given] == [
+        (name, seed) for seed in (2, 0, 1) for name in ("a", "b")
+    ]
 
 
 def test_an_unknown_cure(tmp_path):

@@ -56,7 +56,7 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
 def test_what_counts_as_diverged(monkeypatch):
     def curve(values, ended="", last_step=-1):
         rows = {"metric": "train_loss", "value": values, "epoch": range(len(values))}
-        return pd.DataFrame(rows).assign(ended=ended, last_step=last_step)
+        return pd.DataFrame(rows).assign(seconds=0.0, ended=ended, last_step=last_step)
 
     curves = [
         curve([9.0, 5.0]),
