@@ -2,9 +2,10 @@
 
 Before each step the greatest eigenvalue of lr P H is found by products alone (`diag.sharpness`),
 with P the optimizer's preconditioner and H the exact Hessian or GGN of some training examples: of
-the whole model, and now and then layer by layer. Beside it stand the loss of the coming batch and,
-of an optimizer that sees it for nothing, the curvature ratio of the last step. Then a threshold on
-each is chosen on half of the seeds and judged on the others.
+the whole model, and now and then layer by layer, with what each factor and pair of a layer is worth
+(`studies.layer_health`) and how much of the possible decrease a step takes. Beside it stand the
+loss of the coming batch and, of an optimizer that sees it for nothing, the curvature ratio of the
+last step. Then a threshold on each is chosen on half of the seeds and judged on the others.
 """
 
 import dataclasses
@@ -18,27 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from torch import Tensor
 
-from diag import Operator, Problem, exact, live
-from diag.operators import like
-from diag.sharpness import Sharpest, sharpest, side_by_side
-from studies import foretelling, problems, records, training
+from studies import edge, foretelling, layer_health, problems, records, training
+from studies.edge import Searches, see
+from studies.layer_health import Pairs
 from studies.pools import shared_pool
 from studies.running import running
 from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
 WATCH_ONLY = {"kbfgs": {"curvature_limit": 1e30}, "kbfgs_l": {"curvature_limit": 1e30}}
-ENOUGH = 0.05  # relative residual; the value's own error is far below it
-PRODUCTS = 24
 
 
 @dataclass(frozen=True)
 class Grid:
     """What the study runs over.
 
-    steps: of every training. layers_every: steps between measurements layer by layer, 0 for none.
+    steps: of every training. layers_every: steps between measurements layer by layer and of the
+    step's efficiency, 0 for none.
     examples: the first so many of the training set, for the curvature.
     """
 
@@ -122,7 +120,7 @@ def _measured(
     grid: Grid, settings: training.Settings
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Before each step: (step, epoch, seconds), and rows of what was measured."""
-    edge, first = _Edge(grid), np.nan
+    measure, first = _Measuring(grid, settings), np.nan
     for state in training.steps(settings):
         if state.step >= grid.steps:
             return
@@ -134,69 +132,34 @@ def _measured(
             found.append(loss_row("curvature_ratio", float(ratio)))
         wrong = not loss <= foretelling.WRONG * first
         if state.step and not wrong:
-            found += edge.rows(state, settings.problem)
+            found += measure.rows(state)
         yield {"step": state.step, "epoch": state.epoch, "seconds": state.seconds}, found
         if wrong:
             return
 
 
-class _Edge:
-    """Sharpness from step to step: each search starts from the vector that the last one found."""
+class _Measuring:
+    """What is measured at a step; keeps what the next step's measurements start from."""
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.starts: dict[tuple[str, str], Tensor] = {}
+    def __init__(self, grid: Grid, settings: training.Settings) -> None:
+        self.grid, self.settings = grid, settings
+        self.searches = Searches()
+        self.pairs: Pairs | None = None
 
-    def rows(
-        self, state: training.State, setting: problems.TrainingProblem
-    ) -> list[dict[str, Any]]:
-        """Greatest eigenvalue of lr P C: of the whole model, and of the layers at their turn."""
-        data, n = state.data, self.grid.examples
-        problem = Problem(
-            state.model,
-            setting.loss,
-            data.train_inputs[:n],
-            data.train_targets[:n],
-            dtype=next(state.model.parameters()).dtype,
-        )
-        P = live.preconditioners(state.optimizer, next(state.model.parameters()).dtype)  # type: ignore[arg-type]
-        layers = [block for block in problem.blocks() if block.name in P]
-        whole = problem.group("", [block.name for block in layers])
-        lr = state.optimizer.param_groups[0]["lr"]
-        every, found = self.grid.layers_every, []
-        for of in ("hessian", "ggn"):
-            C = exact.truth(problem, whole, of)
-            parts: list[tuple[str, int, Operator | _Part, Any]] = [
-                ("", whole.d, C, side_by_side([P[block.name] for block in layers]))
+    def rows(self, state: training.State) -> list[dict[str, Any]]:
+        group = state.optimizer.param_groups[0]
+        if self.pairs is None:
+            own = group.get("pair_decay")
+            self.pairs = Pairs(group.get("decay", 0.0) if own is None else own)
+        seen = see(state, self.settings, self.grid.examples)
+        self.pairs.look(seen.states)
+        found = [edge.of_the_whole(seen, group["lr"], self.searches)]
+        if self.grid.layers_every and state.step % self.grid.layers_every == 0:
+            found += [
+                edge.by_layer(seen, group["lr"], self.searches),
+                edge.efficiency(seen, group["lr"], self.settings.problem.measure_damping),
+                layer_health.factors(seen, self.searches),
+                self.pairs.fired(seen),
+                self.pairs.quality(seen),
             ]
-            if every and state.step % every == 0:
-                sizes = [block.d for block in layers]
-                starts = np.cumsum([0, *sizes])
-                for block, at in zip(layers, starts, strict=False):
-                    part = _Part(C, int(at), block.d)
-                    parts.append((block.name, block.d, part, P[block.name].__matmul__))
-            for name, d, curvature, precondition in parts:
-                value = self._search((of, name), curvature, precondition).value
-                row = {**loss_row("sharpness", lr * value), "block": name, "size": d}
-                found.append({**row, "truth": of, "n": n})
-        return found
-
-    def _search(self, key: tuple[str, str], curvature: Any, precondition: Any) -> Sharpest:
-        start = self.starts.get(key)
-        found = sharpest(curvature, precondition, start, tolerance=ENOUGH, products=PRODUCTS)
-        self.starts[key] = found.dual
-        return found
-
-
-class _Part:
-    """A layer's block of a curvature known by its products with whole vectors."""
-
-    def __init__(self, whole: Any, at: int, d: int) -> None:
-        self.whole, self.place = whole, slice(at, at + d)
-        self.like = like(whole).new_zeros(d)
-        self.shape = (d, d)
-
-    def __matmul__(self, v: Tensor) -> Tensor:
-        padded = self.like.new_zeros(self.whole.shape[0])
-        padded[self.place] = v
-        return (self.whole @ padded)[self.place]
+        return [{**row, "n": self.grid.examples} for row in itertools.chain(*found)]

@@ -1,7 +1,9 @@
 """Sharpness along trainings, in a tiny run against dense matrices; foretelling by hand."""
 
+import copy
 import dataclasses
 import doctest
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,8 @@ import torch
 from rich.progress import Progress
 
 from diag import Problem, dense, exact, live
-from studies import foretelling, problems, records, training
+from optim.kbfgs import COUNTS
+from studies import foretelling, layer_health, problems, records, training
 from studies import sharpness_along_training as study
 from studies.foretelling import Run
 
@@ -39,24 +42,37 @@ def test_a_run(done):
     layers = own[own["block"] != ""]
     assert set(layers["step"]) == {2}
     assert set(layers["block"]) == {"0", "2", "4", "5", "7", "9"}
-    assert set(layers["truth"]) == {"hessian", "ggn"}
+    assert set(layers.loc[layers["metric"] == "sharpness", "truth"]) == {"hessian", "ggn"}
     assert "curvature_ratio" not in set(frame.loc[frame["optimizer"] == "kfac", "metric"])
     assert header["comparison"]["columns"] == list(foretelling.COLUMNS)
     assert len(header["comparison"]["rows"]) == 5
 
 
-def test_the_values_are_those_of_dense_matrices(done):
-    frame = records.read(done)
+@pytest.fixture(scope="module")
+def trained():
+    """The run's first training at step 2: problem, preconditioner, and state before and now."""
+    states, steps = [], training.Settings(SMALL, "kbfgs", 1)
     torch.set_default_dtype(torch.float32)  # the initialisation draws in the default dtype
     try:
-        settings = training.Settings(SMALL, "kbfgs", 1)
-        state = next(state for state in training.steps(settings) if state.step == 2)
+        for state in itertools.islice(training.steps(steps), 3):
+            own = state.optimizer.state
+            weights = {n: state.model.get_parameter(f"{n}.weight") for n in ("0", "4")}
+            states.append(copy.deepcopy({n: own.get(w) for n, w in weights.items()}))
         data = state.data.train_inputs[:32], state.data.train_targets[:32]
         problem = Problem(state.model, SMALL.loss, *data, dtype=torch.float64)
-        P = live.preconditioners(state.optimizer)
+        return problem, live.preconditioners(state.optimizer), states[1], states[2]
     finally:
         torch.set_default_dtype(torch.float64)
-    own = frame[(frame["optimizer"] == "kbfgs") & (frame["seed"] == 0) & (frame["step"] == 2)]
+
+
+def rows_at(done, step):
+    frame = records.read(done)
+    return frame[(frame["optimizer"] == "kbfgs") & (frame["seed"] == 0) & (frame["step"] == step)]
+
+
+def test_the_values_are_those_of_dense_matrices(done, trained):
+    problem, P, *_ = trained
+    own = rows_at(done, 2)
     for of in ("hessian", "ggn"):
         found = own[(own["metric"] == "sharpness") & (own["truth"] == of)].set_index("block")
         for block in problem.blocks():
@@ -67,6 +83,64 @@ def test_the_values_are_those_of_dense_matrices(done):
         joined = torch.block_diag(*[dense(P[block.name]) for block in problem.blocks()])
         expected = 0.3 * torch.linalg.eigvals(joined @ whole).real.max().item()
         assert found["value"][""] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_factors_are_those_of_dense_matrices(done, trained):
+    problem, P, *_ = trained
+    found = rows_at(done, 2).set_index(["metric", "block"])["value"]
+    a = problem.inputs
+    for place, layer in enumerate(problem.model):
+        if isinstance(layer, torch.nn.Linear):
+            name, H = str(place), P[str(place)]
+            G = dense(exact.truth(problem, problem.block(f"{name}.bias"), "hessian"))
+            A = torch.cat([a, torch.ones(32, 1)], 1)
+            A = A.T @ A / 32
+            for side, factor, truth in (("left", H.left, G), ("right", H.right, A)):
+                expected = torch.linalg.eigvals(factor @ truth).real.max().item()
+                assert found[f"{side}_sharpness", name] == pytest.approx(expected, rel=0.02)
+        a = layer(a).detach()
+
+
+def test_the_efficiency_is_that_of_dense_matrices(done, trained):
+    problem, P, *_ = trained
+    whole = problem.group("", list(P))
+    C, g = dense(exact.ggn(problem, whole)), problem.gradient(whole)
+    C += SMALL.measure_damping * torch.eye(len(C))
+    d = 0.3 * torch.block_diag(*[dense(P[name]) for name in P]) @ g
+    expected = (2 * g @ d - d @ C @ d) / (g @ torch.linalg.solve(C, g))
+    own = rows_at(done, 2).set_index("metric")
+    assert own["value"]["decrease_efficiency"] == pytest.approx(expected.item(), rel=1e-3)
+    assert own["damping"]["decrease_efficiency"] == SMALL.measure_damping
+
+
+def test_pairs_and_dampings_are_the_optimizers(done, trained):
+    """The last pair, from the averages of the last two steps; the averaged one from the state."""
+    problem, _, before, now = trained
+    found = rows_at(done, 2).set_index(["metric", "approximation", "block"])["value"]
+    for name, state in now.items():
+        G = dense(exact.truth(problem, problem.block(f"{name}.bias"), "hessian"))
+        averaged = [state[key].double() for key in "sy"]
+        old = [before[name][key].double() for key in "sy"]
+        fresh = [(a - 0.9 * b) / 0.1 for a, b in zip(averaged, old, strict=True)]
+        for which, (s, y) in {"pair": fresh, "averaged pair": averaged}.items():
+            curvature = (s @ y) / (s @ G @ s)
+            cosine = torch.cosine_similarity(y, G @ s, dim=0)
+            assert found["pair_curvature", which, name] == pytest.approx(curvature.item(), rel=1e-3)
+            assert found["pair_cosine", which, name] == pytest.approx(cosine.item(), rel=1e-3)
+        counts = dict(zip(COUNTS, state["counts"].tolist(), strict=True))
+        for what in ("Powell fired", "second damping fired", "H_g skipped"):
+            metric = what.lower().replace(" ", "_")
+            assert found[metric, "", name] == counts[what] / 2
+
+
+def test_layers_that_nothing_is_said_of_are_left_out():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(18, 3, bias=False),
+        torch.nn.Linear(3, 2),
+    )  # fmt: skip
+    x, t = torch.randn(4, 1, 5, 5), torch.tensor([0, 1, 1, 0])
+    problem = Problem(model, torch.nn.functional.cross_entropy, x, t)
+    assert list(layer_health.input_moments(problem)) == ["3"]
 
 
 def test_what_is_done_is_not_done_again(done, tmp_path):
