@@ -69,9 +69,10 @@ class KBFGS(Optimizer):
     pair_decay: of (s, y) alone; the paper takes 0 for full batches. None: decay.
     damping_split: of convolutions with T places; "equal" as above, "sqrtT" λ_A = √λ √T and
         mu_2 = √λ / √T.
-    curvature_limit: None for the published algorithm. c > 0, ours: where the loss curves along the
-        step c times more than planned, step and M are shortened to that (`optim.step_limit`; what
-        the step taught H_g stays). The closure must return the loss whose gradient it makes. The
+    curvature_limit: None for the published algorithm. c > 0, ours, best 5: where the loss curves
+        along the step over c times more than planned, step and M are shortened to that
+        (`optim.step_limit`, which says why; what the step taught H_g stays). The closure must
+        return the loss whose gradient it makes. The
         attribute `curvature_ratio` is how many times it was in the last step, a tensor; None of
         one that updated nothing.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.

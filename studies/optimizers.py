@@ -12,6 +12,8 @@ import optim
 from studies import kbfgs_variants
 from studies.problems import TrainingProblem
 
+CURVATURE_LIMIT = 5.0  # the greatest one tried with which no seed diverges (study `cures`)
+
 Factory = Callable[..., torch.optim.Optimizer]
 
 
@@ -49,6 +51,7 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
 
 OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds().items()} | {
     "kbfgs_l": _factory(optim.KBFGS, history=100),
+    "kbfgs_limited": _factory(optim.KBFGS, curvature_limit=CURVATURE_LIMIT),
     "block_hessian_free": lambda model, problem, **hyper: OPTIMIZERS["hessian_free"](
         model, problem, **{"blocks": problem.partition, **hyper}
     ),

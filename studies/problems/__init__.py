@@ -1,7 +1,7 @@
 """Training problems: one family per file, this folder is the registry."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -58,8 +58,16 @@ PROBLEMS: dict[str, TrainingProblem] = {}
 
 
 def register(problem: TrainingProblem) -> TrainingProblem:
-    """Add a problem to the registry under its name."""
-    PROBLEMS[problem.name] = problem
+    """Add a problem to the registry under its name.
+
+    What it has for kbfgs goes for kbfgs_limited too, which is to be judged at the same settings.
+    """
+    limited = {
+        name: own | {"kbfgs_limited": own["kbfgs"]}
+        for name in ("optimizers", "schedule", "searched")
+        if "kbfgs" in (own := getattr(problem, name))
+    }
+    PROBLEMS[problem.name] = problem = replace(problem, **limited)
     return problem
 
 

@@ -235,6 +235,18 @@ def test_sources():
     assert marked >= 12
 
 
+def test_the_limited_form_has_the_published_settings():
+    for name, problem in PROBLEMS.items():
+        for own in (problem.optimizers, problem.schedule, problem.searched):
+            assert own.get("kbfgs_limited") == own.get("kbfgs"), name
+    limited, plain = (
+        optimizers.make(name, nn.Linear(2, 2), PROBLEMS["mnist-autoencoder"], {})
+        for name in ("kbfgs_limited", "kbfgs")
+    )
+    assert limited.param_groups[0]["curvature_limit"] == optimizers.CURVATURE_LIMIT
+    assert plain.param_groups[0]["curvature_limit"] is None
+
+
 def test_published_settings():
     """Learning rate and damping (ε of Adam) as printed in the demo notebooks."""
     mnist, resnet = (PROBLEMS[n].optimizers for n in ("mnist-autoencoder", "cifar10-resnet32"))
@@ -308,7 +320,7 @@ def test_what_was_searched(name, optimizer):
     assert search.source.startswith(("published", "recalled"))
     assert "lr" in search.grid
     own = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
-    kind = optimizers.kinds().get(optimizer.removesuffix("_l"), own)
+    kind = optimizers.kinds().get(optimizer.removesuffix("_l").removesuffix("_limited"), own)
     for option, values in search.grid.items():
         assert option in inspect.signature(kind).parameters
         assert list(values) == sorted(set(values))
