@@ -39,17 +39,24 @@ class Run:
         return steps[0] if steps else None
 
 
+def wrong_steps(frame: pd.DataFrame) -> dict[int, int | None]:
+    """{seed: the first step whose batch's loss was wrong, None for none}, of one optimizer."""
+    found: dict[int, int | None] = {}
+    for seed, own in frame[frame["metric"] == "batch_loss"].groupby("seed"):
+        losses = own.sort_values("step")
+        wrong = losses.loc[~(losses["value"] <= WRONG * losses["value"].iloc[0]), "step"]
+        found[int(str(seed))] = int(wrong.iloc[0]) if len(wrong) else None
+    return found
+
+
 def runs(frame: pd.DataFrame, chosen: pd.Series) -> dict[int, Run]:
     """{seed: its run}; chosen: which rows of the frame are the number's."""
-    found = {}
-    for seed, own in frame.groupby("seed"):
-        losses = own[own["metric"] == "batch_loss"].sort_values("step")
-        first = losses["value"].iloc[0]
-        wrong = losses.loc[~(losses["value"] <= WRONG * first), "step"]
-        mine = own[chosen.loc[own.index]]
-        values = dict(zip(mine["step"].tolist(), mine["value"].tolist(), strict=True))
-        found[int(str(seed))] = Run(values, int(wrong.iloc[0]) if len(wrong) else None)
-    return found
+    wrong, mine = wrong_steps(frame), frame[chosen]
+    own = {seed: mine[mine["seed"] == seed] for seed in wrong}
+    values = {
+        seed: dict(zip(rows["step"], rows["value"], strict=True)) for seed, rows in own.items()
+    }
+    return {seed: Run(values[seed], wrong[seed]) for seed in wrong}
 
 
 def threshold(own: Sequence[Run]) -> float:

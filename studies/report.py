@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from studies import figures, maps, records, summaries
+from studies import figures, maps, records, summaries, traces
 
 MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
 
@@ -27,6 +27,11 @@ CAPTIONS = {
     "layer by layer at the last measured step; 1 is the same direction.",
     "stability": "How many seeds diverged, of how many, at each learning rate and damping; below "
     "it the median training loss at the end of the others.",
+    "edge": "How near each training with {optimizer} was to instability before each step, and its "
+    "loss. A run went wrong where a batch's loss exceeded twice its first.",
+    "layers": "Greatest eigenvalue of each layer's part before trainings with {optimizer} went "
+    "wrong: of the layer's own sharpness, and of its factors times what each is to be the inverse "
+    "of (1 where it is). Medians over runs; at the right of those that did not go wrong.",
     "matrix": "Layer {block} after {step} steps of {optimizer}: the exact {truth}, the "
     "approximation {name} and their difference, on one symmetric logarithmic colour scale.",
 }
@@ -59,7 +64,8 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(f"no run folder {run}; `kronscope demo` makes one")
     frame, header = records.read(run), records.read_header(run)
     shown = []
-    for picture in [*pictures(summaries.drawn(frame, header), run), *_maps(header)]:
+    drawn = summaries.drawn(frame, header)
+    for picture in [*pictures(drawn, run), *_maps(header), *_edges(frame, header)]:
         png = picture.png()
         records.write_atomically(run / "figures" / f"{picture.name}.png", png)
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
@@ -166,6 +172,18 @@ def _maps(header: Mapping[str, Any]) -> Iterator[Picture]:
     rows = header.get("stability", [])
     if len(rows) > len({row["optimizer"] for row in rows}):
         yield Picture("stability", CAPTIONS["stability"], maps.stability_map(rows))
+
+
+def _edges(frame: pd.DataFrame, header: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yield, of a study of sharpness, each optimizer's runs, and their layers where measured."""
+    for optimizer, limit in header.get("stable_below", {}).items():
+        own = frame[frame["optimizer"] == optimizer]
+        if len(own):
+            caption = CAPTIONS["edge"].format(optimizer=optimizer)
+            yield Picture(f"edge-{optimizer}", caption, traces.edge_traces(own, optimizer, limit))
+        if traces.layers_went_wrong(own):
+            caption = CAPTIONS["layers"].format(optimizer=optimizer)
+            yield Picture(f"layers-{optimizer}", caption, traces.layers_before(own, optimizer))
 
 
 def _matrices(run: Path) -> Iterator[Picture]:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from studies import edge, foretelling, layer_health, problems, records, training
+from diag.sharpness import stability_limit
+from studies import edge, foretelling, layer_health, optimizers, problems, records, training
 from studies.edge import Searches, see
 from studies.layer_health import Pairs
 from studies.pools import shared_pool
@@ -28,6 +29,7 @@ from studies.running import running
 from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
+HEAVY_BALL = ("eva", "mbf", "shampoo", "tnt")  # M <- β M + ∇; the others average it
 WATCH_ONLY = {"kbfgs": {"curvature_limit": 1e30}, "kbfgs_l": {"curvature_limit": 1e30}}
 
 
@@ -82,7 +84,19 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
             for future in pending:  # nobody waits for these after an error
                 future.cancel()
         header["comparison"] = foretelling.table(records.read(folder))
+        header["stable_below"] = {name: limit(grid.problem, name) for name in grid.optimizers}
     return folder
+
+
+def limit(problem: str, optimizer: str) -> float:
+    """Greatest sharpness that is stable on a quadratic at the recommended momentum.
+
+    >>> round(limit("mnist-autoencoder", "kbfgs"), 6), round(limit("mnist-autoencoder", "tnt"), 6)
+    (38.0, 3.8)
+    """
+    made = optimizers.make(optimizer, torch.nn.Linear(1, 1), problems.get(problem), {})
+    momentum = made.param_groups[0].get("momentum", 0.0)
+    return stability_limit(momentum) * (1 - momentum if optimizer in HEAVY_BALL else 1.0)
 
 
 def _path(folder: Path, optimizer: str, seed: int) -> Path:

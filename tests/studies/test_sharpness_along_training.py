@@ -13,7 +13,17 @@ from rich.progress import Progress
 
 from diag import Problem, dense, exact, live
 from optim.kbfgs import COUNTS
-from studies import foretelling, layer_health, problems, records, training
+from optim.momentum import heavy_ball
+from studies import (
+    foretelling,
+    layer_health,
+    optimizers,
+    problems,
+    records,
+    report,
+    traces,
+    training,
+)
 from studies import sharpness_along_training as study
 from studies.foretelling import Run
 
@@ -195,5 +205,64 @@ def test_the_table_is_of_seeds_that_the_threshold_was_not_chosen_on():
 
 
 def test_examples_in_docstrings():
-    found = doctest.testmod(foretelling)
-    assert found.failed == 0 < found.attempted
+    for module in (foretelling, study):
+        found = doctest.testmod(module)
+        assert found.failed == 0 < found.attempted
+
+
+def test_which_keep_a_heavy_ball():
+    for name in optimizers.kinds():
+        made = optimizers.make(name, torch.nn.Linear(2, 2), SMALL, {})
+        if hasattr(made, "_harness"):
+            heavy = made._harness.form is heavy_ball
+            assert heavy == (name in study.HEAVY_BALL), name
+
+
+def traced(outcomes, layers=False):
+    """Records of runs of six steps; outcomes: whether each went wrong, at step 5."""
+    rows = []
+    for seed, wrong in enumerate(outcomes):
+        shared = {"optimizer": "kbfgs", "seed": seed, "size": 6, "block": "", "truth": ""}
+        for step in range(6):
+            loss = 99.0 if wrong and step == 5 else 9.0
+            own = {**shared, "step": step}
+            rows.append({**own, "metric": "batch_loss", "value": loss})
+            for truth in ("hessian", "ggn"):
+                sharp = {"metric": "sharpness", "truth": truth, "value": (-1.0, 3.0**step)[wrong]}
+                rows.append({**own, **sharp})
+                rows += [{**own, **sharp, "block": b} for b in ("10", "2") if layers]
+    return pd.DataFrame(rows)
+
+
+def test_the_figure_of_runs():
+    drawn = traces.edge_traces(traced([True, False, True]), "kbfgs", 38.0)
+    hessian, ggn, loss = drawn.axes
+    assert hessian.get_title() == "λ_max of lr · P · Hessian"
+    ends = [line.get_ydata()[-1] for line in hessian.lines if line.get_marker() == "x"]
+    assert ends == [3.0**5, 3.0**5]
+    limits = [line.get_ydata()[0] for line in ggn.lines if line.get_linestyle() == "--"]
+    assert limits == [38.0]
+    labels = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert labels[:2] == ["1 runs that stayed right", "2 runs that went wrong"]
+    assert len(loss.lines) == 5  # three runs, two crosses
+    with pytest.raises(ValueError, match="kfac"):
+        traces.edge_traces(traced([True]), "kfac", 38.0)
+
+
+def test_the_figure_of_layers():
+    drawn = traces.layers_before(traced([True, False, True], layers=True), "kbfgs")
+    (panel, _) = drawn.axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["2", "10"]
+    heads = [label.get_text() for label in panel.get_xticklabels()]
+    assert heads == ["4–6", "1–3", "runs\nright"]
+    texts = [text.get_text() for text in panel.texts]
+    assert texts[:3] == ["2", "27", "-1"]  # of 1 and 3; of 9, 27, 81; of the run that did not
+    with pytest.raises(ValueError, match="no run went wrong"):
+        traces.layers_before(traced([False], layers=True), "kbfgs")
+    assert not traces.layers_went_wrong(traced([True]))
+
+
+def test_the_report_draws_them(done):
+    page = report.write_report(done).read_text()
+    assert (done / "figures" / "edge-kbfgs.png").is_file()
+    assert "How near each training with kbfgs was" in page
