@@ -32,6 +32,7 @@ CURES: dict[str, Cure] = {
     PUBLISHED: ("kbfgs", {}, {}),
     **{f"limit {c:g}": ("kbfgs", {"curvature_limit": c}, {}) for c in (5.0, 10.0, 20.0, 40.0)},
     "undoing": ("kbfgs_undoing", {"curvature_limit": 1.0}, {}),
+    "planned change at most 0.1": ("kbfgs_trusting", {"curvature_limit": 0.1}, {}),
     "limit 10 of steps alone": ("kbfgs_step_only", {"curvature_limit": 10.0}, {}),
     "ramp": ("kbfgs_ramped", {}, {}),
     "scaled start": ("kbfgs_scaled_start", {}, {}),

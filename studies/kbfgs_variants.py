@@ -28,6 +28,17 @@ class Undoing(KBFGS):
         return (after <= loss).to(loss.dtype)
 
 
+class Trusting(KBFGS):
+    """Shortens a step d that plans to change the loss by more than a share of it.
+
+    Planned is ⟨M, −d⟩, twice the decrease of the quadratic model that P M minimises at lr = 1; the
+    share is given as curvature_limit.
+    """
+
+    def _kept(self, taken: step_limit.Taken, loss: Tensor, _: Tensor) -> Tensor:
+        return step_limit.kept(taken.planned / loss.abs(), self._harness.setting("curvature_limit"))
+
+
 class StepOnly(KBFGS):
     """Shortens the step as KBFGS does, and leaves the momentum as long as it was."""
 
@@ -68,6 +79,7 @@ class ScaledStart(KBFGS):
 
 VARIANTS: dict[str, Callable[..., Any]] = {
     "kbfgs_undoing": Undoing,
+    "kbfgs_trusting": Trusting,
     "kbfgs_step_only": StepOnly,
     "kbfgs_ramped": Ramped,
     "kbfgs_scaled_start": ScaledStart,

@@ -62,6 +62,24 @@ def test_undoing_goes_back_where_the_loss_rose():
         assert not torch.equal(opt.preconditioner()["0"].left, H_g)  # the pair is kept
 
 
+def test_a_planned_change_that_is_trusted():
+    """After a shortened step what it planned, ⟨M, −d⟩, is the share of the loss times the cut."""
+    settings = {"lr": 0.3, "momentum": 0.0}
+    for share in (1e-4, 1e4):
+        model = autoencoder()
+        opt = kbfgs_variants.Trusting(model, **settings, curvature_limit=share)
+        _, _, whole = train(KBFGS, 1, **settings)
+        before = flat(model)
+        closure = closure_of(opt, model, DATA[0])
+        loss = closure()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        opt.step(closure)
+        step, long = flat(model) - before, whole[1] - whole[0]
+        cut = min(1.0, share * loss.item() / (-gradient @ long).item())
+        torch.testing.assert_close(step, cut * long, rtol=1e-3, atol=1e-7)
+        assert (cut < 1) == (share < 1)
+
+
 def test_a_shortened_step_with_its_whole_momentum():
     settings = {"lr": 0.3, "curvature_limit": 1e-3}
     (_, ours, a), (_, other, b) = (
