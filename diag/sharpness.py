@@ -18,6 +18,10 @@ from diag.preconditioned import NotPositiveDefiniteError
 SPACE = 12  # vectors kept; more are a restart from the best combination of these
 
 
+class NotFiniteError(ValueError):
+    """A product with the curvature or with the preconditioner is not finite."""
+
+
 class Sharpest(NamedTuple):
     """Greatest eigenvalue of P C, u [d] with P C u = value u and u · P⁻¹u = 1, and P⁻¹u [d].
 
@@ -47,7 +51,7 @@ def sharpest(
     returned with its residual.
 
     Raises: NotPositiveDefiniteError (a ValueError) where P shows on the vectors met that it is
-    not; ValueError where C or P is not finite.
+    not; NotFiniteError (a ValueError) where C or P is not finite.
     Source: Parlett 1998, "The symmetric eigenvalue problem", chapter 15 (Lanczos for a pair); as a
     measure of stability Cohen et al. 2022, arXiv:2207.14484 ("preconditioned sharpness").
 
@@ -125,7 +129,9 @@ def _length(w: Tensor, u: Tensor) -> float:
     """√(w · P w)."""
     square = (w @ u).item()
     if not math.isfinite(square):
-        raise ValueError(f"w · P w = {square}: the curvature or the preconditioner is not finite")
+        raise NotFiniteError(
+            f"w · P w = {square}: the curvature or the preconditioner is not finite"
+        )
     if square < 0:
         raise NotPositiveDefiniteError(f"the preconditioner (w · P w = {square:.3g})")
     return math.sqrt(square)

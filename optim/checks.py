@@ -23,6 +23,12 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
+def limit(name: str, value: float) -> None:
+    """Raise ValueError unless value > 0; infinity is none."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, or infinite for none, got {value!r}")
+
+
 def not_negative(name: str, value: float) -> None:
     """Raise ValueError unless 0 <= value < inf."""
     if not 0 <= value < float("inf"):

@@ -50,7 +50,7 @@ class EKFAC(Optimizer):
     sampled inside the forward of `model` on update steps, from a generator of the optimizer's
     own (seeded from torch.initial_seed()), so the model is called itself, not its parts. For
     micro-batches of m_i out of M examples scale each loss by m_i / M. On update steps layer
-    inputs and their gradients, of all micro-batches, are kept until zero_grad.
+    inputs and their gradients, of all micro-batches, are kept until the step.
 
     model: dimension 0 of every layer's input is the batch; it returns a tensor.
     lr: step size, >= 0.  damping: λ > 0, added to each eigenvalue; a change acts at once.

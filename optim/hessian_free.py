@@ -37,7 +37,15 @@ from optim.scaling import refuse_scaler
 from optim.squared_gradients import mean_squares
 from optim.summary import table
 
-COUNTS = ("steps", "iterations", "skipped", "not finite", "no curvature", "no descent")
+COUNTS = (
+    "steps",
+    "iterations",
+    "skipped",
+    "not finite",
+    "no curvature",
+    "no descent",
+    "line search failed",
+)
 REMEDY = "raise the damping or max_cg, lower lr, or look for inputs that are not finite"
 
 
@@ -307,7 +315,8 @@ class HessianFree(Optimizer):
     def _move(self, systems: list[System], found: tuple[Choice, float] | None) -> None:
         """θ <- θ + share lr d, and the solutions kept, unless anything is wrong with any block."""
         ok = ~torch.stack([system.failed for system in systems]).any()
-        if found is not None:
+        stays = found is not None and found[1] == 0.0  # no share of the step lowers the loss
+        if found is not None and not stays:
             choice, share = found
             parameters = [p for system in systems for p in system.parameters]
             for p, d in zip(parameters, choice.step(systems), strict=True):
@@ -317,15 +326,16 @@ class HessianFree(Optimizer):
             for p, x in zip(system.parameters, system.split(system.x), strict=True):
                 held = self.state[p]["solution"]
                 held.copy_(torch.where(ok, x, torch.where(again, torch.zeros_like(held), held)))
-            self._count(system, ok)
+            self._count(system, ok, stays)
         self._failures.copy_(torch.where(ok, 0, self._failures + 1))
         stop = self._failures >= PATIENCE
         self._verdict = (stop, None) if free_to_read(stop) else to_host(stop)
 
-    def _count(self, system: System, ok: Tensor) -> None:
+    def _count(self, system: System, ok: Tensor, stays: bool) -> None:
         state = self.state[system.parameters[0]]
         zeros = torch.zeros(len(COUNTS), dtype=torch.int64, device=ok.device)
         happened = [ok, system.iterations, ~ok, system.lost, system.flat, system.uphill]
+        happened.append(torch.full_like(ok, stays))
         state.setdefault("counts", zeros).add_(torch.stack([x.long() for x in happened]))
 
     def _heed(self) -> None:

@@ -61,8 +61,8 @@ class Backtracking:
 class LineSearch:
     """Step rate · lr d, rate = 1, shrink, shrink², ... until the loss has fallen enough.
 
-    Enough (Armijo): f(θ + rate lr d) <= f(θ) + slope rate lr gᵀd. After so many `tries` there is no
-    step.
+    Enough (Armijo): f(θ + rate lr d) <= f(θ) + slope rate lr gᵀd. After so many `tries` nothing
+    moves, which is counted as "line search failed".
 
     Raises: ValueError for a bad setting.
     """

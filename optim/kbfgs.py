@@ -17,6 +17,7 @@ from optim.capture import Totals
 from optim.harness import Harness
 from optim.kbfgs_formulas import (
     SPLITS,
+    Split,
     applied,
     held_h_g,
     input_action_,
@@ -69,12 +70,13 @@ class KBFGS(Optimizer):
     pair_decay: of (s, y) alone; the paper takes 0 for full batches. None: decay.
     damping_split: of convolutions with T places; "equal" as above, "sqrtT" λ_A = √λ √T and
         mu_2 = √λ / √T.
-    curvature_limit: None for the published algorithm. c > 0, ours, best 5: where the loss curves
-        along the step over c times more than planned, step and M are shortened to that
-        (`optim.step_limit`, which says why; what the step taught H_g stays). The closure must
-        return the loss whose gradient it makes. The
-        attribute `curvature_ratio` is how many times it was in the last step, a tensor; None of
-        one that updated nothing.
+    curvature_limit: None for the published algorithm. c > 0, ours: d = -lr P is met by the
+        curvature κ = 2 (ℓ(θ + d) - ℓ(θ) - ∇·d) / ⟨M, -d⟩ times the planned one; d and M are
+        multiplied by min(1, c / κ) after H_g has learned from all of d (`optim.step_limit` says
+        why). At steps that update, with the closure's loss as it returns it. Of those tried, 5 is
+        the greatest with which no seed diverged (docs/stability.md). Decoupled weight decay comes
+        after the second evaluation then. The attribute `curvature_ratio` is κ of the last step, a
+        tensor; None of one that updated nothing. ∞ only measures it.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     A Linear layer's A = E[Σ ã ãᵀ] is a running average (over positions it sums); H_g learns from
@@ -86,7 +88,9 @@ class KBFGS(Optimizer):
     axis of groups in grouped convolutions. Factors are float32, or float64 for float64
     parameters. The number of steps is param_groups[0]["step"].
 
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it.
+    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
+        RuntimeError where A + λ_A I of a layer that begins has no inverse, or its first step does
+        not update.
     Source: arXiv:2006.08877, algorithm and defaults of its published code (MNIST autoencoder,
     loss summed over 784 pixels). Its first pass over the data is `warm_up`.
 
@@ -144,7 +148,7 @@ class KBFGS(Optimizer):
         if pair_decay is not None:
             checks.fraction("pair_decay", pair_decay)
         if curvature_limit is not None:
-            checks.positive("curvature_limit", curvature_limit)
+            checks.limit("curvature_limit", curvature_limit)
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
         self._harness.capture.wants_outputs = True
@@ -161,7 +165,7 @@ class KBFGS(Optimizer):
         self.curvature_ratio = None
         refuse_scaler(self)
         distributed.wrapped(harness.model, "KBFGS")
-        start, update = random_state(harness.model), self._updates()
+        start, update = random_state(harness.model), harness.updating
         with harness.capture.recording(kbfgs_statistics.first if update else None):
             loss = run(closure)
         with harness.exact():
@@ -177,6 +181,7 @@ class KBFGS(Optimizer):
                 P = applied(stack)
                 harness.move(stack, blocks, P, ok)
             harness.plain_steps()
+            decay = step_limit.undecayed_(before, harness.groups)
             taken = step_limit.taken(before, live, self.state) if before else None
         second, after = self._second_pass(closure, start, first) if first else ({}, loss)
         with harness.exact():
@@ -184,6 +189,8 @@ class KBFGS(Optimizer):
                 self._learn_h(stack, first[stack], second[stack])
             if taken is not None:
                 self._shorten(taken, loss, after, live)
+            for p, own in decay.items():
+                p.sub_(own)
         harness.end()
         return loss
 
@@ -205,6 +212,7 @@ class KBFGS(Optimizer):
             moment = kbfgs_statistics.moment
             for batch, found in harness.warming(closures, moment, eager=True):
                 for stack, totals in found.items():
+                    stack.see_positions(totals)
                     new = kbfgs_statistics.input_factors(stack, totals)
                     A[stack] = A[stack].lerp_(new, 1 / batch) if stack in A else new.clone()
             for stack in harness.stacks:
@@ -243,10 +251,6 @@ class KBFGS(Optimizer):
         super().load_state_dict(state_dict)
         self._harness.loaded(state_dict)
 
-    def _updates(self) -> bool:
-        harness = self._harness
-        return harness.step % harness.setting("update_every") == 0 and not harness.is_frozen
-
     def _start(self, stack: Stack, blocks: Iterable[Block], A: Tensor) -> None:
         """H_g = I and H_a = (A + λ_A I)⁻¹, the only inverse taken, for blocks that begin now."""
         new = self._harness.start(stack, blocks)
@@ -261,12 +265,12 @@ class KBFGS(Optimizer):
         """
         weight = 1 - stack.group["decay"]
         new = [block for block in totals if block not in stack.started]
-        T = next(iter(totals.values())).positions
-        stack.positions = T
+        stack.see_positions(totals)
         if new or not stack.convolutional:
             A = kbfgs_statistics.input_factors(stack, totals)
             ok = finite(A.diagonal(dim1=-2, dim2=-1)) & stack.mask(totals)
-            self._start(stack, new, A.nan_to_num(0.0, 0.0, 0.0).mul_(per(ok, A)).mul_(weight))
+            if new:
+                self._start(stack, new, A.nan_to_num(0.0, 0.0, 0.0).mul_(per(ok, A)).mul_(weight))
             old = [block for block in totals if block not in new]
             if old and not stack.convolutional and self._harness.step > 0:
                 learn_(stack["A"], A, weight, ok & stack.mask(old))
@@ -339,10 +343,10 @@ class KBFGS(Optimizer):
         self.curvature_ratio = step_limit.ratio(taken, loss, after)
         return step_limit.kept(self.curvature_ratio, self._harness.setting("curvature_limit"))
 
-    def _dampings(self, stack: Stack) -> tuple[float, float]:
-        """λ_A and mu_2."""
+    def _dampings(self, stack: Stack) -> tuple[Split, Split]:
+        """λ_A and mu_2: numbers, or [size, 1]."""
         split = self._harness.setting("damping_split") if stack.convolutional else "equal"
-        return split_damping(stack.group["damping"], split, stack.positions)
+        return split_damping(stack.group["damping"], split, stack.positions[:, None])
 
 
 def _run_again(closure: Callable[[], Tensor]) -> Tensor:

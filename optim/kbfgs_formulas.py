@@ -22,15 +22,17 @@ from optim.stacks import Stack
 
 SPLITS = ("equal", "sqrtT")
 
+Split = float | Tensor
 
-def split_damping(damping: float, split: str, T: float) -> tuple[float, float]:
-    """λ_A and mu_2, whose product is λ; T positions.
+
+def split_damping(damping: float, split: str, T: Tensor) -> tuple[Split, Split]:
+    """λ_A and mu_2, whose product is λ: numbers, or of the shape of T, numbers of positions.
 
     A is a sum over positions and H_g⁻¹ a mean: "sqrtT" gives each its share of the damping.
     Source: arXiv:2102.06737; which of the two its final version uses is open.
     """
     root = damping**0.5
-    return (root, root) if split == "equal" else (root * T**0.5, root / T**0.5)
+    return (root, root) if split == "equal" else (root * T.sqrt(), root / T.sqrt())
 
 
 def held_h_g(stack: Stack) -> Tensor | CompactInverse:
@@ -59,12 +61,14 @@ def start_h_g(stack: Stack, blocks: Iterable[Block], history: int | None) -> Non
     _begin(stack, blocks, start)
 
 
-def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: float) -> None:
-    """H_a = (A + λ_A I)⁻¹ of blocks that begin; a convolution keeps no A.
+def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: Split) -> None:
+    """H_a = (A + λ_A I)⁻¹ of blocks that begin, λ_A a number or [size, 1].
+
+    A convolution keeps no A.
 
     Raises: RuntimeError naming a layer for which that is not possible.
     """
-    damping = A.new_full((len(A),), lambda_a)
+    damping = torch.as_tensor(lambda_a, dtype=A.dtype, device=A.device).expand(len(A), 1)[:, 0]
     H_a, ok = damped_inverse(A, damping)
     wanted = stack.mask(blocks)
     if not bool((ok | ~wanted).all()):  # before the first step: waiting is no loss
@@ -88,10 +92,10 @@ def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> N
             stack.of(block, key).copy_(value[stack.places[block]])
 
 
-def update_h_g_(stack: Stack, gradient: Tensor, mu_2: float) -> tuple[Tensor, Tensor, Tensor]:
+def update_h_g_(stack: Stack, gradient: Tensor, mu_2: Split) -> tuple[Tensor, Tensor, Tensor]:
     """One damped BFGS update of H_g by the averaged pair.
 
-    gradient: raw mean gradient ḡ [size, out] of the skip rule.
+    gradient: raw mean gradient ḡ [size, out] of the skip rule. mu_2: a number or [size, 1].
 
     Returns: where it was accepted, where Powell's damping fired, where the second; [size] bool.
     """
@@ -104,21 +108,26 @@ def update_h_g_(stack: Stack, gradient: Tensor, mu_2: float) -> tuple[Tensor, Te
     return accept, pair.powell & pair.valid, pair.second & pair.valid
 
 
-def input_action_(stack: Stack, x: Tensor, lambda_a: float, _: dict[Block, Totals]) -> Tensor:
+def input_action_(stack: Stack, x: Tensor, lambda_a: Split, _: dict[Block, Totals]) -> Tensor:
     """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
 
     Returns: where it was accepted, [size] bool.
     """
     s = times(stack["H_a"], x)
-    y = times(stack["A"], s).add_(s, alpha=lambda_a)
+    y = _shifted_(times(stack["A"], s), lambda_a, s)
     return bfgs_(stack["H_a"], s, y, acceptable(s, y, x))
 
 
-def patch_action_(stack: Stack, x: Tensor, lambda_a: float, totals: dict[Block, Totals]) -> Tensor:
+def patch_action_(stack: Stack, x: Tensor, lambda_a: Split, totals: dict[Block, Totals]) -> Tensor:
     """As `input_action_` with the minibatch's own A, which is never formed.
 
     Source: arXiv:2102.06737.
     """
     s = times(stack["H_a"], x)
-    y = patch_moments(stack, totals, s).add_(s, alpha=lambda_a)
+    y = _shifted_(patch_moments(stack, totals, s), lambda_a, s)
     return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & stack.mask(totals))
+
+
+def _shifted_(y: Tensor, by: Split, s: Tensor) -> Tensor:
+    """In place: y <- y + by s."""
+    return y.addcmul_(s, by) if isinstance(by, Tensor) else y.add_(s, alpha=by)

@@ -20,6 +20,7 @@ from optim.checkpoint import exact_state
 from optim.hessian_products import Directions, Layer, ProductsOfBackward, layers_of
 from optim.linalg import all_finite, factor_dtype
 from optim.passes import random_state, replayed, run, untouched
+from optim.scaling import refuse_scaler
 
 COUNTS = ("measured", "no descent", "product not finite", "step not finite", "cut")
 EPS = 1e-30  # of the curvature dᵀHd in loss units; max_step is what bounds a flat direction
@@ -110,6 +111,8 @@ class LayerwiseStep(Optimizer):
         (4.0, [[0.0, 0.0]], 0.25)
     """
 
+    _step_supports_amp_scaling = True  # to see a GradScaler, and refuse it
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -143,9 +146,11 @@ class LayerwiseStep(Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One iteration; returns the loss before it.
 
-        Raises: TypeError without a closure; ValueError if the closure calls no loss.backward().
+        Raises: TypeError without a closure; ValueError if the closure calls no loss.backward(),
+            and under a GradScaler.
         """
         closure = checks.needed(closure, "LayerwiseStep")
+        refuse_scaler(self)
         distributed.alone("LayerwiseStep", "train in one process")
         self._share()
         start = random_state(self._model)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optim import distributed
 from optim.layers import Block
+from optim.momentum import Groups, decoupled
 from optim.stacks import Stack
 
 ROUNDING = 16.0  # units in the last place of the loss that a difference of two is taken to err by
@@ -34,6 +35,20 @@ class Taken:
 def remember(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     """Copies of the parameters that have a gradient, before they move."""
     return {p: p.clone() for p in parameters if p.grad is not None}
+
+
+def undecayed_(before: dict[Tensor, Tensor], groups: Groups) -> dict[Tensor, Tensor]:
+    """Take decoupled weight decay back out of a move from `before`; what is to go in again.
+
+    It is no part of what the preconditioner planned. A parameter that did not move at all (its
+    gradient was not finite) did not decay either.
+    """
+    decay = {}
+    for p, start in before.items():
+        if shrink := decoupled(groups[p]):
+            decay[p] = start * (shrink * (p != start).any().to(p.dtype))
+            p.add_(decay[p])
+    return decay
 
 
 def taken(

@@ -5,6 +5,7 @@ or GGN of some training examples, found by products alone.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from diag import Block, Operator, Problem, exact, live
 from diag.metrics.decrease_efficiency import decrease_efficiency
 from diag.operators import Taken, like
-from diag.sharpness import sharpest, side_by_side
+from diag.preconditioned import NotPositiveDefiniteError
+from diag.sharpness import NotFiniteError, sharpest, side_by_side
 from studies import training
 from studies.snapshots import loss_row
 
@@ -39,7 +41,6 @@ class Seen:
     P: dict[str, Operator]
     C: dict[str, Operator]
     states: dict[str, Mapping[str, Any]]
-    step: int
 
     def places(self) -> Iterator[tuple[Block, int]]:
         """Each layer, and where its entries begin in a vector of the whole."""
@@ -67,7 +68,6 @@ def see(state: training.State, setting: training.Settings, examples: int) -> See
         P,
         {of: exact.truth(problem, whole, of) for of in TRUTHS},
         {n: states.get(state.model.get_parameter(w), {}) for n, w in weights.items()},
-        state.step,
     )
 
 
@@ -93,8 +93,11 @@ class Searches:
         self.starts: dict[tuple[str, ...], Tensor] = {}
 
     def value(self, key: tuple[str, ...], C: Operator, P: Callable[[Tensor], Tensor]) -> float:
-        """The algebraically greatest one."""
-        found = sharpest(C, P, self.starts.get(key), tolerance=ENOUGH, products=PRODUCTS)
+        """The algebraically greatest one; NaN where P is not positive definite, or not finite."""
+        try:
+            found = sharpest(C, P, self.starts.get(key), tolerance=ENOUGH, products=PRODUCTS)
+        except (NotPositiveDefiniteError, NotFiniteError):
+            return math.nan
         self.starts[key] = found.dual
         return found.value
 

@@ -79,7 +79,7 @@ def threshold(own: Sequence[Run]) -> float:
 
 
 def rates(own: Sequence[Run], level: float) -> tuple[float, float]:
-    """Share of the wrong runs that are foretold, and of the others that are not."""
+    """Share with an alarm of the runs that went wrong (hits), and of the others (false alarms)."""
     wrong = [run.alarm(level) is not None for run in own if run.wrong is not None]
     right = [run.alarm(level) is not None for run in own if run.wrong is None]
     return float(np.mean(wrong)) if wrong else np.nan, float(np.mean(right)) if right else np.nan

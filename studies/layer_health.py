@@ -6,6 +6,7 @@ curvature before and after they are averaged. Of fully connected layers with a b
 once per example; nothing is said of others.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from diag.capture import layers, recording
 from optim.kbfgs import COUNTS
 from studies.edge import Part, Row, Searches, Seen, row
 
+MET = ("H_g accepted", "H_g skipped")
 FIRED = ("H_g skipped", "Powell fired", "second damping fired")
 
 Pair = tuple[Tensor, Tensor]
@@ -69,14 +71,17 @@ class Pairs:
         self.decay = decay
         self.averaged: dict[str, Pair] = {}
         self.last: dict[str, Pair] = {}
-        self.counts: dict[str, tuple[int, Tensor]] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def look(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """After every step: its own pair is what the averages changed by."""
+        """After every step: its own pair is what the averages changed by, where they did."""
         for name, state in states.items():
             if "y" in state and state["y"].dim() == 1:
-                new = state["s"].clone(), state["y"].clone()
-                s, y = new
+                new = s, y = state["s"].clone(), state["y"].clone()
+                if name in self.averaged and torch.equal(
+                    torch.cat(self.averaged[name]), torch.cat(new)
+                ):
+                    continue
                 s_before, y_before = self.averaged.get(name, (0.0, 0.0))
                 fresh = 1 - self.decay
                 self.last[name] = (
@@ -86,14 +91,15 @@ class Pairs:
                 self.averaged[name] = new
 
     def fired(self, seen: Seen) -> Iterator[Row]:
-        """Share of the steps since this was last asked in which each damping fired."""
+        """Share of the pairs since this was last asked that each damping fired on."""
         for block in seen.layers:
             if block.name in self.last:
                 now = seen.states[block.name]["counts"].clone()
-                since, before = self.counts.get(block.name, (0, torch.zeros_like(now)))
-                self.counts[block.name] = (seen.step, now)
+                new = now - self.counts.get(block.name, torch.zeros_like(now))
+                self.counts[block.name] = now
+                pairs = sum(int(new[COUNTS.index(what)]) for what in MET)
                 for what in FIRED:
-                    share = (now - before)[COUNTS.index(what)].item() / (seen.step - since)
+                    share = int(new[COUNTS.index(what)]) / pairs if pairs else math.nan
                     name = what.lower().replace(" ", "_")
                     yield row(name, share, block=block.name, size=block.d)
 

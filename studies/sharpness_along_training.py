@@ -10,6 +10,7 @@ last step. Then a threshold on each is chosen on half of the seeds and judged on
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -24,13 +25,14 @@ from diag.sharpness import stability_limit
 from studies import edge, foretelling, layer_health, optimizers, problems, records, training
 from studies.edge import Searches, see
 from studies.layer_health import Pairs
+from studies.optimizers import HESSIAN_FREE, OPTIMIZERS
 from studies.pools import shared_pool
 from studies.running import running
 from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
 HEAVY_BALL = ("eva", "mbf", "shampoo", "tnt")  # M <- β M + ∇; the others average it
-WATCH_ONLY = {"kbfgs": {"curvature_limit": 1e30}, "kbfgs_l": {"curvature_limit": 1e30}}
+WATCH_ONLY = {name: {"curvature_limit": math.inf} for name in ("kbfgs", "kbfgs_l")}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     preconditioner to be shown.
     """
     question = (__doc__ or "").partition("\n")[0]
+    limits = {name: limit(grid.problem, name) for name in grid.optimizers}
     with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
         seeds = range(grid.seed, grid.seed + grid.seeds)
         wanted = list(itertools.product(grid.optimizers, seeds))
@@ -76,25 +79,33 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
         pending = {pool.submit(trace, grid, *place): place for place in missing}
         try:
             for future in as_completed(pending):
-                content = records.frame_of(_complete(folder, grid, future.result()))
-                path = _path(folder, *pending[future])
+                (rows, ended), place = future.result(), pending[future]
+                if ended:
+                    progress.console.print(f"{place[0]}, seed {place[1]} ended: {ended}")
+                content = records.frame_of(_complete(folder, grid, rows))
+                path = _path(folder, *place)
                 records.write_atomically(path, content.to_parquet(index=False))
                 progress.advance(task)
         finally:
             for future in pending:  # nobody waits for these after an error
                 future.cancel()
         header["comparison"] = foretelling.table(records.read(folder))
-        header["stable_below"] = {name: limit(grid.problem, name) for name in grid.optimizers}
+        header["stable_below"] = limits
     return folder
 
 
 def limit(problem: str, optimizer: str) -> float:
     """Greatest sharpness that is stable on a quadratic at the recommended momentum.
 
+    Raises: ValueError for an unknown optimizer, or one that shows no preconditioner.
+
     >>> round(limit("mnist-autoencoder", "kbfgs"), 6), round(limit("mnist-autoencoder", "tnt"), 6)
     (38.0, 3.8)
     """
     made = optimizers.make(optimizer, torch.nn.Linear(1, 1), problems.get(problem), {})
+    if not hasattr(made, "preconditioner"):
+        known = sorted(set(OPTIMIZERS) - {"adam", "sgd", *HESSIAN_FREE})
+        raise ValueError(f"'{optimizer}' shows no preconditioner; these do: {known}")
     momentum = made.param_groups[0].get("momentum", 0.0)
     return stability_limit(momentum) * (1 - momentum if optimizer in HEAVY_BALL else 1.0)
 
@@ -108,59 +119,58 @@ def _complete(folder: Path, grid: Grid, rows: list[dict[str, Any]]) -> Iterator[
     return ({**shared, **row} for row in rows)
 
 
-def trace(grid: Grid, optimizer: str, seed: int) -> list[dict[str, Any]]:
+def trace(grid: Grid, optimizer: str, seed: int) -> tuple[list[dict[str, Any]], str]:
     """Train with one thread and measure before every step; rows without run, study and problem.
 
     batch_loss is that of the coming step. It ends where that has gone wrong (`foretelling.WRONG`),
-    or was infinite because a factor could not be inverted.
+    or was infinite because the optimizer gave up; the second value is what it said then.
     """
     torch.set_num_threads(1)
     problem = problems.get(grid.problem)
     hyper = dict(WATCH_ONLY.get(optimizer, {}))
     settings = training.Settings(problem, optimizer, training.FOREVER, seed, hyper=hyper)
+    measuring, states = _Measuring(grid, settings), training.steps(settings)
     rows: list[dict[str, Any]] = []
-    try:
-        for place, found in _measured(grid, settings):
-            rows += [{"optimizer": optimizer, "seed": seed, **place, **row} for row in found]
-    except RuntimeError:
-        if not rows or rows[-1]["step"] == 0:
-            raise
-        last = {name: rows[-1][name] for name in ("optimizer", "seed", "epoch", "seconds")}
-        rows.append({**last, "step": rows[-1]["step"] + 1, **loss_row("batch_loss", np.inf)})
-    return rows
-
-
-def _measured(
-    grid: Grid, settings: training.Settings
-) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Before each step: (step, epoch, seconds), and rows of what was measured."""
-    measure, first = _Measuring(grid, settings), np.nan
-    for state in training.steps(settings):
-        if state.step >= grid.steps:
-            return
-        loss = training.batch_loss(state, settings)
-        first = first if state.step else loss
-        found = [loss_row("batch_loss", loss)]
-        ratio = getattr(state.optimizer, "curvature_ratio", None)
-        if ratio is not None:
-            found.append(loss_row("curvature_ratio", float(ratio)))
-        wrong = not loss <= foretelling.WRONG * first
-        if state.step and not wrong:
-            found += measure.rows(state)
-        yield {"step": state.step, "epoch": state.epoch, "seconds": state.seconds}, found
-        if wrong:
-            return
+    place: dict[str, Any] = {"optimizer": optimizer, "seed": seed}
+    while True:
+        try:
+            state = next(states)
+        except RuntimeError as error:
+            if place.get("step", 0) == 0:  # none of the numbers'
+                raise
+            place["step"] += 1
+            return [*rows, {**place, **loss_row("batch_loss", np.inf)}], str(error)
+        place |= {"step": state.step, "epoch": state.epoch, "seconds": state.seconds}
+        found, wrong = measuring.at(state)
+        rows += [{**place, **row} for row in found]
+        if wrong or state.step == grid.steps - 1:
+            return rows, ""
 
 
 class _Measuring:
-    """What is measured at a step; keeps what the next step's measurements start from."""
+    """What is measured before each step; keeps what the next measurements start from."""
 
     def __init__(self, grid: Grid, settings: training.Settings) -> None:
         self.grid, self.settings = grid, settings
         self.searches = Searches()
         self.pairs: Pairs | None = None
+        self.first = np.nan
+
+    def at(self, state: training.State) -> tuple[list[dict[str, Any]], bool]:
+        """Rows, and whether the loss of the coming batch is wrong."""
+        loss = training.batch_loss(state, self.settings)
+        self.first = self.first if state.step else loss
+        found = [loss_row("batch_loss", loss)]
+        ratio = getattr(state.optimizer, "curvature_ratio", None)
+        if ratio is not None:
+            found.append(loss_row("curvature_ratio", float(ratio)))
+        wrong = not loss <= foretelling.WRONG * self.first
+        if state.step and not wrong:
+            found += self.rows(state)
+        return found, wrong
 
     def rows(self, state: training.State) -> list[dict[str, Any]]:
+        """How near to instability; at their turn what the layers show."""
         group = state.optimizer.param_groups[0]
         if self.pairs is None:
             own = group.get("pair_decay")

@@ -171,15 +171,19 @@ def test_line_search_takes_the_first_share_that_is_enough(blocks, tau, decoupled
 
 
 @both
-def test_line_search_gives_up(blocks):
-    case = CASES["mlp"]()
+@decays
+def test_line_search_gives_up(blocks, tau, decoupled):
+    """Nothing moves, no decay either, and that is counted."""
+    case, decay = CASES["mlp"](), {"weight_decay": tau, "decoupled_weight_decay": decoupled}
     rule = optim.LineSearch(slope=0.99, shrink=0.9, tries=3)
-    opt, before, calls = make_for(case, blocks, line_search=rule), weights(case.model), []
+    opt = make_for(case, blocks, line_search=rule, **decay)
+    before, calls = weights(case.model), []
     case.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     step(opt, case, case.batches[0])
     assert torch.equal(weights(case.model), before)
     assert len(calls) == 3 + 3  # the closure's, a trial of routes, the curvature batch's
     assert solutions(opt)
+    assert "line search failed 1" in opt.summary()
 
 
 @both

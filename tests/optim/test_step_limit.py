@@ -200,7 +200,44 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     assert counted(own) > 0
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_decoupled_weight_decay_is_no_part_of_the_step():
+    """κ is that of d = -lr P alone, and lr τ θ comes off at the end whatever became of d."""
+    found = {}
+    for tau in (0.0, 0.1):
+        model = nn.Sequential(autoencoder(), nn.LayerNorm(6))  # the plain rule decays too
+        own = {"weight_decay": tau, "decoupled_weight_decay": True, "curvature_limit": 1e-3}
+        opt, start = KBFGS(model, lr=3.0, **own), flat(model)
+        opt.step(closure_of(opt, model, DATA[0]))
+        assert counted(opt) == 1
+        found[tau] = flat(model), opt.curvature_ratio
+    (plain, kappa), (decayed, same) = found.values()
+    assert kappa.item() == pytest.approx(same.item(), rel=1e-6)
+    torch.testing.assert_close(decayed, plain - 3.0 * 0.1 * start)
+    # of this a part with a bad gradient is left out, as without the limit
+    model = autoencoder()
+    opt = KBFGS(model, lr=0.3, **own)
+    closure, last = closure_of(opt, model, DATA[0]), model[-1].weight.detach().clone()
+
+    def broken():
+        loss = closure()
+        if model[-1].weight.grad is not None:
+            model[-1].weight.grad.fill_(float("nan"))
+        return loss
+
+    opt.step(broken)
+    assert torch.equal(model[-1].weight, last)
+
+
+def test_without_a_limit_it_only_measures():
+    """∞ keeps even a step to an infinite loss, and changes no bit of any other."""
+    _, _, published = train(None)
+    _, opt, ours = train(float("inf"))
+    assert all(torch.equal(a, b) for a, b in zip(published, ours, strict=True))
+    assert opt.curvature_ratio.item() > 0
+    assert step_limit.kept(torch.tensor(float("inf")), float("inf")).item() == 1.0
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_refusals(value):
-    with pytest.raises(ValueError, match="curvature_limit must be a positive number"):
+    with pytest.raises(ValueError, match="curvature_limit must be positive, or infinite for none"):
         KBFGS(autoencoder(), curvature_limit=value)

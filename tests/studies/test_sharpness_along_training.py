@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from diag import Problem, dense, exact, live
+from diag import Diagonal, Problem, dense, exact, live
 from optim.kbfgs import COUNTS
 from optim.momentum import heavy_ball
 from studies import (
+    edge,
     foretelling,
     layer_health,
     optimizers,
@@ -164,13 +165,53 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
 def test_a_run_that_goes_wrong_ends_there(monkeypatch):
     wild = dataclasses.replace(SMALL, optimizers={"kbfgs": {"lr": 1e5, "damping": 0.3}})
     monkeypatch.setattr(problems, "get", lambda _: wild)
-    rows = study.trace(dataclasses.replace(study.TINY, steps=30), "kbfgs", 0)
+    rows, ended = study.trace(dataclasses.replace(study.TINY, steps=30), "kbfgs", 0)
+    assert ended == ""
     losses = [row["value"] for row in rows if row["metric"] == "batch_loss"]
     assert len(losses) < 10
     assert not losses[-1] <= 2 * losses[0]
     assert all(loss <= 2 * losses[0] for loss in losses[:-1])
-    with pytest.raises(AttributeError, match="preconditioner"):
-        study.trace(study.TINY, "adam", 0)
+
+
+def test_a_run_whose_optimizer_gives_up(monkeypatch):
+    def gives_up(settings):
+        yield from itertools.islice(real(settings), give_up_after)
+        raise RuntimeError("no inverse")
+
+    real = training.steps
+    monkeypatch.setattr(training, "steps", gives_up)
+    give_up_after = 2
+    rows, ended = study.trace(study.TINY, "kbfgs", 0)
+    assert ended == "no inverse"
+    assert (rows[-1]["step"], rows[-1]["metric"], rows[-1]["value"]) == (2, "batch_loss", np.inf)
+    give_up_after = 1
+    with pytest.raises(RuntimeError, match="no inverse"):
+        study.trace(study.TINY, "kbfgs", 0)
+
+
+def test_optimizers_without_a_preconditioner_are_refused(tmp_path):
+    grid = dataclasses.replace(study.TINY, optimizers=("kbfgs", "adam"))
+    with pytest.raises(ValueError, match=r"'adam' shows no preconditioner.*kbfgs"):
+        run(grid, tmp_path)
+    assert not any(tmp_path.iterdir())
+    shown = set(optimizers.OPTIMIZERS) - {"adam", "sgd", "hessian_free", "block_hessian_free"}
+    assert all(study.limit(SMALL.name, name) > 0 for name in shown)
+
+
+def test_searches_that_cannot_be_made():
+    searches, key = edge.Searches(), ("",)
+    C = Diagonal(torch.tensor([3.0, 1.0]))
+    assert searches.value(key, C, lambda v: v) == pytest.approx(3.0)
+    assert np.isnan(searches.value(key, C, lambda v: -v))
+    assert np.isnan(searches.value(key, C, lambda v: v * np.nan))
+
+
+def test_pairs_of_steps_that_update_nothing():
+    """The last pair stays; shares are of pairs, not of steps."""
+    pairs, state = layer_health.Pairs(0.9), {"s": torch.tensor([0.1]), "y": torch.tensor([0.2])}
+    pairs.look({"0": state})
+    pairs.look({"0": state})
+    torch.testing.assert_close(pairs.last["0"], (torch.tensor([1.0]), torch.tensor([2.0])))
 
 
 def test_foretelling_by_hand():
