@@ -50,7 +50,7 @@ def encoder_and_decoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn
     return nn.Sequential(OrderedDict(parts))
 
 
-# an epoch has 12 steps: what is made of gradients, which fade as fast as the loss, has to be fresh
+# an epoch has 10 steps: what is made of gradients, which fade as fast as the loss, has to be fresh
 DIGITS: dict[str, dict[str, Any]] = {
     "kbfgs": {"lr": 0.3, "damping": 0.3},
     "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
