@@ -23,15 +23,16 @@ MET = ("H_g accepted", "H_g skipped")
 FIRED = ("H_g skipped", "Powell fired", "second damping fired")
 
 Pair = tuple[Tensor, Tensor]
+Moments = dict[Block, tuple[Operator, Operator]]
 
 
-def factors(seen: Seen, searches: Searches) -> Iterator[Row]:
+def factors(seen: Seen, found: Moments, searches: Searches) -> Iterator[Row]:
     """left_sharpness, λ_max(H_g G), and right_sharpness, λ_max(H_a A); exact inverses have 1.
 
-    G: E[∂²ℓ/∂z∂z], [out, out], of the Hessian. A: E[ã ãᵀ], [in+1, in+1]. If the layer's block were
-    G ⊗ A, its sharpness would be lr times the product of the two.
+    found: G and A as `moments` returns them. If the layer's block were G ⊗ A, its sharpness would
+    be lr times the product of the two.
     """
-    for block, (G, A) in moments(seen).items():
+    for block, (G, A) in found.items():
         P = seen.P[block.name]
         if isinstance(P, Kronecker):
             left = searches.value((block.name, "left"), G, P.left.__matmul__)
@@ -41,9 +42,12 @@ def factors(seen: Seen, searches: Searches) -> Iterator[Row]:
             yield row("right_sharpness", right, **own)
 
 
-def moments(seen: Seen) -> dict[Block, tuple[Operator, Operator]]:
-    """G and A of each layer that this is for; G by its products, as the Hessian of the biases."""
-    A, found = input_moments(seen.problem), dict[Block, tuple[Operator, Operator]]()
+def moments(seen: Seen) -> Moments:
+    """G = E[∂²ℓ/∂z∂z] [out, out] and A = E[ã ãᵀ] [in+1, in+1] of each layer that this is for.
+
+    G by its products, as the Hessian of the biases.
+    """
+    A, found = input_moments(seen.problem), Moments()
     for block, at in seen.places():
         if block.name in A:
             out, width = block.members[0].matrix_shape
@@ -78,10 +82,8 @@ class Pairs:
         for name, state in states.items():
             if "y" in state and state["y"].dim() == 1:
                 new = s, y = state["s"].clone(), state["y"].clone()
-                if name in self.averaged and torch.equal(
-                    torch.cat(self.averaged[name]), torch.cat(new)
-                ):
-                    continue
+                if all(map(torch.equal, new, self.averaged.get(name, (y[:0], y[:0])))):
+                    continue  # a step that updated nothing
                 s_before, y_before = self.averaged.get(name, (0.0, 0.0))
                 fresh = 1 - self.decay
                 self.last[name] = (
@@ -103,9 +105,9 @@ class Pairs:
                     name = what.lower().replace(" ", "_")
                     yield row(name, share, block=block.name, size=block.d)
 
-    def quality(self, seen: Seen) -> Iterator[Row]:
+    def quality(self, found: Moments) -> Iterator[Row]:
         """pair_curvature, s·y / s·Gs, and pair_cosine, of y and Gs; 1 where the pair tells of G."""
-        for block, (G, _) in moments(seen).items():
+        for block, (G, _) in found.items():
             if block.name in self.last:
                 own = {"block": block.name, "size": block.d, "truth": "hessian"}
                 pairs = {"pair": self.last[block.name], "averaged pair": self.averaged[block.name]}

@@ -179,11 +179,12 @@ class _Measuring:
         self.pairs.look(seen.states)
         found = [edge.of_the_whole(seen, group["lr"], self.searches)]
         if self.grid.layers_every and state.step % self.grid.layers_every == 0:
+            moments = layer_health.moments(seen)
             found += [
                 edge.by_layer(seen, group["lr"], self.searches),
                 edge.efficiency(seen, group["lr"], self.settings.problem.measure_damping),
-                layer_health.factors(seen, self.searches),
+                layer_health.factors(seen, moments, self.searches),
                 self.pairs.fired(seen),
-                self.pairs.quality(seen),
+                self.pairs.quality(moments),
             ]
         return [{**row, "n": self.grid.examples} for row in itertools.chain(*found)]
