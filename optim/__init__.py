@@ -3,6 +3,7 @@
 from optim.conjugate_gradients import RelativeProgress
 from optim.damping import Damping
 from optim.ekfac import EKFAC
+from optim.errors import NumericalError
 from optim.eva import Eva
 from optim.exact_fisher import ExactFisher
 from optim.hessian_free import HessianFree
@@ -38,6 +39,7 @@ __all__ = [
     "LayerwiseStep",
     "LevenbergMarquardt",
     "LineSearch",
+    "NumericalError",
     "RelativeProgress",
     "Shampoo",
 ]

@@ -69,7 +69,7 @@ class EKFAC(Optimizer):
     param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    RuntimeError if the eigenvectors of a factor are not found three times in a row.
+    NumericalError if the eigenvectors of a factor are not found three times in a row.
     Source: arXiv:1806.03884, section 3, with the scalings as running averages; convolutions as in
     arXiv:1602.01407. Carrying S over is ours; so are lr and damping, which are KFAC's.
 
@@ -131,7 +131,7 @@ class EKFAC(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failures in a row to find eigenvectors.
+        NumericalError after three failures in a row to find eigenvectors.
         """
         harness = self._harness
         loss = None if closure is None else run(closure)

@@ -71,7 +71,7 @@ class ExactFisher(Optimizer):
     param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    RuntimeError if K + damping I cannot be factored three times in a row.
+    NumericalError if K + damping I cannot be factored three times in a row.
     Source: arXiv:2106.03947; defaults lr and damping as for the MNIST autoencoder in its published
     code (batch 100, loss summed over 784 pixels).
 
@@ -127,7 +127,7 @@ class ExactFisher(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failed factorizations in a row.
+        NumericalError after three failed factorizations in a row.
         """
         harness = self._harness
         loss = None if closure is None else run(closure)

@@ -115,7 +115,7 @@ class Harness:
     def begin(self) -> bool:
         """Undo a GradScaler's scale; False where it found an overflow and the step must not be.
 
-        Raises: RuntimeError about an inverse that keeps failing; ValueError as `take_scale`.
+        Raises: NumericalError about an inverse that keeps failing; ValueError as `take_scale`.
         """
         self.refresher.settle()
         scale = take_scale(self.optimizer, needed=self.delivers)

@@ -16,6 +16,7 @@ from optim import checks, distributed
 from optim.checkpoint import exact_state
 from optim.conjugate_gradients import RelativeProgress, System, solve
 from optim.curvature_batch import Calls, recorded, subset
+from optim.errors import NumericalError
 from optim.gauss_newton import GaussNewton
 from optim.hessian_free_options import (
     AdaptiveDamping,
@@ -90,7 +91,7 @@ class HessianFree(Optimizer):
     for float64 parameters. The number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting, a batch smaller than the curvature batch, or a model that
-    cannot be differentiated for it; RuntimeError after three skipped steps in a row.
+    cannot be differentiated for it; NumericalError after three skipped steps in a row.
     Source: as above; defaults are ours, the paper's are not known.
 
         >>> _ = torch.manual_seed(0)
@@ -165,8 +166,8 @@ class HessianFree(Optimizer):
         """One iteration; returns the loss before it.
 
         Raises: TypeError without a closure; ValueError under a GradScaler, for a model that the
-        closure does not call, and for a batch smaller than the curvature batch; RuntimeError after
-        three skipped steps in a row.
+        closure does not call, and for a batch smaller than the curvature batch; NumericalError
+        after three skipped steps in a row.
         """
         closure = checks.needed(closure, "HessianFree")
         refuse_scaler(self)
@@ -339,12 +340,12 @@ class HessianFree(Optimizer):
         state.setdefault("counts", zeros).add_(torch.stack([x.long() for x in happened]))
 
     def _heed(self) -> None:
-        """Raise RuntimeError if three steps in a row were skipped, as far as that is known."""
+        """Raise NumericalError if three steps in a row were skipped, as far as that is known."""
         if self._verdict is None or (self._verdict[1] is not None and not self._verdict[1].query()):
             return
         stop, self._verdict = bool(self._verdict[0]), None
         if stop:
-            raise RuntimeError(
+            raise NumericalError(
                 f"{int(self._failures)} steps in a row were skipped (see summary() for each "
                 f"block's counters): {REMEDY}"
             )

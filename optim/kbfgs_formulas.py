@@ -14,6 +14,7 @@ from optim.bfgs import (
     times,
 )
 from optim.capture import Totals
+from optim.errors import NumericalError
 from optim.kbfgs_statistics import patch_moments
 from optim.layers import Block
 from optim.linalg import aligned, damped_inverse, sandwich
@@ -66,7 +67,7 @@ def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: Split) -> 
 
     A convolution keeps no A.
 
-    Raises: RuntimeError naming a layer for which that is not possible.
+    Raises: NumericalError naming a layer for which that is not possible.
     """
     damping = torch.as_tensor(lambda_a, dtype=A.dtype, device=A.device).expand(len(A), 1)[:, 0]
     H_a, ok = damped_inverse(A, damping)
@@ -76,7 +77,7 @@ def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: Split) -> 
         H_a = torch.where(ok[:, None, None], H_a, again.to(H_a.dtype))
         for block in blocks:
             if not bool((ok | good)[stack.places[block]].all()):
-                raise RuntimeError(
+                raise NumericalError(
                     f"layer '{block.name}': A + √damping I cannot be inverted; look for inputs "
                     "that are not finite or very large, scale them, or raise the damping"
                 )

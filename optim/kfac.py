@@ -83,7 +83,7 @@ class KFAC(Optimizer):
     param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    RuntimeError if a factor cannot be inverted three times in a row.
+    NumericalError if a factor cannot be inverted three times in a row.
     Source: arXiv:1503.05671, sections 3-6; defaults as in the published code of
     arXiv:2006.08877 (MNIST autoencoder, loss summed over 784 pixels).
 
@@ -153,7 +153,7 @@ class KFAC(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failed inversions in a row; with rescale=True TypeError without
+        NumericalError after three failed inversions in a row; with rescale=True TypeError without
         a closure and ValueError under a GradScaler.
         """
         harness = self._harness

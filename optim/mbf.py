@@ -72,7 +72,7 @@ class MBF(Optimizer):
     is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting, unshared blocks over 4 GB, or a layer used in an
-    unsupported way, naming it; RuntimeError if a block cannot be inverted three times in a row.
+    unsupported way, naming it; NumericalError if a block cannot be inverted three times in a row.
     Source: arXiv:2202.04124, section 3. The defaults of lr and damping are ours, from small trials
     with "minibatch": on the MNIST autoencoder (loss summed over pixels, batches of 1000) lr=0.003
     diverged; on 8x8 digits it was better than 0.001. lr / damping is what matters most.
@@ -140,7 +140,7 @@ class MBF(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failed inversions in a row.
+        NumericalError after three failed inversions in a row.
         """
         harness = self._harness
         loss = None if closure is None else run(closure)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optim import distributed
 from optim.distributed import Solver
+from optim.errors import NumericalError
 from optim.layers import Block
 from optim.linalg import free_to_read, known_true, per
 from optim.stacks import Stack
@@ -155,7 +156,7 @@ class Refresher:
     def solve(self, jobs: Iterable[Job]) -> None:
         """Solve all jobs, those of one size in one batch, and keep what is good.
 
-        Raises: RuntimeError as `settle`.
+        Raises: NumericalError as `settle`.
         """
         batches: dict[tuple, list[Job]] = {}
         for job in jobs:
@@ -171,7 +172,7 @@ class Refresher:
         wait: for all of them; needed before a stack's tensors change their shapes. Several
         processes always do, or one might try again a step earlier than another.
 
-        Raises: RuntimeError naming a layer that failed several times in a row, or had no result
+        Raises: NumericalError naming a layer that failed several times in a row, or had no result
         to fall back on.
         """
         for verdict in self.pending:
@@ -214,7 +215,7 @@ class Refresher:
     def _give_up(self, job: Job, stop: Tensor) -> None:
         names = [b.name for b in job.stack.blocks if bool(stop[job.stack.places[b]].any())]
         times = int(job.failures.max())
-        raise RuntimeError(
+        raise NumericalError(
             f"layer '{names[0]}': {job.factor} could not be inverted, {times} times in a row; "
             f"{self.hint}"
         )

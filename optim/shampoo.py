@@ -61,7 +61,7 @@ class Shampoo(Optimizer):
     parameter's entries; counts, in the order of `COUNTS`; failures in a row. Float32, or float64
     for float64 parameters. The number of steps is param_groups[0]["step"].
 
-    Raises: ValueError for a bad setting or a sparse gradient; RuntimeError if a root fails three
+    Raises: ValueError for a bad setting or a sparse gradient; NumericalError if a root fails three
     times in a row.
     Source: arXiv:1802.09568; averages, flattening and defaults as in the published code of
     arXiv:2106.02925 (MNIST autoencoder, loss summed over 784 pixels).
@@ -121,7 +121,7 @@ class Shampoo(Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One iteration; with a closure, runs it first and returns its loss.
 
-        Raises: ValueError for a sparse gradient; RuntimeError after three failed roots in a row.
+        Raises: ValueError for a sparse gradient; NumericalError after three failed roots in a row.
         """
         harness = self._harness
         loss = None if closure is None else run(closure)

@@ -64,7 +64,7 @@ class TKFAC(Optimizer):
     param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    RuntimeError if a factor cannot be inverted three times in a row.
+    NumericalError if a factor cannot be inverted three times in a row.
     Source: arXiv:2011.10741 for the idea; how δ and the damping are shared out, several positions,
     lr and damping (KFAC's) are our choice.
 
@@ -126,7 +126,7 @@ class TKFAC(Optimizer):
         """One iteration; with a closure, runs it first and returns its loss.
 
         Raises: ValueError naming a layer whose statistics are missing or do not fit;
-        RuntimeError after three failed inversions in a row.
+        NumericalError after three failed inversions in a row.
         """
         harness = self._harness
         loss = None if closure is None else run(closure)

@@ -63,7 +63,7 @@ class TNT(Optimizer):
     float64 for float64 parameters. The number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting, a sparse gradient, or a gradient that did not come from
-    a call of the model; RuntimeError if an inverse fails three times in a row.
+    a call of the model; NumericalError if an inverse fails three times in a row.
     Source: arXiv:2106.02925; defaults as in its published code (MNIST autoencoder, loss summed
     over 784 pixels, batches of 1000).
 
@@ -128,7 +128,7 @@ class TNT(Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One iteration; with a closure, runs it first and returns its loss.
 
-        Raises: ValueError naming a parameter whose sampled gradient is missing; RuntimeError
+        Raises: ValueError naming a parameter whose sampled gradient is missing; NumericalError
         after three failed inversions in a row.
         """
         harness = self._harness

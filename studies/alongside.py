@@ -18,8 +18,8 @@ class Alongside:
 
     share: of the run's time (training and measuring), in (0, 1); evaluating losses is in neither.
     A measurement is left out where with it, as long as the last one took, the share would be
-    exceeded. The first one is always taken, nobody knowing how long it takes: what was spent in
-    the end is in `summary`.
+    exceeded. The first one is always taken, nobody knowing how long it takes, and may exceed it:
+    what was spent in the end is in `summary`.
 
     Raises: ValueError for a share outside (0, 1).
     """

@@ -173,40 +173,43 @@ def list_problems() -> None:
 
 @app.command()
 def train(
-    problem: Annotated[str, typer.Argument(help="Training problem.")],
+    problem: Annotated[
+        str | None, typer.Argument(help="Training problem; that of the run with --resume.")
+    ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="kbfgs, kfac, adam, ...: see `problems`.")
-    ] = "kbfgs",
+        str | None, typer.Option(help="kbfgs (unless given), kfac, adam, ...: see `problems`.")
+    ] = None,
     epochs: Annotated[
-        int, typer.Option(help="Epochs; 0 takes those of the problem or its schedule.")
-    ] = 0,
-    seed: Seed = 0,
+        int | None, typer.Option(help="Epochs; those of the problem or its schedule unless given.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initialisation and batch order; 0 unless given.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     damping: Annotated[float | None, typer.Option(help="Damping λ.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Batch size; 0 takes the problem's.")] = 0,
-    device: Device = "cpu",
-    measure: Annotated[
-        float | None, typer.Option(help="Measure too, in this share of the run's time, as 0.2.")
+    batch_size: Annotated[
+        int | None, typer.Option(help="Batch size; the problem's unless given.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (unless given) or cuda.")] = None,
+    measure: Annotated[
+        float | None,
+        typer.Option(help="Measure too, in this share of the run's time (0.2) after the first."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, at the settings that it has.")
+    ] = None,
     results: Results = Path("results"),
 ) -> None:
     """Train a problem; records and a checkpoint after every epoch."""
-    from studies import problems, runs, training
+    from studies import runs
     from studies.alongside import Alongside
     from studies.progress import bars
 
     beside = None if measure is None else Alongside(measure)
-    given = {"lr": lr, "damping": damping}
-    settings = training.Settings(
-        problems.get(problem),
-        optimizer,
-        epochs or problems.get(problem).epochs_of(optimizer),
-        seed,
-        batch_size,
-        device,
-        {name: value for name, value in given.items() if value is not None},
-    )
+    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs or None, "seed": seed}
+    given |= {"batch_size": batch_size, "device": device, "lr": lr, "damping": damping}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = runs.settings(problem, chosen, resume)
     with bars(console) as progress:
         outcome = runs.train(settings, results, progress, resume, beside)
     console.print(runs.table(outcome.frame))
@@ -233,9 +236,9 @@ def measure(
     seed: Seed = 0,
 ) -> None:
     """Measure the approximations of a problem's blocks against the exact ones."""
-    from studies.runs import measure_table
+    from studies.blocks_table import blocks_table
 
-    console.print(measure_table(problem, block, truth, examples, checkpoint, seed))
+    console.print(blocks_table(problem, block, truth, examples, checkpoint, seed))
 
 
 @app.command()

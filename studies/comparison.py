@@ -114,6 +114,8 @@ def in_print(ratio: float, hit: bool) -> str:
 def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
     """Learning rate, clip and damping in print; * marks values at the edge of the grid.
 
+    "defaults" where there are none: the optimizer's own.
+
     >>> grid = [[("lr", 0.1)], [("lr", 0.3)], [("lr", 1.0)]]
     >>> settings(grid[0], grid), settings(grid[1], grid)
     ('lr 0.1*', 'lr 0.3')
@@ -124,17 +126,20 @@ def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
             tried = sorted({dict(other)[name] for other in candidates})
             edge = len(tried) > 1 and values[name] in (tried[0], tried[-1])
             parts.append(f"{short} {values[name]:g}{'*' if edge else ''}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "defaults"
 
 
-def table(rows: Sequence[Row], epochs: int, seeds: int, longer: int) -> dict[str, Any]:
-    """The whole table, {"caption", "columns", "rows"}, the least loss first, no empty column."""
+def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> dict[str, Any]:
+    """The whole table, {"caption", "columns", "rows"}, the least loss first, no empty column.
+
+    budget: how long they were trained, in words. longer: times its own that SGD-momentum had.
+    """
     caption = (
-        f"After {epochs} epochs at the settings that were best for one seed, medians of {seeds} "
+        f"After {budget} at the settings that were best for one seed, medians of {seeds} "
         "seed(s); * where the best value lies at the edge of its grid. steps ×, time ×: what "
         "SGD-momentum needs to get to the same training loss from the same start, at whichever "
         "learning rate of its grid does so first for that seed, over what the optimizer took. "
-        f"SGD-momentum was given {longer} times the epochs; > where it did not get there. "
+        f"SGD-momentum was given {longer} times its epochs; > where it did not get there. "
         "diverged: how many of the seeds that were tried did not get to the end."
     )
     ordered = [row.cells for row in sorted(rows, key=lambda row: row.loss)]

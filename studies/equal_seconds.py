@@ -50,12 +50,12 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     """Run the study and return the run's folder; losses are written as they are evaluated.
 
     resume: the folder of an earlier run; the optimizers that got to their end are kept.
-    Raises: ValueError for a folder of another study or problem, or for an unknown optimizer.
+    Raises: ValueError for a folder of another study, problem, seed or seconds, or for an unknown
+    optimizer.
     """
-    question = (__doc__ or "").partition("\n")[0]
-    ended = {} if resume is None else records.read_header(resume).get("ended", {})
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
-        header["ended"] = ended
+    question, config = (__doc__ or "").partition("\n")[0], dataclasses.asdict(grid)
+    with running(NAME, config, question, results, resume, ("seed", "seconds")) as (folder, header):
+        ended = header.setdefault("ended", {})
         task = progress.add_task("training", total=len(grid.optimizers))
         for name in grid.optimizers:
             if name not in ended:
@@ -75,7 +75,8 @@ def _alone(folder: Path, grid: Grid, name: str) -> str:
 def train(folder: Path, grid: Grid, name: str) -> str:
     """Train with all cores and keep the losses as the run's part `name`; why it ended early, or "".
 
-    Raises: what comes up before the end of the first step, for it is none of the numbers'.
+    Raises: what comes up before the first evaluation, and what is none of the numbers'
+    (`training.IN_THE_NUMBERS`).
     """
     torch.set_num_threads(os.cpu_count() or 1)
     problem = problems.get(grid.problem)
@@ -89,8 +90,8 @@ def train(folder: Path, grid: Grid, name: str) -> str:
             for metric, value in training.evaluate(state, problem).items():
                 rows.append({**shared, **place, **loss_row(metric, value)})
             records.put(folder, name, rows)
-    except RuntimeError as error:
-        if not rows or (rows[-1]["step"] == 0 and not isinstance(error, training.DivergedError)):
+    except training.IN_THE_NUMBERS as error:
+        if not rows:
             raise
         return str(error)
     return ""
@@ -126,7 +127,8 @@ def table(frame: pd.DataFrame, ended: dict[str, str], grid: Grid) -> dict[str, A
         rows.append([name, printed + reason, *cells, number(float(own[name]["epoch"].max()))])
     caption = (
         "Training loss, and rank, at the first step that ended after so many seconds of training; "
-        f"each optimizer alone on {os.cpu_count()} cores, seed {grid.seed}, recommended settings."
+        f"each optimizer alone on {os.cpu_count()} cores, seed {grid.seed}, at the settings that "
+        "the problem recommends, else at its own defaults."
     )
     columns = ["optimizer", "settings", *(f"{mark:g} s" for mark in grid.seconds), "epochs"]
     return {"caption": caption, "columns": columns, "rows": rows}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from studies import problems, provenance, records, training
+from studies import checkpoints, problems, provenance, records, training
 from studies.measuring import Plan, definitions
 from studies.snapshots import Measured, Snapshot, measure_all, take
 
@@ -82,9 +82,10 @@ def _snapshots(
         )
         try:
             yield from _trained(settings, grid, plan, progress)
-        except training.DivergedError as error:
+        except training.IN_THE_NUMBERS as error:
             diverged.append(f"diverged: {name}: {error}")
-            training.save_parameters(error.parameters, folder / f"last-finite-{name}.pt")
+            if isinstance(error, training.DivergedError):
+                checkpoints.save_parameters(error.parameters, folder / f"last-finite-{name}.pt")
 
 
 def _trained(

@@ -33,7 +33,9 @@ class Grid:
     lr_factors, damping_factors: times the problem's recommended values, where it has one; a
     kl_clip takes the squares of the lr's factors, and the lr then stays. seed: of the tuning; the
     final runs have this and the following ones, `seeds` of them, and up to `spares` more in place
-    of those that diverge. longer: the yardstick's budget in units of `epochs`.
+    of those that diverge. epochs: of every training; with 0 each optimizer has those of its
+    schedule on the problem, or the problem's. longer: the yardstick's budget in units of its
+    epochs; one with a schedule ends with that, after which it would hardly move.
     """
 
     problem: str = "digits-autoencoder"
@@ -41,16 +43,21 @@ class Grid:
     seed: int = 0
     seeds: int = 1
     spares: int = 0
-    epochs: int = 0  # 0: the problem's
+    epochs: int = 0
     longer: int = 6
     lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
     damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
     workers: int = 2
 
-    @property
-    def budget(self) -> int:
+    def budget(self, optimizer: str) -> int:
         """Epochs of the tuning and of the final runs."""
-        return self.epochs or problems.get(self.problem).epochs
+        return self.epochs or problems.get(self.problem).epochs_of(optimizer)
+
+    @property
+    def patience(self) -> int:
+        """Times its budget that the yardstick gets."""
+        scheduled = YARDSTICK in problems.get(self.problem).schedule
+        return 1 if scheduled and not self.epochs else self.longer
 
 
 TINY = Grid(
@@ -83,7 +90,8 @@ def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     """The trials that an optimizer is tuned by, one per point of its grid."""
     own = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
     points = [dict(zip(own, point, strict=True)) for point in itertools.product(*own.values())]
-    return [trials.trial(grid.problem, optimizer, p, grid.seed, grid.budget) for p in points]
+    epochs = grid.budget(optimizer)
+    return [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
 
 
 def axes(
@@ -108,7 +116,7 @@ def axes(
 
 def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:
     """For each seed SGD with momentum at every learning rate, with its longer budget."""
-    own, long = candidates(grid, YARDSTICK), grid.budget * grid.longer
+    own, long = candidates(grid, YARDSTICK), grid.budget(YARDSTICK) * grid.patience
     return [[dataclasses.replace(trial, seed=seed, epochs=long) for trial in own] for seed in seeds]
 
 
@@ -187,13 +195,21 @@ def compared(
             name,
             comparison.settings(tuned[name].settings, [t.settings for t in candidates(grid, name)]),
             [trials.read(folder, trial) for trial in own.trials],
-            grid.budget,
+            grid.budget(name),
             [[trials.read(folder, pace) for pace in paces[t.seed]] for t in own.trials],
             own.tried,
         )
         for name, own in finals.items()
     ]
-    return comparison.table(rows, grid.budget, grid.seeds, grid.longer)
+    return comparison.table(rows, _in_print(grid), grid.seeds, grid.patience)
+
+
+def _in_print(grid: Grid) -> str:
+    """The budgets: one number, or each optimizer's where their schedules differ."""
+    budgets = {name: grid.budget(name) for name in grid.optimizers}
+    if len(set(budgets.values())) == 1:
+        return f"{next(iter(budgets.values()))} epochs"
+    return ", ".join(f"{budgets[name]} ({name})" for name in sorted(budgets)) + " epochs"
 
 
 def add_published(
@@ -210,9 +226,10 @@ def add_published(
     setting = problems.get(grid.problem)
     per_epoch = len(setting.data().train_inputs) // setting.batch_size
     for name in known:
-        found = published.rows(shared, name, per_epoch, grid.budget)
+        found = published.rows(shared, name, per_epoch, grid.budget(name))
         records.put(folder, f"{name}-published", found)
     runs = {
         n: [trials.read(folder, t) for t in _converged(folder, finals[n].trials)] for n in known
     }
-    header["published"] = published.table(grid.problem, runs, grid.budget)
+    last = max(grid.budget(name) for name in known)
+    header["published"] = published.table(grid.problem, runs, last)

@@ -28,6 +28,17 @@ def header(study: str, problem: str, device: str, config: Mapping[str, Any]) -> 
     }
 
 
+def again(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a run that goes on: what it had, with today's settings and status.
+
+    Its commit and date stay those it began with; those it went on with are added to "resumed".
+    """
+    part = {name: now[name] for name in ("created", "commit", "versions", "device")}
+    kept = {name: earlier[name] for name in ("created", "commit", "versions") if name in earlier}
+    resumed = [*earlier.get("resumed", []), part]
+    return {**earlier, **now, **kept, "resumed": resumed}
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -18,8 +18,9 @@ from studies import figures, maps, records, summaries, traces
 MAIN, STEP = "relative_error", "step_cosine"  # drawn along training; drawn layer by layer
 
 CAPTIONS = {
-    "loss": "Loss of the whole model on training and test data, by {x}.",
-    "accuracy": "Share of the examples put into the right class, by {x}.",
+    "loss": "Loss of the whole model on training and test data, by {x}. Of several seeds, median "
+    "and range of those that got so far.",
+    "accuracy": "Share of the examples put into the right class, by {x}; seeds as for the loss.",
     MAIN: "Error of each approximation along training with {optimizer}, measured against the exact "
     "{truth} of each layer. Bands are the intervals of the estimates. Black is the best that any "
     "Kronecker product can do; dashed grey is how far two halves of the sample differ.",
@@ -92,11 +93,17 @@ def truths(frame: pd.DataFrame) -> list[str]:
 
 
 def losses(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Return optimizer -> loss name -> its value at the last step, in print."""
-    rows = summaries.last(frame[frame["metric"].str.endswith("_loss")])
+    """Return optimizer -> loss name -> its value at the last step, in print.
+
+    Of several seeds, the median of those that got so far, and how many they are.
+    """
+    every = frame[frame["metric"].str.endswith("_loss")]
+    rows, tried = summaries.last(every), every.groupby("optimizer")["seed"].nunique()
     found: dict[str, dict[str, str]] = {}
     for (optimizer, metric), own in rows.groupby(["optimizer", "metric"]):
         place = found.setdefault(str(optimizer), {"step": f"{own['step'].max():,}"})
+        if tried.max() > 1:
+            place["seeds"] = f"{own['seed'].nunique()} of {tried[str(optimizer)]}"
         place[summaries.label(str(metric))] = summaries.number(own["value"].median())
     return found
 

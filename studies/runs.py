@@ -1,7 +1,6 @@
-"""Single training runs and single measurements, for the command line."""
+"""Single training runs, for the command line."""
 
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -12,18 +11,17 @@ from threading import Event, current_thread, main_thread
 from typing import Any
 
 import pandas as pd
-import torch
 from rich.progress import Progress
 from rich.table import Table
 
-from diag import Problem
-from studies import measuring, problems, provenance, records, training
+from studies import checkpoints, measuring, problems, provenance, records, training
 from studies.alongside import Alongside
 from studies.snapshots import loss_row
 
 NAME = "train"
 CHECKPOINT = "checkpoint.pt"
 LAST_FINITE = "last-finite.pt"
+GOES_ON = "a run goes on with what it has, but for epochs and device"
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,17 @@ def train(
 ) -> Outcome:
     """Train, writing losses and a checkpoint after every epoch; evaluation time is not counted.
 
-    resume: the folder of an earlier run of the same settings, which then goes on in place.
+    resume: the folder of an earlier run of the same settings, which then goes on in place, for more
+    epochs or on another device if these differ.
     beside: measures at ends of epochs; what it spent goes into the header.
     A run that diverges keeps its records; the last parameters with a finite loss are in
     last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
     with a checkpoint of that.
+
+    Raises: ValueError for a folder without a checkpoint, or of a run with other settings.
     """
+    header = _header(settings) if resume is None else _header_again(resume, settings)
     folder = resume or records.new_run(results, NAME)
-    header = records.read_header(folder) if resume else _header(settings)
     if beside is not None:
         header["metrics"] = measuring.definitions([*beside.plan.metrics, "noise_floor"])
         beside.resume(header.get("measuring", {}))
@@ -70,17 +71,19 @@ def train(
     try:
         with _sigterm() as asked:
             for state in _epochs(settings, folder, resume, progress, asked):
-                if not (resume and state.step == _last_step(folder)):
+                if state.step > _last_step(folder):  # else the checkpoint is the older one
                     records.append(folder, _rows(folder, settings, state, beside))
                     if beside is not None:
                         header["measuring"] = beside.counters()
-                training.save(state, folder / CHECKPOINT)
+                        records.write_header(folder, header | {"status": "running"})
+                checkpoints.save(state, folder / CHECKPOINT)
     except Stopped as reason:
         status = f"stopped: {reason}"
-    except training.DivergedError as error:
+    except training.IN_THE_NUMBERS as error:
         diverged = str(error)
         status = f"diverged: {diverged}"
-        training.save_parameters(error.parameters, folder / LAST_FINITE)
+        if isinstance(error, training.DivergedError):  # else the last checkpoint is good
+            checkpoints.save_parameters(error.parameters, folder / LAST_FINITE)
     except BaseException as error:
         records.write_header(folder, header | {"status": f"failed: {type(error).__name__}"})
         raise
@@ -94,6 +97,58 @@ def train(
 def _header(settings: training.Settings) -> dict[str, Any]:
     config = dataclasses.asdict(dataclasses.replace(settings, problem=None))  # type: ignore[arg-type]
     return provenance.header(NAME, settings.problem.name, settings.device, config)
+
+
+def _header_again(folder: Path, settings: training.Settings) -> dict[str, Any]:
+    """Raises: ValueError as `settings_of`, or where more differs than epochs and device."""
+    earlier, now = settings_of(folder), settings
+    for name in ("optimizer", "seed", "batch_size", "hyper"):
+        old, new = getattr(earlier, name), getattr(now, name)
+        if old != new:
+            raise ValueError(f"{folder} was trained with {name} {old}, not {new}: {GOES_ON}")
+    if earlier.problem.name != now.problem.name:
+        known = earlier.problem.name
+        raise ValueError(f"{folder} holds problem {known}, not {now.problem.name}: {GOES_ON}")
+    header = records.read_header(folder)
+    return provenance.again(header, _header(settings)) | {
+        name: header[name] for name in ("metrics", "seconds")
+    }
+
+
+def settings(
+    problem: str | None, chosen: dict[str, Any], resume: Path | None = None
+) -> training.Settings:
+    """Settings of a new run, or those of the one to go on with, and what is chosen over them.
+
+    chosen: fields of `training.Settings`; every other name is of the optimizer's hyper-parameters.
+    Raises: ValueError without a problem, and as `settings_of`.
+    """
+    if resume is not None:
+        found = settings_of(resume)
+        name = problem or found.problem.name
+    elif problem is None:
+        raise ValueError(f"name a problem to train; known: {sorted(problems.PROBLEMS)}")
+    else:
+        optimizer, name = chosen.get("optimizer", "kbfgs"), problem
+        epochs = problems.get(name).epochs_of(optimizer)
+        found = training.Settings(problems.get(name), optimizer, epochs)
+    own = {field.name for field in dataclasses.fields(found)}
+    changed = {name: value for name, value in chosen.items() if name in own}
+    hyper = {name: value for name, value in chosen.items() if name not in own}
+    return dataclasses.replace(
+        found, problem=problems.get(name), **changed, hyper={**found.hyper, **hyper}
+    )
+
+
+def settings_of(folder: Path) -> training.Settings:
+    """What a run of `train` was made with. Raises: ValueError for another or an empty folder."""
+    if not (folder / CHECKPOINT).is_file():
+        raise ValueError(f"no {CHECKPOINT} in {folder}; `kronscope train` writes one")
+    header = records.read_header(folder)
+    if header.get("study") != NAME:
+        raise ValueError(f"{folder} holds study {header.get('study')}, not {NAME}")
+    config = {**header["config"], "problem": problems.get(header["problem"])}
+    return training.Settings(**config)
 
 
 @contextmanager
@@ -128,7 +183,7 @@ def _epochs(
         if state.step % state.steps_per_epoch == 0:
             yield state
         if asked.is_set() and state.step < total:
-            training.save(state, folder / CHECKPOINT)
+            checkpoints.save(state, folder / CHECKPOINT)
             raise Stopped(f"by SIGTERM at step {state.step:,} of {total:,}; --resume goes on")
 
 
@@ -166,33 +221,4 @@ def table(frame: pd.DataFrame) -> Table:
     for row in wide.reset_index().to_dict("records"):
         numbers = [f"{row[name]:.4f}" for name in names]
         shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *numbers)
-    return shown
-
-
-def measure_table(
-    problem: str, block: str, truth: str, examples: int, checkpoint: Path | None, seed: int
-) -> Table:
-    """Measure a problem's blocks at its initial or checkpointed parameters.
-
-    Raises: ValueError for an unknown problem, block, truth or checkpoint.
-    """
-    setting = problems.get(problem)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = setting.model()
-    if checkpoint is not None:
-        if not checkpoint.is_file():
-            raise ValueError(f"no checkpoint {checkpoint}; `kronscope train` writes one")
-        model.load_state_dict(torch.load(checkpoint, weights_only=True)["model"])
-    data = setting.data()
-    inputs, targets = data.train_inputs[:examples], data.train_targets[:examples]
-    found = Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
-    plan = measuring.Plan(truths=(truth,), damping=setting.measure_damping)
-    blocks = [found.block(block)] if block else found.blocks()
-    shown = Table("block", "d", "approximation", "metric", "value", "95 % interval", title=truth)
-    for row in measuring.measure(found, plan, {}, blocks):
-        interval = "" if math.isnan(row["low"]) else f"{row['low']:.4g} … {row['high']:.4g}"
-        name = row["approximation"] or "exact"
-        place = (row["block"], f"{row['size']:,}", name, row["metric"])
-        shown.add_row(*place, f"{row['value']:.4g}", interval)
     return shown

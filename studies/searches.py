@@ -43,7 +43,7 @@ class Search(ABC):
 
     problem: str
     optimizer: str = "kbfgs"
-    epochs: int = 0  # 0: the problem's
+    epochs: int = 0  # 0: those of the problem's schedule for the optimizer, or the problem's
     seed: int = 0
     lr_factors: Sequence[float] = ()
     damping_factors: Sequence[float] = ()
@@ -60,7 +60,7 @@ class Search(ABC):
     @property
     def budget(self) -> int:
         """Epochs of a training that is not stopped."""
-        return self.epochs or problems.get(self.problem).epochs
+        return self.epochs or problems.get(self.problem).epochs_of(self.optimizer)
 
     def axes(self) -> dict[str, list[float]]:
         """The recommended values times the factors. Raises: ValueError where there are none."""

@@ -32,6 +32,7 @@ from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
 HEAVY_BALL = ("eva", "mbf", "shampoo", "tnt")  # M <- β M + ∇; the others average it
+FIXED = "steps", "examples", "layers_every"
 WATCH_ONLY = {name: {"curvature_limit": math.inf} for name in ("kbfgs", "kbfgs_l")}
 
 
@@ -63,12 +64,12 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     """Run the study and return the run's folder; every training is written when it has ended.
 
     resume: the folder of an earlier run on the same problem; trainings that are there are kept.
-    Raises: ValueError for a folder of another study or problem, or an optimizer without a
-    preconditioner to be shown.
+    Raises: ValueError for a folder of another study or problem or of other `FIXED` settings, or an
+    optimizer without a preconditioner to be shown.
     """
-    question = (__doc__ or "").partition("\n")[0]
+    question, config = (__doc__ or "").partition("\n")[0], dataclasses.asdict(grid)
     limits = {name: limit(grid.problem, name) for name in grid.optimizers}
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
+    with running(NAME, config, question, results, resume, FIXED) as (folder, header):
         seeds = range(grid.seed, grid.seed + grid.seeds)
         wanted = list(itertools.product(grid.optimizers, seeds))
         missing = [place for place in wanted if not _path(folder, *place).is_file()]
@@ -135,8 +136,8 @@ def trace(grid: Grid, optimizer: str, seed: int) -> tuple[list[dict[str, Any]], 
     while True:
         try:
             state = next(states)
-        except RuntimeError as error:
-            if place.get("step", 0) == 0:  # none of the numbers'
+        except training.IN_THE_NUMBERS as error:
+            if "step" not in place:
                 raise
             place["step"] += 1
             return [*rows, {**place, **loss_row("batch_loss", np.inf)}], str(error)

@@ -5,6 +5,7 @@ copied out, so measuring never disturbs the run, and the copies are measured in 
 thread each, which suits matrices of this size better than one process with all threads.
 """
 
+import io
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
@@ -21,6 +22,8 @@ from studies.data import Data
 from studies.pools import shared_pool
 from studies.training import Settings, State, evaluate
 
+Lives = dict[str, dict[str, Operator]]  # by approximation and block
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -28,7 +31,7 @@ class Snapshot:
 
     settings_key: dict[str, Any]  # run-independent columns of the rows: problem, optimizer, ...
     parameters: dict[str, Tensor]
-    lives: dict[str, dict[str, Operator]]
+    lives: Lives
     losses: dict[str, float]
     plan: measuring.Plan
     keep_matrices: bool
@@ -53,8 +56,19 @@ def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: 
         "seconds": state.seconds,
     }
     parameters = {n: t.detach().cpu().clone() for n, t in state.model.state_dict().items()}
-    lives = measuring.live_curvatures(settings.optimizer, state)
+    lives = _on_cpu(measuring.live_curvatures(settings.optimizer, state), settings.device)
     return Snapshot(key, parameters, lives, evaluate(state, settings.problem), plan, keep_matrices)
+
+
+def _on_cpu(lives: Lives, device: str) -> Lives:
+    """The same operators with their tensors on the CPU, where they are measured."""
+    if device == "cpu":
+        return lives
+    content = io.BytesIO()
+    torch.save(lives, content)
+    content.seek(0)
+    moved: Lives = torch.load(content, map_location="cpu", weights_only=False)
+    return moved
 
 
 def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measured]:

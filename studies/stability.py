@@ -147,17 +147,21 @@ def span(steps: Sequence[int]) -> str:
 
 
 def _record(grid: Grid, folder: Path, points: dict[str, list[list[Trial]]]) -> list[str]:
-    """Put the losses of all trainings into the records; the names of those at the middle points."""
-    shown = []
+    """Put the losses of all trainings into the records; the names of those at the middle points.
+
+    All names where no point is in the middle.
+    """
+    shown, all_names = [], []
     recommended = problems.get(grid.problem).optimizers
     for name, grids in points.items():
         rows = []
         for own in grids:
             settings = dict(own[0].settings)
-            middle = all(settings[key] == value for key, value in recommended[name].items())
+            middle = all(settings[k] == v for k, v in recommended.get(name, {}).items())
             printed = comparison.settings(own[0].settings, [own[0].settings])
             label = name if middle else f"{name} {printed}"
             shown += [name] if middle else []
+            all_names.append(label)
             rows += [row for t in own for row in trials.rows(folder, t, NAME, label)]
         records.put(folder, name, rows)
-    return shown
+    return shown or all_names

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from studies import optimizers
+from optim import NumericalError
+from studies import checkpoints, optimizers
 from studies.data import Data
 from studies.problems import TrainingProblem
 
@@ -22,9 +23,11 @@ Closure = Callable[[], Tensor]
 
 FOREVER = 10**6  # epochs of a training that something else ends
 DIVERGED_AT = 100.0  # times the first loss: far beyond what any run recovered from
+# what ends a training because of its settings; all else, a full memory say, is none of theirs
+IN_THE_NUMBERS = (NumericalError, torch.linalg.LinAlgError)
 
 
-class DivergedError(RuntimeError):
+class DivergedError(NumericalError):
     """The loss is not finite or has grown beyond DIVERGED_AT times the first one.
 
     `parameters` is the model's state at the last step whose loss was finite.
@@ -57,17 +60,24 @@ class State:
     """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded).
 
     averaged: running average of the parameters, of problems that evaluate that. scheduler: of the
-    learning rate, where the problem has one for the optimizer; it steps after each epoch.
+    learning rate, where the problem has one for the optimizer; it steps after each epoch. first:
+    the loss of the first batch, None before it.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     data: Data
-    steps_per_epoch: int
+    batch: int
     averaged: AveragedModel | None = None
     scheduler: LRScheduler | None = None
     step: int = 0
     seconds: float = 0.0
+    first: float | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the training set."""
+        return len(self.data.train_inputs) // self.batch
 
     @property
     def epoch(self) -> float:
@@ -94,7 +104,7 @@ def start(settings: Settings) -> State:
         )
     schedule = problem.schedule.get(settings.optimizer)
     scheduler = None if schedule is None else schedule.scheduler(optimizer)
-    return State(model, optimizer, data, len(data.train_inputs) // batch, averaged, scheduler)
+    return State(model, optimizer, data, batch, averaged, scheduler)
 
 
 def _on(data: Data, device: str) -> Data:
@@ -113,23 +123,24 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
     """
     state = start(settings)
     if resume is not None:
-        load(state, resume)
+        checkpoints.load(state, resume)
     elif hasattr(state.optimizer, "warm_up"):
         begun = time.perf_counter()
         blocks = enumerate(_blocks(state))
-        state.optimizer.warm_up(_closure(state, settings, rows, (1, k)) for k, rows in blocks)
+        with _draws_of(settings, -1):
+            state.optimizer.warm_up(_closure(state, settings, rows, (1, k)) for k, rows in blocks)
         state.seconds += time.perf_counter() - begun
     yield state
     last, before = _snapshot(state.model), _snapshot(state.model)
-    first: float | None = None
     while state.step < settings.epochs * state.steps_per_epoch:
         begun = time.perf_counter()
         closure = _closure(state, settings, _rows(state, settings.seed), (0, state.step))
         torch._foreach_copy_(list(before.values()), list(state.model.state_dict().values()))
-        loss = state.optimizer.step(closure).detach().item()  # type: ignore[attr-defined, arg-type]
-        first = loss if first is None else first
-        if not loss <= DIVERGED_AT * abs(first):  # also true of NaN
-            raise DivergedError(state.step, loss, first, last)
+        with _draws_of(settings, state.step):
+            loss = state.optimizer.step(closure).detach().item()  # type: ignore[attr-defined, arg-type]
+        state.first = loss if state.first is None else state.first
+        if not loss <= DIVERGED_AT * abs(state.first):  # also true of NaN
+            raise DivergedError(state.step, loss, state.first, last)
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
         last, before = before, last  # the loss at these parameters is now known to be finite
@@ -147,17 +158,15 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
 def _blocks(state: State) -> list[Tensor]:
     """Consecutive batches in file order: the pass the papers initialise their statistics with."""
     n = len(state.data.train_inputs)
-    size = n // state.steps_per_epoch
     order = torch.arange(n, device=state.data.train_inputs.device)
-    return list(order[: size * state.steps_per_epoch].split(size))
+    return list(order[: state.batch * state.steps_per_epoch].split(state.batch))
 
 
 def _rows(state: State, seed: int) -> Tensor:
     """The examples of the next batch; the order of an epoch depends on seed and epoch alone."""
     n = len(state.data.train_inputs)
     epoch, place = divmod(state.step, state.steps_per_epoch)
-    size = n // state.steps_per_epoch
-    rows = _order(n, seed, epoch)[place * size : (place + 1) * size]
+    rows = _order(n, seed, epoch)[place * state.batch : (place + 1) * state.batch]
     return rows.to(state.data.train_inputs.device)
 
 
@@ -192,8 +201,21 @@ def _closure(state: State, settings: Settings, rows: Tensor, draw: tuple[int, in
 
 def _random(seed: int, draw: tuple[int, int]) -> torch.Generator:
     """A batch's generator depends on seed and place alone, so that a resumed run draws the same."""
+    return torch.Generator().manual_seed(_mixed(seed, draw))
+
+
+def _mixed(seed: int, draw: tuple[int, int]) -> int:
     (mixed,) = np.random.SeedSequence((seed % 2**32, *draw)).generate_state(1)
-    return torch.Generator().manual_seed(int(mixed))
+    return int(mixed)
+
+
+@contextmanager
+def _draws_of(settings: Settings, step: int) -> Iterator[None]:
+    """Inside, what the model draws (dropout) depends on seed and step alone; -1 is the warm-up."""
+    device = torch.device(settings.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_mixed(settings.seed, (2, step + 1)))
+        yield
 
 
 @torch.no_grad()
@@ -242,51 +264,3 @@ def _finished(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def save_parameters(parameters: dict[str, Tensor], path: Path) -> None:
-    """Write a model's state_dict, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(parameters, temporary)
-    temporary.replace(path)
-
-
-def save(state: State, path: Path) -> None:
-    """Write a checkpoint from which `steps(settings, resume=path)` goes on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    torch.save(
-        {
-            "model": state.model.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "averaged": None if state.averaged is None else state.averaged.state_dict(),
-            "scheduler": None if state.scheduler is None else state.scheduler.state_dict(),
-            "step": state.step,
-            "seconds": state.seconds,
-        },
-        temporary,
-    )
-    temporary.replace(path)
-
-
-def load(state: State, path: Path) -> None:
-    """Put a checkpoint's model, optimizer and counters into a fresh state.
-
-    Raises: ValueError naming a missing file or one of another model or optimizer.
-    """
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}; `kronscope train` writes one after each epoch")
-    content = torch.load(path, weights_only=True)
-    try:
-        state.model.load_state_dict(content["model"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        if state.averaged is not None:
-            state.averaged.load_state_dict(content["averaged"])
-        if state.scheduler is not None:
-            state.scheduler.load_state_dict(content["scheduler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of this problem and optimizer: {error}"
-        ) from error
-    state.step, state.seconds = content["step"], content["seconds"]

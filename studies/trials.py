@@ -65,11 +65,11 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
     """Train with one thread; at the start and after each epoch the rows of its losses.
 
     A row: (step, epoch, seconds, metric, value), with seconds of training, evaluation excluded.
-    Raises: EndedError for what comes up in the numbers; any other error from before the end of the
-    first step as it is, for it is none of the numbers'.
+    Raises: EndedError for what comes up in the numbers (`training.IN_THE_NUMBERS`) after the first
+    evaluation; any other error as it is.
     """
     torch.set_num_threads(1)
-    problem, step = problems.get(trial.problem), 0
+    problem, step = problems.get(trial.problem), -1
     settings = training.Settings(
         problem,
         trial.optimizer,
@@ -85,8 +85,8 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
                 place = {"step": step, "epoch": state.epoch, "seconds": state.seconds}
                 found = training.evaluate(state, problem)
                 yield [{**place, "metric": name, "value": v} for name, v in found.items()]
-    except RuntimeError as error:
-        if step == 0 and not isinstance(error, training.DivergedError):
+    except training.IN_THE_NUMBERS as error:
+        if step < 0:
             raise
         raise EndedError(str(error), getattr(error, "step", step)) from error
 

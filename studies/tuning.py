@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
@@ -58,25 +58,13 @@ def run(search: Search, results: Path, progress: Progress, resume: Path | None =
     )
     points, question = search.points(), (__doc__ or "").partition("\n")[0]
     config = dataclasses.asdict(search)
-    if resume is not None:
-        _check(search, config, records.read_header(resume))
-    with running(search.NAME, config, question, results, resume) as (folder, header):
+    with running(search.NAME, config, question, results, resume, search.FIXED) as (folder, header):
         header["versions"]["optuna"] = version
         place = folder.resolve()  # the workers may have started elsewhere
         study = _open(search, place)
         _complete(search, place, study, points, progress)
         header |= table(study.get_trials(), search, records.read(folder))
     return folder
-
-
-def _check(search: Search, config: dict[str, Any], header: dict[str, Any]) -> None:
-    """Raises: ValueError where a search of the same problem differs in what must stay."""
-    earlier = header.get("config", {})
-    if (header.get("study"), header.get("problem")) == (search.NAME, search.problem):
-        for name in search.FIXED:
-            old, new = earlier.get(name), config[name]
-            if (list(new) if isinstance(new, tuple) else new) != old:
-                raise ValueError(f"the search to go on with has {name} {old}, not {new}")
 
 
 @lru_cache(maxsize=1)  # opening takes longer than an epoch of a small problem

@@ -12,12 +12,16 @@ from studies.data.reader import read_cifar, read_matlab
 from studies.data.source import data_folder, missing, openml
 from studies.data.tensors import Data
 
+Batches = list[tuple[np.ndarray, np.ndarray]]  # pictures [n, 3, 32, 32] and labels [n] of each
+
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
 SUBSET = (8068, 1017)  # pictures to train and to test
 CIFAR10_FOLDERS = "cifar10", "cifar10[!0]*", "cifar-10-*"
 CIFAR10_FILES = "data_batch_*.bin", "test_batch*.bin"
+CIFAR10_SIZES = [[10000] * 5, [10000]]  # pictures of each batch to train and to test
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR100_FILES = {"train.bin": 50000, "test.bin": 10000}  # with their pictures
 SVHN_FILES = {"train_32x32.mat": 73257, "test_32x32.mat": 26032}  # with their pictures
 SVHN_COUNTS = (
@@ -45,13 +49,22 @@ def _classes(labels: np.ndarray) -> Tensor:
 def cifar10() -> Data:
     """CIFAR-10 pictures [n, 3, 32, 32], each channel less its mean over its deviation; labels [n].
 
-    Read from the records in $KRONSCOPE_DATA/cifar10*/*.bin where that folder is, all of
-    data_batch_* to train, all of test_batch* to test (fewer than 50,000 and 10,000 where the files
-    are cut); else from the cache, else by scikit-learn from OpenML.
+    Read from the records in $KRONSCOPE_DATA/cifar10*/*.bin where that folder is, data_batch_* to
+    train, test_batch* to test; else from the cache, else by scikit-learn from OpenML. 50,000 and
+    10,000.
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
-    return _cifar10(first=None, others=None)
+    folder = data_folder(*CIFAR10_FOLDERS)
+    batches = _fetched_batches() if folder is None else _folder_batches(folder)
+    sizes = [[len(labels) for _, labels in sets] for sets in batches]
+    if sizes != CIFAR10_SIZES:
+        raise ValueError(
+            f"{folder} holds batches of {sizes[0]} pictures to train and {sizes[1]} to test, not "
+            f"CIFAR-10's {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]}: files are missing or cut; get "
+            f"{CIFAR10_URL} and unpack it there (cut files: problem cifar10-subset-cnn)"
+        )
+    return _joined(batches)
 
 
 def cifar10_subset() -> Data:
@@ -59,7 +72,10 @@ def cifar10_subset() -> Data:
 
     8,068 to train, 1,017 to test, from the whole data set's files as from ones cut to this.
     """
-    found = _cifar10(first=4000, others=1017)
+    folder = data_folder(*CIFAR10_FOLDERS)
+    train, test = _fetched_batches() if folder is None else _folder_batches(folder)
+    cut = [(x[: 1017 if k else 4000], t[: 1017 if k else 4000]) for k, (x, t) in enumerate(train)]
+    found = _joined([cut, [(x[:1017], t[:1017]) for x, t in test]])
     sizes = len(found.train_targets), len(found.test_targets)
     if sizes != SUBSET:
         raise ValueError(
@@ -70,31 +86,30 @@ def cifar10_subset() -> Data:
     return found
 
 
-def _cifar10(first: int | None, others: int | None) -> Data:
-    """At most `first` records of the first batch and `others` of each other."""
-    folder = data_folder(*CIFAR10_FOLDERS)
-    batches = _fetched_batches() if folder is None else [_batches(folder, p) for p in CIFAR10_FILES]
+def _joined(batches: Sequence[Batches]) -> Data:
+    """Those to train and those to test, each joined."""
     tensors: list[Tensor] = []
-    for place, sets in enumerate(batches):
-        limits = [first if place == 0 and k == 0 else others for k in range(len(sets))]
-        pairs = list(zip(sets, limits, strict=True))
-        pictures = np.concatenate([x[:limit] for (x, _), limit in pairs])
-        labels = np.concatenate([t[:limit] for (_, t), limit in pairs])
+    for sets in batches:
+        pictures, labels = (np.concatenate(parts) for parts in zip(*sets, strict=True))
         tensors += [_normalised(pictures, CIFAR_MEAN, CIFAR_STD), _classes(labels)]
     return Data(*tensors)
 
 
-def _batches(folder: Path, pattern: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    files = sorted(folder.glob(pattern))
-    if not files:
-        raise FileNotFoundError(
-            f"no {pattern} in {folder}; expected CIFAR-10 in the binary version; get "
-            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz and unpack it there"
-        )
-    return [read_cifar(file, classes=10) for file in files]
+def _folder_batches(folder: Path) -> list[Batches]:
+    """The batches to train and those to test in a folder's files."""
+    found = []
+    for pattern in CIFAR10_FILES:
+        files = sorted(folder.glob(pattern))
+        if not files:
+            raise FileNotFoundError(
+                f"no {pattern} in {folder}; expected CIFAR-10 in the binary version; get "
+                f"{CIFAR10_URL} and unpack it there"
+            )
+        found.append([read_cifar(file, classes=10) for file in files])
+    return found
 
 
-def _fetched_batches() -> list[list[tuple[np.ndarray, np.ndarray]]]:
+def _fetched_batches() -> list[Batches]:
     """The five batches to train and the one to test, as in the published files."""
     counts = (5000,) * 10, (1000,) * 10
     found = openml("CIFAR_10", 1, "cifar10/*.bin", 3 * 32 * 32, 50000, counts)

@@ -8,6 +8,7 @@ checksums judge the whole.
 
 import hashlib
 import os
+import platform
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class _Resuming(urllib.request.BaseHandler):
 
     def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
         """Ask for the rest of what a part file has the beginning of."""
+        _take_over(self.parts, _key(request))
         for part in self.parts.glob(f"{_key(request)}-*.part"):
             tag = bytes.fromhex(part.stem.partition("-")[2]).decode()
             request.add_unredirected_header("Range", f"bytes={part.stat().st_size}-")
@@ -76,6 +78,26 @@ def _key(request: urllib.request.Request) -> str:
     return hashlib.sha256(f"{address.netloc}{address.path}".encode()).hexdigest()[:16]
 
 
+def _in_use(part: Path) -> Path:
+    """What a part file is called while this process writes to it."""
+    return part.with_suffix(f".{os.getpid()}@{_host()}")
+
+
+def _host() -> str:
+    return platform.node().replace(".", "_")
+
+
+def _take_over(parts: Path, key: str) -> None:
+    """Make part files again of those whose process on this machine is dead."""
+    for path in parts.glob(f"{key}-*.*@{_host()}"):
+        try:
+            os.kill(int(path.suffix[1:].partition("@")[0]), 0)
+        except ProcessLookupError:
+            path.replace(path.with_suffix(".part"))
+        except PermissionError:
+            pass  # it lives, and is another user's
+
+
 class _Kept:
     """A response that is written to a part file while it is read.
 
@@ -86,7 +108,7 @@ class _Kept:
         self.response, self.part, self.progress = response, part, progress
         self.file, self.begun = None, 0
         if part is not None:
-            self.own = part.with_suffix(f".{os.getpid()}")
+            self.own = _in_use(part)
             part.parent.mkdir(parents=True, exist_ok=True)
             if response.code == 206:
                 self.begun = self._claim(part)

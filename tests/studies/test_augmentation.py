@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from studies import data, problems, training
+from studies import checkpoints, data, problems, training
 from studies.data import crop_and_flip
 
 SMALL = problems.get("cifar10-subset-cnn-small")
@@ -86,7 +86,7 @@ def test_resume_is_exact(tmp_path, name):
     chosen = settings(optimizer=name, epochs=2)
     for state in training.steps(chosen):
         if state.step == state.steps_per_epoch + 3:
-            training.save(state, tmp_path / "here.pt")
+            checkpoints.save(state, tmp_path / "here.pt")
     whole = {key: tensor.clone() for key, tensor in state.model.state_dict().items()}
     assert same(final(chosen, resume=tmp_path / "here.pt"), whole)
 

@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 
 from studies import block_hessian_free as study
-from studies import claims, problems, records, training
+from studies import checkpoints, claims, problems, records, training
 from studies.report import write_report
 
 
@@ -135,7 +135,7 @@ def test_the_average_is_in_the_checkpoint(tmp_path):
     settings = training.Settings(problems.get("cifar10-small-resnet-small"), "sgd", 2)
     for state in training.steps(settings):
         if state.step == state.steps_per_epoch:
-            training.save(state, tmp_path / "half.pt")
+            checkpoints.save(state, tmp_path / "half.pt")
     *_, resumed = training.steps(settings, resume=tmp_path / "half.pt")
     one, other = (training.evaluate(s, settings.problem) for s in (state, resumed))
     assert one == other

@@ -26,7 +26,7 @@ def test_train_prints_losses_and_resumes(tmp_path):
     words = ("train", "digits-autoencoder", "--optimizer", "kfac", "--results", tmp_path)
     assert invoke(*words, "--epochs", 1).exit_code == 0
     (run,) = tmp_path.iterdir()
-    found = invoke(*words, "--epochs", 2, "--resume", run, "--measure", 0.9)
+    found = invoke("train", "--epochs", 2, "--resume", run, "--measure", 0.9)
     assert found.exit_code == 0
     assert "train loss" in found.output
     assert "measured 1 time(s) in" in found.output

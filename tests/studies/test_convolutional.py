@@ -67,7 +67,8 @@ def test_the_subset_of_whole_files_is_cut(tmp_path, monkeypatch):
     found = data.cifar10_subset()
     assert found.train_targets.bincount().tolist() == [0, 4000, 1017, 1017, 1017, 1017]
     assert found.test_targets.tolist() == [9] * 1017
-    assert len(data.cifar10().train_targets) == 8068 + 5
+    with pytest.raises(ValueError, match=r"4001, 1018, .* to test, not .*cifar10-subset-cnn\)"):
+        data.cifar10()
 
 
 @needs_files

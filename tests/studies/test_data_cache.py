@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import threading
 import urllib.request
 from functools import partial
@@ -181,6 +182,27 @@ def test_a_download_goes_on_where_it_was_cut_off(tmp_path, address, monkeypatch)
     assert get(address.replace("signature=1", "signature=2"), parts) == CONTENT
     assert Server.asked == [None, "bytes=1000000-", "bytes=1500000-"]
     assert os.listdir(parts) == []
+
+
+def test_what_a_killed_process_got_is_taken_over(tmp_path, address, monkeypatch):
+    monkeypatch.setattr(Server, "cut", 1_000_000)
+    with pytest.raises(URLError, match="cut off"):
+        get(address, tmp_path)
+    monkeypatch.setattr(Server, "cut", None)
+    (part,) = tmp_path.iterdir()
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    monkeypatch.setattr(os, "getpid", lambda: process.pid)  # as that process would call it
+    orphan = part.replace(download._in_use(part))
+    monkeypatch.undo()
+    alive = orphan.with_name(orphan.name.replace(f".{process.pid}@", f".{os.getpid()}@"))
+    orphan.replace(alive)
+    download._take_over(tmp_path, download._key(urllib.request.Request(address)))
+    assert list(tmp_path.iterdir()) == [alive]  # its process writes to it
+    alive.replace(orphan)
+    assert get(address, tmp_path) == CONTENT
+    assert Server.asked[-1] == "bytes=1000000-"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_download_begins_anew_when_the_file_is_another(tmp_path, address, monkeypatch):

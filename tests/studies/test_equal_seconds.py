@@ -42,13 +42,23 @@ def test_each_trains_until_the_last_mark(done):
 
 
 def test_what_is_done_is_not_done_again(done, tmp_path):
+    before = records.read_header(done)
     parts = {path: path.stat().st_mtime_ns for path in (done / "records").iterdir()}
     more = dataclasses.replace(study.TINY, optimizers=("kfac", "sgd"))
     assert run(more, tmp_path, resume=done) == done
     assert {path: path.stat().st_mtime_ns for path in parts} == parts
     header = records.read_header(done)
+    for name in ("created", "commit", "versions"):
+        assert header[name] == before[name]  # what is kept was made then
+    assert [set(part) for part in header["resumed"]] == [
+        {"created", "commit", "versions", "device"}
+    ]
+    assert header["seconds"] > before["seconds"] > 0
     assert set(header["ended"]) == {"kfac", "adam", "sgd"}
     assert {row[0] for row in header["ranking"]["rows"]} == {"kfac", "sgd"}
+    for other, said in (({"seed": 5}, "seed 0, not 5"), ({"seconds": (0.2, 0.4)}, "seconds ")):
+        with pytest.raises(ValueError, match=f"the run to go on with has {said}"):
+            run(dataclasses.replace(more, **other), tmp_path, resume=done)
     with pytest.raises(ValueError, match="no optimizer 'nonsense'"):
         run(dataclasses.replace(study.TINY, optimizers=("nonsense",)), tmp_path)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from optim import NumericalError
 from studies import comparison, optimizers, problems, published, records, training, trials
 from studies import optimizers_compared as study
 from studies.report import write_report
@@ -204,29 +205,44 @@ def test_errors_are_written_down_and_raised(tmp_path):
         run(other, tmp_path, resume=folder)
 
 
-def fails(after):
+def fails(error, after):
     def steps(_):
         for step in range(after + 1):
             yield SimpleNamespace(step=step, steps_per_epoch=2, epoch=step / 2, seconds=0.0)
-        raise RuntimeError("A cannot be inverted")
+        raise error
 
     return steps
 
 
-def test_an_error_counts_as_divergence_only_once_steps_were_taken(monkeypatch):
+def test_what_comes_up_in_the_numbers_counts_as_divergence_and_nothing_else(monkeypatch):
     trial = trials.trial(SMALL.name, "kfac", {}, seed=0, epochs=2)
     monkeypatch.setattr(training, "evaluate", lambda *_: {"train_loss": 1.0})
-    monkeypatch.setattr(training, "steps", fails(after=3))
+    monkeypatch.setattr(training, "steps", fails(NumericalError("A cannot be inverted"), after=3))
     threads = torch.get_num_threads()
     try:
         found = trials.train(trial)
         assert set(found["ended"]) == {"A cannot be inverted"}
         assert list(found["epoch"]) == [0, 1]
-        monkeypatch.setattr(training, "steps", fails(after=0))
-        with pytest.raises(RuntimeError, match="cannot be inverted"):
+        monkeypatch.setattr(training, "steps", fails(torch.OutOfMemoryError("full"), after=3))
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            trials.train(trial)
+        monkeypatch.setattr(training, "steps", fails(NumericalError("at once"), after=-1))
+        with pytest.raises(NumericalError, match="at once"):  # in the warm-up: nothing to keep
             trials.train(trial)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_each_has_the_epochs_of_its_schedule():
+    grid = study.Grid("cifar10-resnet32", ("kbfgs", "kfac", "sgd"), longer=6)
+    assert {name: study.candidates(grid, name)[0].epochs for name in grid.optimizers} == {
+        "kbfgs": 60, "kfac": 100, "sgd": 200,
+    }  # fmt: skip
+    (paces,) = study.yardsticks(grid, [0])
+    assert {trial.epochs for trial in paces} == {200}  # its schedule ends there
+    own = dataclasses.replace(grid, epochs=10)
+    assert {study.candidates(own, name)[0].epochs for name in own.optimizers} == {10}
+    assert {trial.epochs for trial in study.yardsticks(own, [0])[0]} == {60}
 
 
 def test_the_grid_is_around_the_recommended_values():
@@ -279,7 +295,7 @@ def test_a_row_of_the_table():
     settings = "lr 1: training diverged at step 11: it was"
     assert broken.cells == ["mine", settings, "∞", "∞", "–", "1 of 1", "–", "–", "–"]
     assert comparison.row("mine", "", [own], 2, paces, tried=3).cells[5] == "2 of 3"
-    table = comparison.table([broken, row], 2, 1, 6)
+    table = comparison.table([broken, row], "2 epochs", 1, 6)
     assert [cells[0:3:2] for cells in table["rows"]] == [["mine", "6.500"], ["mine", "∞"]]
     assert table["columns"] == [c for c in comparison.COLUMNS if c != "test acc."]
 

@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 
 from diag import Diagonal, Problem, dense, exact, live
+from optim import NumericalError
 from optim.kbfgs import COUNTS
 from optim.momentum import heavy_ball
 from studies import (
@@ -160,6 +161,10 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
     assert run(more, tmp_path, resume=done) == done
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert len(list((done / "records").iterdir())) == 5
+    for other in ({"steps": 5}, {"examples": 33}, {"layers_every": 7}):
+        (name,) = other
+        with pytest.raises(ValueError, match=f"the run to go on with has {name} "):
+            run(dataclasses.replace(more, **other), tmp_path, resume=done)
 
 
 def test_a_run_that_goes_wrong_ends_there(monkeypatch):
@@ -176,7 +181,7 @@ def test_a_run_that_goes_wrong_ends_there(monkeypatch):
 def test_a_run_whose_optimizer_gives_up(monkeypatch):
     def gives_up(settings):
         yield from itertools.islice(real(settings), give_up_after)
-        raise RuntimeError("no inverse")
+        raise NumericalError("no inverse")
 
     real = training.steps
     monkeypatch.setattr(training, "steps", gives_up)
@@ -184,8 +189,8 @@ def test_a_run_whose_optimizer_gives_up(monkeypatch):
     rows, ended = study.trace(study.TINY, "kbfgs", 0)
     assert ended == "no inverse"
     assert (rows[-1]["step"], rows[-1]["metric"], rows[-1]["value"]) == (2, "batch_loss", np.inf)
-    give_up_after = 1
-    with pytest.raises(RuntimeError, match="no inverse"):
+    give_up_after = 0  # in the warm-up
+    with pytest.raises(NumericalError, match="no inverse"):
         study.trace(study.TINY, "kbfgs", 0)
 
 

@@ -50,7 +50,16 @@ def test_what_is_done_is_not_done_again(done, tmp_path):
     assert run(one, tmp_path, resume=done) == done
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert len(records.read_header(done)["stability"]) == 1
+    away = dataclasses.replace(study.TINY, optimizers=("sgd",), lr_factors=(1e4,))
+    assert records.read_header(run(away, tmp_path, resume=done))["shown"] == ["sgd lr 100"]
     write_report(done)
+
+
+def test_an_optimizer_without_recommended_settings_has_its_defaults(tmp_path):
+    grid = study.Grid("mnist-autoencoder-tanh-small", ("kfac",), seeds=1, workers=1)
+    header = records.read_header(run(grid, tmp_path))
+    assert header["shown"] == ["kfac"]
+    assert header["comparison"]["rows"][0][1] == "defaults"
 
 
 def test_what_counts_as_diverged(monkeypatch):

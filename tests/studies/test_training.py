@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from studies import optimizers, problems, records, runs, training
+from studies import checkpoints, optimizers, problems, records, runs, training
 
 DIGITS = problems.get("digits-autoencoder")
 
@@ -47,12 +47,47 @@ def test_resume_is_exact(tmp_path, name):
     chosen = settings(name)
     for state in training.steps(chosen):
         if state.step == state.steps_per_epoch + 3:
-            training.save(state, tmp_path / "here.pt")
+            checkpoints.save(state, tmp_path / "here.pt")
     whole = {k: v.clone() for k, v in state.model.state_dict().items()}
     for state in training.steps(chosen, resume=tmp_path / "here.pt"):
         assert state.step >= state.steps_per_epoch + 3
     for key, tensor in state.model.state_dict().items():
         assert torch.equal(tensor, whole[key]), key
+
+
+DROPOUT = training.Settings(problems.get("cifar10-allcnn-small"), "sgd", 2)
+
+
+def test_what_drops_out_depends_on_seed_and_step_alone(tmp_path):
+    """Whatever was drawn before in this process, and in a resumed run as in the whole one."""
+
+    def final(resume=None):
+        for state in training.steps(DROPOUT, resume):
+            if state.step == state.steps_per_epoch + 1 and resume is None:
+                checkpoints.save(state, tmp_path / "here.pt")
+        return {k: v.clone() for k, v in state.model.state_dict().items()}
+
+    assert any(isinstance(m, torch.nn.Dropout) for m in training.start(DROPOUT).model.modules())
+    before = torch.get_rng_state()
+    whole = final()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    for other in (final(), final(tmp_path / "here.pt")):
+        assert all(torch.equal(tensor, whole[key]) for key, tensor in other.items())
+
+
+def test_batches_have_the_size_asked_for():
+    state = training.start(settings("sgd", batch_size=400))  # of 1,500 examples
+    assert state.steps_per_epoch == 3
+    assert len(training._rows(state, seed=0)) == 400
+    assert [len(rows) for rows in training._blocks(state)] == [400] * 3
+
+
+def test_what_counts_as_diverged_is_kept_by_a_checkpoint(tmp_path):
+    *_, state = training.steps(settings("sgd", epochs=1))
+    assert state.first > 0
+    checkpoints.save(state, tmp_path / "here.pt")
+    assert next(training.steps(settings("sgd"), tmp_path / "here.pt")).first == state.first
 
 
 def test_the_seed_decides():
@@ -101,6 +136,47 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert records.read_header(outcome.folder)["status"] == "finished"
 
 
+def test_a_run_killed_before_its_checkpoint_has_no_row_twice(tmp_path, monkeypatch):
+    chosen, real = settings("adam", epochs=3), checkpoints.save
+
+    def save(state, path):
+        if state.step == 20:
+            raise KeyboardInterrupt
+        real(state, path)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    with Progress(disable=True) as progress:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(chosen, tmp_path, progress)
+        monkeypatch.setattr(checkpoints, "save", real)
+        (folder,) = tmp_path.iterdir()
+        outcome = runs.train(chosen, tmp_path, progress, resume=folder)
+    losses = outcome.frame[outcome.frame["metric"] == "train_loss"]
+    assert list(losses["step"]) == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "was trained with seed 0, not 1: a run goes on with what it has"),
+        ({"optimizer": "adam"}, "optimizer sgd, not adam"),
+        ({"batch_size": 300}, "batch_size 0, not 300"),
+        ({"lr": 0.5}, r"hyper {}, not {'lr': 0.5}"),
+        ({"problem": "digits-autoencoder-small"}, "holds problem digits-autoencoder, not digits-"),
+    ],
+)
+def test_a_run_goes_on_with_what_it_has(tmp_path, changes, said):
+    with Progress(disable=True) as progress:
+        first = runs.train(settings("sgd", epochs=1), tmp_path, progress).folder
+        before = {path: path.read_bytes() for path in first.rglob("*") if path.is_file()}
+        same = runs.settings(None, {"epochs": 2}, first)
+        assert same == settings("sgd", epochs=2)
+        problem = changes.pop("problem", None)
+        with pytest.raises(ValueError, match=said):
+            runs.train(runs.settings(problem, changes, first), tmp_path, progress, resume=first)
+    assert {path: path.read_bytes() for path in first.rglob("*") if path.is_file()} == before
+
+
 def test_sigterm_ends_at_a_checkpoint_from_which_the_run_goes_on(tmp_path, monkeypatch):
     """In the middle of the second epoch, and bit for bit as if it had not been."""
     chosen, real = settings("kbfgs", epochs=3), training.steps
@@ -145,7 +221,7 @@ def test_the_learning_rate_follows_its_schedule(tmp_path):
         rates[state.step] = state.optimizer.param_groups[0]["lr"]
         weights = {n: t.clone() for n, t in state.model.state_dict().items()}
         if state.step == state.steps_per_epoch + 1:
-            training.save(state, tmp_path / "middle.pt")
+            checkpoints.save(state, tmp_path / "middle.pt")
     each = state.steps_per_epoch
     assert rates == {step: pytest.approx(lr * plan.rate(step // each)) for step in rates}
     assert len(set(rates.values())) > 1
@@ -186,9 +262,17 @@ def test_refusals(tmp_path):
         training.start(settings("adam", batch_size=9999))
     with pytest.raises(ValueError, match="no checkpoint"):
         next(training.steps(settings("adam"), resume=tmp_path / "none.pt"))
-    training.save_parameters({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    checkpoints.save_parameters({"x": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="is no checkpoint of this problem"):
         next(training.steps(settings("adam"), resume=tmp_path / "other.pt"))
+    half = (tmp_path / "other.pt").read_bytes()[:300]
+    (tmp_path / "half.pt").write_bytes(half)
+    with pytest.raises(ValueError, match=r"half\.pt cannot be read as a checkpoint .*cut off"):
+        next(training.steps(settings("adam"), resume=tmp_path / "half.pt"))
+    with pytest.raises(ValueError, match=f"no checkpoint.pt in {tmp_path}"):
+        runs.settings_of(tmp_path)
+    with pytest.raises(ValueError, match=r"name a problem to train; known: .*digits-auto"):
+        runs.settings(None, {})
 
 
 def test_every_problem_is_complete():

@@ -1,0 +1,37 @@
+"""A single measurement of a problem's blocks, for the command line."""
+
+import math
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from diag import Problem
+from studies import checkpoints, measuring, problems
+
+
+def blocks_table(
+    problem: str, block: str, truth: str, examples: int, checkpoint: Path | None, seed: int
+) -> Table:
+    """Measure a problem's blocks at its initial or checkpointed parameters.
+
+    Raises: ValueError for an unknown problem, block, truth or checkpoint.
+    """
+    setting = problems.get(problem)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = setting.model()
+    if checkpoint is not None:
+        model.load_state_dict(checkpoints.read(checkpoint)["model"])
+    data = setting.data()
+    inputs, targets = data.train_inputs[:examples], data.train_targets[:examples]
+    found = Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
+    plan = measuring.Plan(truths=(truth,), damping=setting.measure_damping)
+    blocks = [found.block(block)] if block else found.blocks()
+    shown = Table("block", "d", "approximation", "metric", "value", "95 % interval", title=truth)
+    for row in measuring.measure(found, plan, {}, blocks):
+        interval = "" if math.isnan(row["low"]) else f"{row['low']:.4g} … {row['high']:.4g}"
+        name = row["approximation"] or "exact"
+        place = (row["block"], f"{row['size']:,}", name, row["metric"])
+        shown.add_row(*place, f"{row['value']:.4g}", interval)
+    return shown
