@@ -7,6 +7,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 from matplotlib.figure import Figure
+from pyarrow import parquet
 
 from studies import records, summaries
 
@@ -36,7 +38,7 @@ class Run:
 
     def about(self, metric: str) -> str:
         """Return formula, range, best value and reference of a metric, as Markdown."""
-        found = self.header.get("metrics", {}).get(metric)
+        found = (self.header.get("metrics") or {}).get(metric)
         if not found:
             return f"{summaries.label(metric)}: not defined in the run's header"
         formula, where, best, source = (
@@ -71,6 +73,15 @@ def _read(run: str, stamped: Stamp) -> pd.DataFrame:  # noqa: ARG001 - part of t
     return records.read(run)
 
 
+@st.cache_data(show_spinner="Counting records")  # small: as many entries as there are runs
+def _count(run: str, stamped: Stamp) -> int:  # noqa: ARG001 - part of the cache's key
+    found = 0
+    for part in (Path(run) / "records").glob("part-*.parquet"):
+        with suppress(*UNREADABLE):
+            found += parquet.read_metadata(part).num_rows
+    return found
+
+
 @st.cache_data(max_entries=20, show_spinner="Looking for matrices")
 def _list(run: str, stamped: Stamp) -> pd.DataFrame:  # noqa: ARG001 - part of the cache's key
     return records.list_matrices(Path(run))
@@ -79,6 +90,11 @@ def _list(run: str, stamped: Stamp) -> pd.DataFrame:  # noqa: ARG001 - part of t
 def load(run: Path) -> Run:
     """Return the run with its records, read again only when there are new ones."""
     return Run(run, records.read_header(run), _read(str(run), stamp(run)))
+
+
+def count(run: Path) -> int:
+    """Return how many records the run has, by its files' own word; damaged ones are left out."""
+    return _count(str(run), stamp(run))
 
 
 def matrices(run: Path) -> pd.DataFrame:

@@ -14,7 +14,8 @@ from diag import backpack_support as support
 from diag.backpack_guard import check_agreement
 from diag.backpack_support import INSTEAD, Extension, UnsupportedError
 from diag.blocks import Block
-from diag.problem import Problem, hook_free_copy
+from diag.copies import hook_free_copy
+from diag.problem import Problem
 
 # PyTorch's, about every first layer BackPACK hooks (inputs need no gradient); BackPACK's, about
 # what a converted forward still does outside modules, which is refused by name instead
@@ -47,7 +48,7 @@ def run(
             parameter.requires_grad_(name in parameters)  # roots of the rest would only cost memory
         try:
             model, loss = _extended(problem, model, block, extensions)
-            value = loss(model(problem.inputs), problem.targets)
+            value = loss(model(problem.inputs.clone()), problem.targets)  # it may write into it
             if generator is not None:
                 _seed(problem, generator)
             with backpack(*extensions):

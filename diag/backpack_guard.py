@@ -7,10 +7,10 @@ The products here are a guard against that, not a source of results.
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diag.backpack_support import INSTEAD, UnsupportedError
 from diag.blocks import Block
+from diag.functional import plain_attention
 from diag.problem import Problem
 
 PROBED = 16  # entries of a diagonal that are compared
@@ -38,7 +38,7 @@ def check_agreement(what: str, block: Block, found: Tensor, expected: Tensor) ->
         )
 
 
-@sdpa_kernel(SDPBackend.MATH)  # the only one with forward differentiation
+@plain_attention()
 def check_ggn(problem: Problem, block: Block, root: Tensor, examples: int | None = None) -> None:
     """Hold the product of rootᵀroot, root [k, d], with one random vector against torch.func's.
 
@@ -52,17 +52,17 @@ def check_ggn(problem: Problem, block: Block, root: Tensor, examples: int | None
     check_agreement("SqrtGGNExact", block, root.T @ (root @ u), pull(bent)[0] / problem.n)
 
 
-@sdpa_kernel(SDPBackend.MATH)  # the only one with forward differentiation
+@plain_attention()
 def check_gradients(problem: Problem, block: Block, g: Tensor) -> None:
     """Hold the per-example gradients g [n, d], times one random vector, against torch.func's."""
     u = _random(g[0])
     with torch.no_grad():
         z = problem.model(problem.inputs)
     slopes = grad(problem.total_loss)(z) * _pushed(problem, block, u)
-    check_agreement("BatchGrad", block, g @ u, slopes.flatten(1).sum(1))
+    check_agreement("BatchGrad", block, g @ u, slopes.reshape(problem.n, -1).sum(1))
 
 
-@sdpa_kernel(SDPBackend.MATH)  # the only one with forward differentiation
+@plain_attention()
 def check_diagonal(problem: Problem, block: Block, found: Tensor, of: str) -> None:
     """Hold some entries of a "ggn" or "hessian" block's diagonal [d] against torch.func's."""
     places = torch.randperm(block.d, generator=torch.Generator().manual_seed(0))[:PROBED]

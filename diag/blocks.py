@@ -100,10 +100,13 @@ class Block:
         return self.members[0] if len(self.members) == 1 else None
 
     def split(self, v: Tensor) -> dict[str, Tensor]:
-        """Vector [d] -> {parameter: tensor of its full shape}."""
+        """Vector [d] -> {parameter: tensor of its full shape}, the sum where members share one."""
+        found: dict[str, Tensor] = {}
         parts = v.split([member.d for member in self.members])
-        pairs = zip(self.members, parts, strict=True)
-        return {name: t for member, part in pairs for name, t in member.split(part).items()}
+        for member, part in zip(self.members, parts, strict=True):
+            for name, tensor in member.split(part).items():
+                found[name] = found[name] + tensor if name in found else tensor
+        return found
 
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
         """{parameter: [..., *shape]} -> [..., d]."""

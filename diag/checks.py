@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from diag.copies import called
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,10 +49,17 @@ def check_hooks(model: nn.Module) -> None:
     """Raise ValueError for a module whose weight is made by a hook: the copy drops hooks."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
+            kind = type(hook).__name__
             if hasattr(hook, "compute_weight"):
                 raise ValueError(
-                    f"layer '{name}' gets its weight from a {type(hook).__name__} hook, which a "
-                    f"hook-free copy loses; use torch.nn.utils.parametrizations instead"
+                    f"{called(name)} gets its weight from a {kind} hook, which a hook-free copy "
+                    f"loses; use torch.nn.utils.parametrizations instead"
+                )
+            if isinstance(hook, BasePruningMethod):
+                raise ValueError(
+                    f"{called(name)} gets its '{hook._tensor_name}' from a {kind} hook, which a "
+                    f"hook-free copy loses; make the pruning permanent with "
+                    f"torch.nn.utils.prune.remove(layer, '{hook._tensor_name}')"
                 )
 
 

@@ -30,18 +30,13 @@ def cross(problem: Problem, first: Block, second: Block, of: str = "ggn") -> Cro
     """The block of the truth `of` between two blocks of parameters, [d_first, d_second].
 
     GGN and Fishers: (1/N) Σ_n V_n W_nᵀ from the columns of both; the Hessian from products with
-    vectors that are zero outside `second`.
+    vectors that are zero outside `second`. The blocks may share parameters.
 
     Raises: ValueError for an unknown truth, for a loss that is not convex in the outputs (its GGN
-        has no real root), for a Hessian between blocks that share parameters.
+        has no real root).
     """
     shape = (first.d, second.d)
     if of == "hessian":
-        if set(first.parameters) & set(second.parameters):
-            raise ValueError(
-                f"blocks '{first.name}' and '{second.name}' share parameters; their Hessian is "
-                f"part of exact.hessian of the block that holds both"
-            )
         both = Block(f"{first.name} x {second.name}", (*first.members, *second.members))
         whole = block_products(problem, both, of, 1, None)
 

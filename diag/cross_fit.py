@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from diag.blocks import Block
+from diag.copies import hook_free_copy
 from diag.estimate import Estimate
 from diag.exact import truth
 from diag.moments import Moments, pooled, unbiased_moments
 from diag.operators import Operator
 from diag.population import error_estimate
-from diag.problem import Problem, hook_free_copy
+from diag.problem import Problem
 from diag.studentised import Variances
 
 Method = Callable[[Problem, Block], Operator]

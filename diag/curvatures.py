@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from diag.blocks import Block
+from diag.functional import plain_attention
 from diag.likelihoods import likelihood_of
 from diag.output_roots import output_roots
 from diag.problem import Problem
@@ -20,6 +21,7 @@ Outputs = Callable[[Tensor], Tensor]
 CHUNK_BYTES = 2**28  # memory for the batched directions of one vmapped sweep
 
 
+@plain_attention()
 def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
     """Curvature C_n of every example's loss w.r.t. the layer's pre-activation, [n, out, out].
 
@@ -44,6 +46,7 @@ def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
     return _sweep(products, directions, problem.n * _width(problem)).movedim(0, 1)
 
 
+@plain_attention()
 def block_products(
     problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
 ) -> Outputs:
@@ -54,7 +57,12 @@ def block_products(
 
     zero = torch.zeros(block.d).to(problem.model.get_parameter(block.parameters[0]))
     products = _products(problem, outputs, zero, of, samples, generator)
-    return lambda rows: _sweep(products, rows, problem.n * _width(problem)) / problem.n
+
+    @plain_attention()  # a product may call the model again
+    def multiplied(rows: Tensor) -> Tensor:
+        return _sweep(products, rows, problem.n * _width(problem)) / problem.n
+
+    return multiplied
 
 
 def dense_block(
@@ -101,7 +109,7 @@ def _output_curvature(
         return _transposed(grad(problem.total_loss), z)
     stack = output_roots(problem, of, samples, generator)
     assert stack is not None  # gradients are roots whatever the loss
-    return lambda u: stack.apply(u.flatten(1)[:, :, None])[:, :, 0].reshape(u.shape)
+    return lambda u: stack.apply(u.reshape(len(u), -1, 1)).reshape(u.shape)
 
 
 def _width(problem: Problem) -> int:

@@ -20,16 +20,17 @@ U-statistic of the batch are used, put around the batch's own value.
 """
 
 import math
-from collections.abc import Callable
+import warnings
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
-from weakref import ref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diag.estimate import Estimate
-from diag.operators import Kronecker, Operator, dense, inner, keep
+from diag.operators import BUDGET, Kronecker, Operator, dense, inner, keep, like
+from diag.operators.parts import convert, entries_of, tensors
+from diag.pairs import keep_pair
 from diag.sample_mean import SampleMean
 from diag.sampled import Sampled
 from diag.splits import random_splits, signed_norms
@@ -38,9 +39,8 @@ from diag.stacks import difference
 REPLICATES = 1000
 LEVEL = 0.95
 CANCELLED = 1e-7  # of ‖C‖² + ‖B‖²: below it a difference of squares keeps under 9 digits
+BLURRED = 1e-3  # of 1 - cos²: below it a difference of float32's squares keeps under 4 digits
 Z = 1.959964  # the normal quantile of LEVEL, for first-order intervals
-
-T = TypeVar("T")
 
 
 @lru_cache(maxsize=4)  # 8 MB each for 1,000 examples
@@ -80,26 +80,33 @@ def residual_square(truth: Operator, approximation: Operator) -> float:
     where the approximation is good.
     """
     square, cross = inner(truth, truth), inner(truth, approximation)
-    return _residual_square(truth, approximation, square, cross)
+    whole = square + inner(approximation, approximation)
+    return _residual_square(truth, approximation, whole, cross)
 
 
-def _residual_square(
-    truth: Operator, approximation: Operator, square: float, cross: float
-) -> float:
+def _residual_square(truth: Operator, approximation: Operator, whole: float, cross: float) -> float:
     if isinstance(truth, SampleMean) and isinstance(approximation, Kronecker):
         return _beside_product(truth, approximation)
-    whole = square + inner(approximation, approximation)
     left = whole - 2 * cross
     if left >= CANCELLED * whole:
         return left
-    # few digits left: subtract term by term, or entry by entry, instead
+    # few digits left: subtract term by term, or entry by entry where these fit, instead
     if (
         isinstance(truth, SampleMean)
         and isinstance(approximation, SampleMean)
-        and truth.a is approximation.a
+        and torch.equal(truth.a, approximation.a)
     ):
         rest = SampleMean(truth.a, difference(truth.left, approximation.left))
         return inner(rest, rest)
+    if 8 * truth.shape[0] ** 2 > BUDGET:
+        grain = torch.finfo(like(truth).dtype).eps
+        warnings.warn(
+            f"the truth and the approximation [{truth.shape[0]:,}, {truth.shape[1]:,}] differ so "
+            f"little that their relative error is known to about {grain**0.5:.0e} at best; entry "
+            f"by entry they would need more than the memory budget",
+            stacklevel=2,
+        )
+        return max(left, 0.0)
     return (dense(truth) - dense(approximation)).square().sum().item()
 
 
@@ -115,12 +122,13 @@ def _beside_product(truth: SampleMean, approximation: Kronecker) -> float:
 class Norms(NamedTuple):
     """‖C‖², <C, B> and ‖C - B‖², each [1 + REPLICATES]: the batch's own value first.
 
-    inners: <T_n, B> [N], float64, of a truth made of per-example terms.
+    own: ‖B‖². inners: <T_n, B> [N], float64, of a truth made of per-example terms.
     """
 
     square: Tensor
     cross: Tensor
     error: Tensor
+    own: float
     inners: Tensor | None = None
 
 
@@ -129,36 +137,45 @@ def norms(truth: Operator, approximation: Operator) -> Norms:
 
     A truth without per-example terms, or of one example, has its own values only, [1]. Kept with
     the truth as long as the approximation lives, since several metrics ask for the same pair.
+    Where float32 cannot tell the two apart but for their scale, they are taken from copies in
+    float64, unless those of the truth need more than the memory budget (4 GiB).
     """
-    return keep_pair(truth, "norms", approximation, lambda: _norms(truth, approximation))
+
+    def compute() -> Norms:
+        found = _norms(truth, approximation)
+        if not _blurred(found, truth):
+            return found
+        double = like(truth).double()
+        return _norms(convert(truth, double), convert(approximation, double))
+
+    return keep_pair(truth, "norms", approximation, compute)
 
 
-def keep_pair(truth: Operator, key: str, approximation: Operator, compute: Callable[[], T]) -> T:
-    """compute(), once per truth, key and approximation, kept while both live."""
-    known = keep(truth, key, dict)
-    found = known.get(id(approximation))
-    # by identity, for == of two tensors is no yes or no; an id may come again once its owner died
-    if found is None or found[0]() is not approximation:
-        for gone in [name for name, (owner, _) in known.items() if owner() is None]:
-            del known[gone]
-        found = known[id(approximation)] = (ref(approximation), compute())
-    return found[1]
+def _blurred(found: Norms, truth: Operator) -> bool:
+    """Whether C is nearly a multiple of B, held in less than float64, and small enough to copy."""
+    entries, held = entries_of(truth), tensors(truth)
+    if entries is None or held is None or entries.dtype == torch.float64:
+        return False
+    whole = found.square[0].item() * found.own
+    near = whole - found.cross[0].item() ** 2 < BLURRED * whole
+    return near and 8 * sum(tensor.numel() for tensor in held) <= BUDGET
 
 
 def _norms(truth: Operator, approximation: Operator) -> Norms:
     square = inner(truth, truth)
     inners = truth.inners(approximation).double() if isinstance(truth, Sampled) else None
     cross = inner(truth, approximation) if inners is None else inners.mean().item()
-    own = [square, cross, _residual_square(truth, approximation, square, cross)]
-    values = torch.tensor(own, dtype=torch.float64)[:, None]
+    own = inner(approximation, approximation)
+    error = _residual_square(truth, approximation, square + own, cross)
+    values = torch.tensor([square, cross, error], dtype=torch.float64)[:, None]
     if not isinstance(truth, Sampled) or inners is None or truth.n == 1:
-        return Norms(values[0], values[1], values[2], inners)
+        return Norms(values[0], values[1], values[2], own, inners)
     d_square = deviations(truth)
     d_cross = inner_deviations(inners).cpu()
     moved = values + torch.stack([d_square, d_cross, d_square - 2 * d_cross])
     moved[[0, 2]] = moved[[0, 2]].clamp(min=0)
     square_too, cross_too, error_too = torch.cat([values, moved], dim=1)
-    return Norms(square_too, cross_too, error_too, inners)
+    return Norms(square_too, cross_too, error_too, own, inners)
 
 
 def deviations(truth: Sampled) -> Tensor:

@@ -2,9 +2,9 @@
 
 An optimizer is read through `preconditioner()` -> {block name: map}, and `curvature()` where it
 holds one. A map is known by its parts, not by its class: `.left` and `.right` when it is a
-Kronecker product, `.blocks` when block-diagonal, `.diagonal` when diagonal; else it has `.shape`
-and `@`. What is read is copied, in the dtype asked for, so the operators stay as they were when
-the optimizer goes on.
+Kronecker product, `.blocks` (and `.order`, where they are not on the coordinates as they come) when
+block-diagonal, `.diagonal` when diagonal; else it has `.shape` and `@`. What is read is copied, in
+the dtype asked for, so the operators stay as they were when the optimizer goes on.
 
 An optimizer that solves for its steps iteratively applies no map: it is read through `directions()`
 -> {block name: {parameter name: d}}, by `taken`.
@@ -51,13 +51,15 @@ def read(map_: Any, dtype: torch.dtype = torch.float64) -> Operator:
     """
     if isinstance(map_, Tensor):
         return Dense(_copy(map_, dtype))
-    if hasattr(map_, "left") and hasattr(map_, "right"):
+    factors = [getattr(map_, side, None) for side in ("left", "right")]
+    if all(len(getattr(factor, "shape", ())) == 2 for factor in factors):  # not a sum of products
         return Kronecker(_matrix(map_.left, dtype), _matrix(map_.right, dtype))
     if hasattr(map_, "blocks"):
-        blocks = map_.blocks
+        blocks, order = map_.blocks, getattr(map_, "order", None)
+        order = None if order is None else torch.as_tensor(order).clone()
         if isinstance(blocks, Tensor):
-            return BlockDiagonal(_copy(blocks, dtype))
-        return BlockDiagonal([_matrix(block, dtype) for block in blocks])
+            return BlockDiagonal(_copy(blocks, dtype), order)
+        return BlockDiagonal([_matrix(block, dtype) for block in blocks], order)
     if hasattr(map_, "diagonal") and isinstance(map_.diagonal, Tensor):
         return Diagonal(_copy(map_.diagonal, dtype))
     return Dense(_matrix(map_, dtype))

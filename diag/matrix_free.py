@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diag.operators.forms import to_dense
+from diag.operators.parts import Converted, conversion, made_of
 from diag.operators.structures import by_columns
 
 
@@ -33,6 +34,14 @@ class MatrixFree:
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return by_columns(lambda rows: self._rows(rows.to(self.like)).detach(), v)
+
+
+made_of(MatrixFree, "like")  # its function is of a problem's own copy, which stays as it is
+
+
+@conversion.register
+def _(operator: MatrixFree, entries: Tensor) -> Converted:
+    return Converted(operator, entries)
 
 
 @to_dense.register

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diag.intervals import bootstrap_counts, keep_pair, norms
-from diag.operators import Operator, inner, keep
+from diag.intervals import bootstrap_counts, norms
+from diag.operators import Operator, keep
+from diag.pairs import keep_pair
 from diag.sampled import Sampled
 from diag.studentised import Variances
 
@@ -98,8 +99,8 @@ def batch_moments(truth: Operator, approximation: Operator) -> Moments:
             return _moments(truth, approximation, batch_square(truth), 0.0)
         own = norms(truth, approximation)
         nothing = Variances(*torch.full((3, 1), torch.nan, dtype=torch.float64))
-        n, size = getattr(truth, "n", 0), inner(approximation, approximation)
-        return Moments(own.square[:1], own.cross[:1], own.error[:1], nothing, size, n)
+        n = getattr(truth, "n", 0)
+        return Moments(own.square[:1], own.cross[:1], own.error[:1], nothing, own.own, n)
 
     return keep_pair(truth, "batch moments", approximation, compute)
 
@@ -209,5 +210,4 @@ def _moments(truth: Sampled, approximation: Operator, square: Replicated, excess
     rows += [square.variance, square.slopes @ own.inners, variance]
     known = len(change) if truth.n >= LEAST else 1
     first, second, third, *spread = (row[:known].cpu() for row in rows)
-    size = inner(approximation, approximation)
-    return Moments(first, second, third, Variances(*spread), size, truth.n)
+    return Moments(first, second, third, Variances(*spread), own.own, truth.n)

@@ -32,9 +32,10 @@ def output_roots(
     with torch.no_grad():
         z = problem.model(problem.inputs)
     if of == "empirical_fisher":
-        return Outer(grad(problem.total_loss)(z).flatten(1)[:, None])
+        return Outer(grad(problem.total_loss)(z).reshape(len(z), 1, -1))
     if of == "fisher_mc":
-        return Outer(_sampled(problem, z, samples, generator).flatten(2).movedim(0, 1))
+        scores = _sampled(problem, z, samples, generator).reshape(samples, len(z), -1)
+        return Outer(scores.movedim(0, 1))
     return _from_products(problem, z, of)
 
 
@@ -73,16 +74,18 @@ def _if_diagonal(bend: Map, z: Tensor) -> Tensor | None:
     """The diagonal [N, c] of a diagonal H: two vectors without zeros give it away."""
     generator = torch.Generator().manual_seed(z.numel())
     probes = 1 + torch.rand(2, *z.shape, generator=generator, dtype=torch.float64)
-    first, second = ((bend(u) / u).flatten(1) for u in probes.to(z))
+    first, second = ((bend(u) / u).reshape(len(z), -1) for u in probes.to(z))
     slack = 100 * torch.finfo(z.dtype).eps * first.abs().max()
-    return bend(torch.ones_like(z)).flatten(1) if (first - second).abs().max() <= slack else None
+    if (first - second).abs().max() > slack:
+        return None
+    return bend(torch.ones_like(z)).reshape(len(z), -1)
 
 
 def _factorised(bend: Map, z: Tensor) -> Outer | None:
     """Roots [N, k, c] from the eigenvectors of every H_n, those with no eigenvalue left out."""
     c = z[0].numel()
     directions = torch.eye(c).to(z).reshape(c, 1, *z.shape[1:]).expand(c, *z.shape)
-    H = vmap(bend)(directions).flatten(2).movedim(0, 1).double()  # [N, c, c]
+    H = vmap(bend)(directions).reshape(c, len(z), c).movedim(0, 1).double()  # [N, c, c]
     values, vectors = torch.linalg.eigh((H + H.mT) / 2)
     noise = ROUNDING * torch.finfo(z.dtype).eps * float(values.abs().max())
     if values.min() < -noise:

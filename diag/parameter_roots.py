@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from diag.functional import call
+from diag.functional import call, plain_attention
 from diag.problem import Problem
 
 
+@plain_attention()
 def parameter_roots(
     problem: Problem, names: Sequence[str], rows: slice, roots: Tensor
 ) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from diag.operators import BlockDiagonal, Damped, Diagonal, Inverse, Kronecker, Operator, dense
+from diag.operators.parts import Converted
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
 from diag.stacks import Diagonals, Outer, Packed, Stack, squared_blocks
@@ -56,6 +57,11 @@ def _(operator: Damped) -> Tensor:
 
 @partition_of.register
 def _(operator: Inverse) -> Tensor:
+    return partition_of(operator.base)
+
+
+@partition_of.register
+def _(operator: Converted) -> Tensor:
     return partition_of(operator.base)
 
 

@@ -1,6 +1,5 @@
 """Problem: a model, a loss and a batch, checked once and never touched again."""
 
-import copy
 import math
 import warnings
 from collections import OrderedDict
@@ -12,39 +11,21 @@ from torch import Tensor, nn
 
 from diag import checks
 from diag.blocks import Block, Member
+from diag.copies import first_line, hook_free_copy, left_out, work_on_copies
 from diag.functional import call
 
 __all__ = ["Block", "Problem"]
 
 W_BAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-
-def hook_free_copy(model: nn.Module) -> nn.Module:
-    """Deep copy without hooks and .grad; hooks are not copied either (they may hold anything)."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for name in HOOKS:
-            if (hooks := getattr(module, name, None)) is not None:
-                memo[id(hooks)] = OrderedDict()
-    with torch.no_grad():
-        return copy.deepcopy(model, memo)
 
 
 class Problem:
     """A model, a loss and a batch whose curvature is asked for.
 
     loss(outputs, targets) must be the mean over the batch of per-example losses; this is checked
-    numerically. The work is done on a hook-free copy in eval mode; the model given keeps its
-    parameters, .grad, buffers, hooks and mode, and the global random state stays as it was.
+    numerically. The work is done on a hook-free copy in eval mode and a copy of the data; the model
+    given keeps its parameters, .grad, buffers, hooks and mode, and the global random state stays as
+    it was. `notes` say where that makes the loss another one, or may.
 
     dtype: of the copy and the data (float64 recommended for truths); None keeps the model's.
     likelihood: "categorical", "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None
@@ -53,7 +34,8 @@ class Problem:
     not fit is computed in parts, or refused with the remedy.
 
     Raises: ValueError for an empty batch, non-finite values, a random model, a loss that is not a
-    mean over examples, a model without trainable parameters; the message names the culprit.
+    mean over examples, a model without trainable parameters, weights made by hooks, a model that
+    cannot be copied; the message names the culprit.
     """
 
     def __init__(
@@ -71,7 +53,7 @@ class Problem:
         checks.check_hooks(model)
         self.model = hook_free_copy(model).to(dtype=dtype).eval()
         self.loss = hook_free_copy(loss).to(dtype=dtype) if isinstance(loss, nn.Module) else loss
-        self.inputs, self.targets = (_cast(t.detach(), dtype) for t in (inputs, targets))
+        self.inputs, self.targets = (_copy(t.detach(), dtype) for t in (inputs, targets))
         self.likelihood = likelihood
         self.notes: list[str] = []
         self._kept: OrderedDict[Any, Any] = OrderedDict()
@@ -80,25 +62,38 @@ class Problem:
         self.trainable = [n for n, p in self.model.named_parameters() if p.requires_grad]
         checks.check_parameters(self.model)
         with torch.random.fork_rng(_devices(self.inputs)):
+            work_on_copies(self.model, self.inputs)
             checks.check_forward(self.model, self.loss, self.inputs, self.targets)
             checks.check_mean(self.model, self.loss, self.inputs, self.targets)
-            if model.training:
-                self._note_mode(model, dtype)
+            note = self._train_mode(model, dtype) if model.training else ""
+        self._note(note, warn=True)
+        self._note(*left_out(model))
         self._gradients = self._all_gradients()
 
-    def _note_mode(self, model: nn.Module, dtype: torch.dtype | None) -> None:
-        """Warn and record when dropout or batch statistics make the training loss another one."""
-        as_trained = hook_free_copy(model).to(dtype=dtype).train()
-        with torch.no_grad():
-            training = self.loss(as_trained(self.inputs), self.targets).item()
-            evaluation = self.loss(self.model(self.inputs), self.targets).item()
-        if abs(training - evaluation) > 1e-6 * (1 + abs(evaluation)):
-            note = (
-                f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it is "
-                f"{training:.6g} (dropout or batch statistics)"
-            )
+    def _note(self, note: str, warn: bool) -> None:
+        if note:
             self.notes.append(note)
+        if note and warn:
             warnings.warn(note, stacklevel=3)
+
+    def _train_mode(self, model: nn.Module, dtype: torch.dtype | None) -> str:
+        """What to say where dropout or batch statistics make the training loss another one."""
+        with torch.no_grad():
+            evaluation = self.loss(self.model(self.inputs), self.targets).item()
+            try:
+                as_trained = hook_free_copy(model).to(dtype=dtype).train()
+                training = self.loss(as_trained(self.inputs.clone()), self.targets).item()
+            except Exception as error:  # of any kind: what is measured does without this loss
+                return (
+                    f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it "
+                    f"could not be evaluated ({first_line(error)})"
+                )
+        if abs(training - evaluation) <= 1e-6 * (1 + abs(evaluation)):
+            return ""
+        return (
+            f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it is "
+            f"{training:.6g} (dropout or batch statistics)"
+        )
 
     def _all_gradients(self) -> dict[str, Tensor | None]:
         parameters = dict(self.model.named_parameters())
@@ -127,7 +122,7 @@ class Problem:
 
     def total_loss(self, outputs: Tensor) -> Tensor:
         """Σ_n of the per-example losses, as a function of the outputs."""
-        return self.n * self.loss(outputs, self.targets)
+        return self.n * self.loss(outputs, self.targets).reshape(())
 
     def blocks(
         self, by: str = "layer", groups: Mapping[str, Sequence[str]] | None = None
@@ -222,9 +217,11 @@ class Problem:
         return Block(name, (self._member(_owner(name), [name]),))
 
     def _member(self, module: str, names: Sequence[str]) -> Member:
+        linear = isinstance(self.model.get_submodule(module), W_BAR_LAYERS)
+        if linear:  # the weight first, also where it was registered again, as prune.remove does
+            names = sorted(names, key=lambda n: not n.endswith("weight"))
         shapes = tuple(tuple(self.model.get_parameter(n).shape) for n in names)
         local = [n.rpartition(".")[2] for n in names]
-        linear = isinstance(self.model.get_submodule(module), W_BAR_LAYERS)
         w_bar = linear and local in (["weight"], ["weight", "bias"], ["bias"])
         return Member(module, tuple(names), shapes, w_bar)
 
@@ -290,8 +287,8 @@ def _part(
     return Block(layer.name + suffix, (part,))
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype=dtype if tensor.is_floating_point() else None, copy=True)
 
 
 def _devices(inputs: Tensor) -> list[int]:

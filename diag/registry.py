@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from diag.pairs import of_one_size_and_dtype
+
 E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,11 +85,15 @@ class _Metrics(Registry[Metric]):
         reference: str,
         needs: tuple[str, ...] = (),
     ) -> Callable[[F], F]:
-        """Register the decorated function (truth, operator, ...) -> Estimate."""
+        """Register the decorated function (truth, operator, ...) -> Estimate.
+
+        What is registered and returned asks it of a pair that fits: see `diag.pairs`.
+        """
 
         def register(function: F) -> F:
-            self[name] = Metric(name, function, formula, range, best, reference, needs)
-            return function
+            asked = of_one_size_and_dtype(function)
+            self[name] = Metric(name, asked, formula, range, best, reference, needs)
+            return asked
 
         return register
 

@@ -26,6 +26,7 @@ from diag.operators import (
 )
 from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.operators.forms import to_dense
+from diag.operators.parts import conversion, convert, made_of
 from diag.positions import Positions
 from diag.sample_mean import SampleMean
 from diag.sampled import Sampled
@@ -92,8 +93,8 @@ class RootMean(Sampled):
         """<V_n V_nᵀ, other> = Σ_k V_nk·other V_nk for every example, [N]."""
         if isinstance(other, RootMean):
             return squared_blocks(self.V, other.V.to(self.V)).mean(1)
-        some = max(1, AT_ONCE // self.V[0].numel())
-        return torch.cat([_quadratics(part, other) for part in self.V.split(some)])
+        some, own = max(1, AT_ONCE // self.V[0].numel()), convert(other, self.V)
+        return torch.cat([_quadratics(part, own) for part in self.V.split(some)])
 
     def quadratic(self, u: Tensor, v: Tensor) -> Tensor:
         """u·V_n V_nᵀ v for every example, [N], for u and v [d]."""
@@ -102,35 +103,7 @@ class RootMean(Sampled):
 
 def _quadratics(V: Tensor, other: Operator) -> Tensor:
     flat = V.flatten(0, 1)
-    return ((_cast(other, V) @ flat.T).T * flat).sum(1).reshape(V.shape[:2]).sum(1)
-
-
-def _cast(other: Operator, like: Tensor) -> Operator:
-    """The operator in the dtype of `like`, for the structures that hold tensors of their own."""
-    if isinstance(other, Tensor):
-        return other.to(like)
-    if isinstance(other, Dense):
-        return other.matrix.to(like)
-    if isinstance(other, Kronecker):
-        return Kronecker(other.left.to(like), other.right.to(like))
-    if isinstance(other, KroneckerSum):
-        return KroneckerSum(other.left.to(like), other.right.to(like))
-    if isinstance(other, Diagonal):
-        return Diagonal(other.diagonal.to(like))
-    if isinstance(other, LowRank):
-        return LowRank(other.factor.to(like))
-    if isinstance(other, BlockDiagonal):
-        blocks = other.blocks
-        own = blocks.to(like) if isinstance(blocks, Tensor) else [b.to(like) for b in blocks]
-        return BlockDiagonal(own, other.order)
-    if isinstance(other, KroneckerEigen):
-        parts = other.left_basis, other.right_basis, other.scale
-        return KroneckerEigen(*(part.to(like) for part in parts))
-    if isinstance(other, Spectral):
-        return Spectral(other.basis.to(like), other.values.to(like))
-    if isinstance(other, Damped):
-        return Damped(_cast(other.base, like), other.damping)
-    return other
+    return ((other @ flat.T).T * flat).sum(1).reshape(V.shape[:2]).sum(1)
 
 
 def cheaper_by_position(positions: Positions) -> bool:
@@ -153,6 +126,15 @@ def gram_by_position(positions: Positions) -> Tensor:
         products = torch.einsum("ktmlu,mtu->mkl", roots, inputs)
         rows.append(products.double().square().sum((1, 2)))
     return torch.stack(rows)
+
+
+made_of(RootMean, "V")
+
+
+@conversion.register
+def _(operator: RootMean, entries: Tensor) -> RootMean:
+    # its positions, in another dtype than V, would be another matrix
+    return RootMean(operator.V.to(entries), None, operator.factor_sizes)
 
 
 @to_dense.register

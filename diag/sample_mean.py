@@ -32,6 +32,7 @@ from diag.operators import (
 )
 from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.operators.forms import to_dense
+from diag.operators.parts import made_of
 from diag.operators.structures import by_columns
 from diag.sampled import Sampled
 from diag.stacks import (
@@ -183,6 +184,12 @@ class SampleMean(Sampled):
         left = self.left.inners(other.left).double()
         right = ((self.a @ other.right.to(self.a)) * self.a).sum(1).double()
         return ((left - left.mean()) * (right - right.mean())).mean().item()
+
+
+made_of(SampleMean, "a", "left")
+made_of(Packed, "centre", "deviations", "size")
+made_of(Outer, "roots")
+made_of(Diagonals, "values")
 
 
 def _quadratics(a: Tensor, blocks: Tensor | Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
+from diag.functional import plain_attention
 from diag.operators import Damped, Operator, solve, solver
 from diag.problem import Block, Problem
 
@@ -65,7 +66,8 @@ def example_decreases(problem: Problem, block: Block, d: Tensor) -> Tensor:
         return example_losses(problem, before) - example_losses(problem, after)
 
 
+@plain_attention()
 def example_slopes(problem: Problem, block: Block, d: Tensor) -> Tensor:
     """g_n·d for every example, [n], g_n the gradient of its loss with respect to the block."""
     z, tangent, *_ = jvp(lambda v: problem.outputs(block, v), (torch.zeros_like(d),), (d,))
-    return (grad(problem.total_loss)(z) * tangent).flatten(1).sum(1)
+    return (grad(problem.total_loss)(z) * tangent).reshape(len(z), -1).sum(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from diag.capture import Call, Calls, layers, recording
+from diag.functional import plain_attention
 from diag.problem import Problem
 from diag.stacks import Diagonals, Outer
 
@@ -65,7 +66,7 @@ def sweep(
     stages: list[Stage] | None = None
     for start in range(0, problem.n, step):
         rows = slice(start, min(start + step, problem.n))
-        with recording(problem.model, modules) as calls:
+        with plain_attention(), recording(problem.model, modules) as calls:
             outputs = problem.model(problem.inputs[rows])
         ends = _some(roots, rows, outputs)
         if stages is None:

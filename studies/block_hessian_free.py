@@ -46,6 +46,7 @@ class Grid:
     damping_factors: Sequence[float] = (0.1, 1.0, 10.0)
     adam_lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
     workers: int = 2
+    device: str = "cpu"
 
     @property
     def budget(self) -> int:
@@ -100,6 +101,7 @@ def _points(grid: Grid, optimizer: str, fixed: dict[str, Any], batch: int) -> li
         epochs=grid.budget,
         lr_factors=grid.lr_factors,
         damping_factors=grid.damping_factors,
+        device=grid.device,
     )
     points = optimizers_compared.candidates(compared, optimizer)
     return [

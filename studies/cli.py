@@ -107,6 +107,9 @@ def study(
     workers: Annotated[
         int | None, typer.Option(help="Processes side by side, with one thread each.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where it trains: cpu (unless given) or cuda.")
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="Run folder to go on with: its settings, with those given over them."),
@@ -115,7 +118,7 @@ def study(
 ) -> None:
     """Run a study and write its report."""
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
-    given |= {"spares": spares, "longer": longer, "workers": workers}
+    given |= {"spares": spares, "longer": longer, "workers": workers, "device": device}
     given |= {"steps": steps, "layers_every": layers_every, "examples": examples}
     given["seconds"] = numbers("seconds", seconds)
     given["lr_factors"] = numbers("lr-factors", lr_factors)

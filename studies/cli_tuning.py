@@ -21,6 +21,7 @@ Optimizer = Annotated[str | None, typer.Option(help="kbfgs unless given; see `pr
 Epochs = Annotated[int | None, typer.Option(help="Of a training; the problem's unless given.")]
 SameSeed = Annotated[int | None, typer.Option(help="Of initialisation, batches and draws.")]
 Workers = Annotated[int | None, typer.Option(help="Trainings at once; 2 unless given.")]
+Where = Annotated[str | None, typer.Option(help="Where it trains: cpu (unless given) or cuda.")]
 GoOn = Annotated[
     Path | None, typer.Option(help="Search to go on with: its settings, those given over them.")
 ]
@@ -39,13 +40,20 @@ def grid(
         str | None, typer.Option(help="Times the recommended damping, with commas between.")
     ] = None,
     workers: Workers = None,
+    device: Where = None,
     resume: GoOn = None,
     results: Results = Path("results"),
 ) -> None:
     """Train every combination of an lr and a damping to the end."""
     from studies.searches import Grid
 
-    given = {"optimizer": optimizer, "epochs": epochs, "seed": seed, "workers": workers}
+    given = {
+        "optimizer": optimizer,
+        "epochs": epochs,
+        "seed": seed,
+        "workers": workers,
+        "device": device,
+    }
     _search(Grid, problem, given, (lr_factors, damping_factors), resume, results)
 
 
@@ -63,13 +71,20 @@ def halving(
         str | None, typer.Option(help="Least and largest, times the recommended damping.")
     ] = None,
     workers: Workers = None,
+    device: Where = None,
     resume: GoOn = None,
     results: Results = Path("results"),
 ) -> None:
     """Draw lr and damping at random and stop the worse trainings early."""
     from studies.searches import Halving
 
-    given = {"optimizer": optimizer, "epochs": epochs, "seed": seed, "workers": workers}
+    given = {
+        "optimizer": optimizer,
+        "epochs": epochs,
+        "seed": seed,
+        "workers": workers,
+        "device": device,
+    }
     given["trials"] = trials
     _search(Halving, problem, given, (lr_factors, damping_factors), resume, results)
 

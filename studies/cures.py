@@ -52,6 +52,7 @@ class Grid:
     seeds: int = 20
     epochs: int = 1
     workers: int = 2
+    device: str = "cpu"
 
 
 TINY = Grid("digits-autoencoder-small", ("limit 10", "undoing", "ramp"), seeds=2)
@@ -85,7 +86,8 @@ def _trials(grid: Grid, name: str) -> list[Trial]:
     settings |= {key: settings[key] * factor for key, factor in factors.items()} | dict(added)
     items = tuple(sorted(settings.items()))
     seeds = range(grid.seed, grid.seed + grid.seeds)
-    return [Trial(grid.problem, optimizer, items, seed, grid.epochs) for seed in seeds]
+    epochs, device = grid.epochs, grid.device
+    return [Trial(grid.problem, optimizer, items, k, epochs, device=device) for k in seeds]
 
 
 def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from studies.snapshots import loss_row
 from studies.summaries import number
 
 NAME = "equal_seconds"
+FIXED = "seed", "seconds", "device"
 POINTS = 24  # evaluations on a curve, evenly spread over the logarithm of the seconds
 
 
@@ -35,6 +36,7 @@ class Grid:
     optimizers: Sequence[str] = field(default_factory=lambda: ONE_SOLVE_A_STEP)
     seed: int = 0
     seconds: Sequence[float] = (60.0, 180.0, 600.0)
+    device: str = "cpu"
 
     @property
     def marks(self) -> list[float]:
@@ -50,11 +52,11 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     """Run the study and return the run's folder; losses are written as they are evaluated.
 
     resume: the folder of an earlier run; the optimizers that got to their end are kept.
-    Raises: ValueError for a folder of another study, problem, seed or seconds, or for an unknown
-    optimizer.
+    Raises: ValueError for a folder of another study or problem or of other `FIXED` settings, or for
+    an unknown optimizer.
     """
     question, config = (__doc__ or "").partition("\n")[0], dataclasses.asdict(grid)
-    with running(NAME, config, question, results, resume, ("seed", "seconds")) as (folder, header):
+    with running(NAME, config, question, results, resume, FIXED) as (folder, header):
         ended = header.setdefault("ended", {})
         task = progress.add_task("training", total=len(grid.optimizers))
         for name in grid.optimizers:
@@ -73,14 +75,14 @@ def _alone(folder: Path, grid: Grid, name: str) -> str:
 
 
 def train(folder: Path, grid: Grid, name: str) -> str:
-    """Train with all cores and keep the losses as the run's part `name`; why it ended early, or "".
+    """Train with all cores, losses kept as the run's part `name`; why it ended early, or "".
 
     Raises: what comes up before the first evaluation, and what is none of the numbers'
     (`training.IN_THE_NUMBERS`).
     """
     torch.set_num_threads(os.cpu_count() or 1)
     problem = problems.get(grid.problem)
-    settings = training.Settings(problem, name, training.FOREVER, grid.seed)
+    settings = training.Settings(problem, name, training.FOREVER, grid.seed, device=grid.device)
     shared = {"run": folder.name, "study": NAME, "problem": problem.name, "optimizer": name}
     rows: list[dict[str, Any]] = []
     try:
@@ -127,11 +129,15 @@ def table(frame: pd.DataFrame, ended: dict[str, str], grid: Grid) -> dict[str, A
         rows.append([name, printed + reason, *cells, number(float(own[name]["epoch"].max()))])
     caption = (
         "Training loss, and rank, at the first step that ended after so many seconds of training; "
-        f"each optimizer alone on {os.cpu_count()} cores, seed {grid.seed}, at the settings that "
+        f"each optimizer alone on {_where(grid.device)}, seed {grid.seed}, at the settings that "
         "the problem recommends, else at its own defaults."
     )
     columns = ["optimizer", "settings", *(f"{mark:g} s" for mark in grid.seconds), "epochs"]
     return {"caption": caption, "columns": columns, "rows": rows}
+
+
+def _where(device: str) -> str:
+    return f"{os.cpu_count()} cores" if device == "cpu" else device
 
 
 def _after(losses: pd.DataFrame, mark: float) -> float:

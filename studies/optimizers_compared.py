@@ -48,6 +48,7 @@ class Grid:
     lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
     damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
     workers: int = 2
+    device: str = "cpu"
 
     def budget(self, optimizer: str) -> int:
         """Epochs of the tuning and of the final runs."""
@@ -88,10 +89,11 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     """The trials that an optimizer is tuned by, one per point of its grid."""
-    own = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
-    points = [dict(zip(own, point, strict=True)) for point in itertools.product(*own.values())]
+    tuned = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
+    points = [dict(zip(tuned, point, strict=True)) for point in itertools.product(*tuned.values())]
     epochs = grid.budget(optimizer)
-    return [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
+    own = [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
+    return [dataclasses.replace(trial, device=grid.device) for trial in own]
 
 
 def axes(

@@ -27,7 +27,9 @@ def running(
     Raises: ValueError for a folder of another study or problem, or with other fixed settings.
     """
     begun, problem = time.perf_counter(), str(config["problem"])
-    header = provenance.header(study, problem, "cpu", dict(config)) | {"question": question}
+    header = provenance.header(study, problem, str(config.get("device", "cpu")), dict(config)) | {
+        "question": question
+    }
     if resume is not None:
         earlier = _earlier(resume, study, config, fixed)
         header = provenance.again(earlier, header) | {"seconds": float(earlier["seconds"])}

@@ -1,5 +1,6 @@
 """What `studies.tuning` searches: the points, and which trainings are stopped early."""
 
+import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ class Search(ABC):
     lr_factors: Sequence[float] = ()
     damping_factors: Sequence[float] = ()
     workers: int = 2
+    device: str = "cpu"
 
     @abstractmethod
     def points(self) -> list[dict[str, float]]:
@@ -75,7 +77,8 @@ class Search(ABC):
 
     def trial(self, point: dict[str, float]) -> Trial:
         """The training of a point."""
-        return trials.trial(self.problem, self.optimizer, point, self.seed, self.budget)
+        own = trials.trial(self.problem, self.optimizer, point, self.seed, self.budget)
+        return dataclasses.replace(own, device=self.device)
 
     def label(self, point: dict[str, float]) -> str:
         """What the point is called in the records and figures."""

@@ -38,6 +38,7 @@ class Grid:
     lr_factors: Sequence[float] = (1.0,)
     damping_factors: Sequence[float] = (1.0,)
     workers: int = 2
+    device: str = "cpu"
 
 
 TINY = Grid("digits-autoencoder-small", ("kbfgs", "sgd"), seeds=2, lr_factors=(1.0, 1e4))
@@ -71,6 +72,7 @@ def _points(grid: Grid, optimizer: str) -> list[list[Trial]]:
         epochs=grid.epochs,
         lr_factors=grid.lr_factors,
         damping_factors=grid.damping_factors,
+        device=grid.device,
     )
     seeds = range(grid.seed, grid.seed + grid.seeds)
     return [

@@ -27,7 +27,7 @@ FOLDER = "trials"
 class Trial:
     """One training with all of the optimizer's settings, as (name, value) in order of the names.
 
-    batch_size: 0 is the problem's.
+    batch_size: 0 is the problem's. device: part of what it is, for seconds are compared.
     """
 
     problem: str
@@ -36,13 +36,15 @@ class Trial:
     seed: int
     epochs: int
     batch_size: int = 0
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         """Name of its file: what it is, but for how long it goes on."""
         settings = [f"{name}={value}" for name, value in self.settings]
         batch = [f"batch{self.batch_size}"] if self.batch_size else []
-        return "-".join([self.optimizer, *settings, *batch, f"seed{self.seed}"])
+        device = [] if self.device == "cpu" else [self.device.replace(":", "")]
+        return "-".join([self.optimizer, *settings, *batch, *device, f"seed{self.seed}"])
 
 
 def trial(
@@ -76,7 +78,8 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
         trial.epochs,
         trial.seed,
         trial.batch_size,
-        hyper=dict(trial.settings),
+        trial.device,
+        dict(trial.settings),
     )
     try:
         for state in training.steps(settings):

@@ -1,5 +1,6 @@
 """What does a layer's block look like, exact and approximated?"""
 
+import pandas as pd
 import streamlit as st
 
 from app import common
@@ -9,7 +10,7 @@ st.title("Block inspector")
 run = common.open_run()
 compared = run.frame[run.frame["approximation"] != ""]
 stored = common.matrices(run.folder)
-places = compared if stored.empty else stored
+places = pd.concat([own for own in (compared, stored) if not own.empty] or [compared])
 if places.empty:
     st.info("This run has compared nothing yet; its blocks appear with the first comparison.")
     st.stop()
@@ -19,8 +20,9 @@ optimizer = common.choose(
     "Trained with", sorted(places["optimizer"].unique()), "optimizer", where=boxes[0]
 )
 places = figures.select(places, optimizer=optimizer)
-steps = sorted(int(step) for step in places["step"].unique())
-step = common.choose("Step", steps, "step", default=steps[-1], where=boxes[1])
+stored = stored[stored["optimizer"] == optimizer]
+steps, drawn = (sorted(int(s) for s in own["step"].unique()) for own in (places, stored))
+step = common.choose("Step", steps, "step", default=(drawn or steps)[-1], where=boxes[1])
 places = figures.select(places, step=step)
 blocks = sorted(places["block"].unique(), key=figures.natural)
 sizes = dict(zip(places["block"], places["size"], strict=True))
@@ -29,8 +31,7 @@ block = common.choose(
 )
 rows = compared[(compared["optimizer"] == optimizer) & (compared["step"] == step)]
 rows = rows[rows["block"] == block]
-if not stored.empty:
-    stored = places[places["block"] == block]
+stored = stored[(stored["step"] == step) & (stored["block"] == block)]
 
 truths = sorted({*rows["truth"], *stored["truth"]})
 truth = common.choose("Exact matrix", truths, "truth", show=summaries.label, where=boxes[3])
@@ -45,7 +46,10 @@ if pictured:
     triple = (found["exact"], found[name], found[records.difference_name(name)])
     common.draw(figures.matrix_triptych(triple, (truth, name), int(sizes[block])))
 else:
-    st.info("No matrices are stored for this choice; studies store them at a few steps only.")
+    where = f"; of {optimizer} at {', '.join(map(str, drawn))}" if drawn else ""
+    st.info(
+        f"No matrices are stored for this choice; studies store them at a few steps only{where}."
+    )
 
 st.subheader(f"All approximations of the exact {summaries.label(truth)} here, with intervals")
 if rows.empty:

@@ -4,15 +4,15 @@ import pandas as pd
 import streamlit as st
 
 from app import common
-from studies import figures, summaries
+from studies import figures, records, summaries
 
 st.title("Overview")
 rows = []
 for folder in common.run_folders():
-    run = common.load(folder)
-    facts = {name: run.header.get(name, "unknown") for name in ("study", "problem", "status")}
-    created = run.header.get("created", "unknown")
-    rows.append({"run": folder.name, **facts, "created": created, "records": len(run.frame)})
+    header = records.read_header(folder)
+    facts = {name: header.get(name, "unknown") for name in ("study", "problem", "status")}
+    created = header.get("created", "unknown")
+    rows.append({"run": folder.name, **facts, "created": created, "records": common.count(folder)})
 if rows:
     st.dataframe(pd.DataFrame(rows), hide_index=True)
 
@@ -38,12 +38,17 @@ if claims := run.header.get("claims"):
     st.subheader("The paper's claims")
     st.markdown("\n".join(f"- {claim}" for claim in claims))
 
-truths = sorted(set(run.frame["truth"]) - {""})
+medians = {
+    truth: summaries.medians(run.frame, truth)
+    .drop(index="", level="approximation", errors="ignore")
+    .dropna(axis="columns", how="all")
+    for truth in sorted(set(run.frame["truth"]) - {""})
+}
+truths = [truth for truth, table in medians.items() if not table.empty]
 if truths:
     st.subheader("Each approximation at the last step, median over the layers")
     truth = common.choose("Compared with the exact", truths, "truth", show=summaries.label)
-    table = summaries.medians(run.frame, truth).drop(index="", level="approximation")
-    common.show_table(run, table.dropna(axis="columns", how="all").map(summaries.number))
+    common.show_table(run, medians[truth].map(summaries.number))
 
 shown = summaries.drawn(run.frame, run.header)
 pictures = {"Loss": figures.loss_curves, "Accuracy": figures.accuracy_curves}

@@ -6,7 +6,7 @@ from diag.estimate import Estimate
 from diag.intervals import from_replicates, norms
 from diag.kronecker import leading_kronecker
 from diag.metrics.relative_error_best_scale import best_scale_error
-from diag.operators import Kronecker, Operator, inner, keep
+from diag.operators import Kronecker, Operator, keep
 from diag.registry import metric
 
 
@@ -29,7 +29,7 @@ def excess_over_best_kronecker(truth: Operator, approximation: Operator) -> Esti
     """
     best = keep(truth, "best_kronecker", lambda: leading_kronecker(truth, 1).terms[0])
     found, least = norms(truth, approximation), norms(truth, best)
-    excess = (found.error / found.square).sqrt() - best_scale_error(least, inner(best, best))
+    excess = (found.error / found.square).sqrt() - best_scale_error(least)
     if isinstance(approximation, Kronecker):  # no product is better than the best of a replicate
         excess = excess.clamp(min=0)
     return from_replicates(excess, truth, undefined=math.inf)

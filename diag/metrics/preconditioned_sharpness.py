@@ -37,6 +37,8 @@ def preconditioned_sharpness(
     preconditioner, which has its damping inside.
     ∞ where B + μI shows that it is not positive definite: its steps go up.
     Interval: first order, from each example's influence u·(T_n − C)u; its vector u held fixed.
+
+    Raises: torch.linalg.LinAlgError for a singular damped approximation.
     """
     added = damping if approximation_damping is None else approximation_damping
     precondition = solver(approximation, added)

@@ -37,8 +37,9 @@ def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estim
     return best_scale_estimate(batch_moments(truth, approximation))
 
 
-def best_scale_error(found: Norms, own: float) -> Tensor:
-    """√(1 − cos²) from the norms and ‖B‖², without its cancellation near 0."""
+def best_scale_error(found: Norms) -> Tensor:
+    """√(1 − cos²) from the norms, without its cancellation near 0."""
+    own = found.own
     squared_cosine = found.cross.square() / (found.square * own)
     left = found.error - (1 - found.cross / own) ** 2 * own
     # far from 1 the cosine loses nothing, while a B of another scale drowns the difference

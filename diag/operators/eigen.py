@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diag.operators.forms import diagonal, to_dense
 from diag.operators.products import inner_rule
-from diag.operators.solving import _solver
+from diag.operators.solving import _solver, damped_eigenvalues
 from diag.operators.structures import Kronecker, KroneckerSum, by_columns
 
 
@@ -118,13 +118,7 @@ def _(first: Spectral, second: Spectral) -> Tensor:
 
 @_solver.register
 def _(operator: KroneckerEigen, damping: float) -> Callable[[Tensor], Tensor]:
-    values = operator.scale + damping
-    if (values == 0).any():
-        raise torch.linalg.LinAlgError(
-            f"{int((values == 0).sum())} eigenvalues of a KroneckerEigen with damping {damping:g} "
-            f"are zero"
-        )
-    return _scaled(operator, 1 / values)
+    return _scaled(operator, 1 / damped_eigenvalues(operator.scale, operator, damping))
 
 
 @_solver.register

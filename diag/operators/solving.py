@@ -75,10 +75,19 @@ def solve(operator: Operator, v: Tensor) -> Tensor:
 
 
 def keep(operator: Operator, key: Any, compute: Callable[[], Any]) -> Any:
-    """compute(), once per operator and key where the operator keeps things (`.kept`)."""
+    """compute(), once per operator and key where the operator keeps things (`.kept`).
+
+    A Dense forgets what it kept of a matrix that was changed in place.
+    """
     kept = getattr(operator, "kept", None)
     if kept is None:
         return compute()
+    if isinstance(operator, Dense):
+        if operator.matrix.is_inference():  # it counts no changes
+            return compute()
+        if kept.setdefault("version", operator.matrix._version) != operator.matrix._version:
+            kept.clear()
+            kept["version"] = operator.matrix._version
     if key not in kept:
         kept[key] = compute()
     return kept[key]
@@ -145,9 +154,20 @@ def _(operator: KroneckerSum, damping: float) -> Callable[[Tensor], Tensor]:
     return _solver(dense(operator), damping)
 
 
+def damped_eigenvalues(values: Tensor, operator: Operator, damping: float) -> Tensor:
+    """The damped values, to divide by. Raises: torch.linalg.LinAlgError where one is zero."""
+    damped = values + damping
+    if (damped == 0).any():
+        raise torch.linalg.LinAlgError(
+            f"{int((damped == 0).sum())} eigenvalues of a {type(operator).__name__} with damping "
+            f"{damping:g} are zero"
+        )
+    return damped
+
+
 @_solver.register
 def _(operator: Diagonal, damping: float) -> Callable[[Tensor], Tensor]:
-    inverted = Diagonal(1 / (operator.diagonal + damping))
+    inverted = Diagonal(1 / damped_eigenvalues(operator.diagonal, operator, damping))
     return lambda v: inverted @ v
 
 
@@ -155,9 +175,9 @@ def _(operator: Diagonal, damping: float) -> Callable[[Tensor], Tensor]:
 def _(operator: Kronecker, damping: float) -> Callable[[Tensor], Tensor]:
     left, U = torch.linalg.eigh(operator.left)
     right, V = torch.linalg.eigh(operator.right)
-    values = Diagonal((torch.outer(left, right) + damping).reshape(-1))
-    basis, back = Kronecker(U, V), Kronecker(U.T, V.T)
-    return lambda v: basis @ (inverse(values) @ (back @ v))
+    values = damped_eigenvalues(torch.outer(left, right).reshape(-1), operator, damping)
+    basis, back, inverted = Kronecker(U, V), Kronecker(U.T, V.T), Diagonal(1 / values)
+    return lambda v: basis @ (inverted @ (back @ v))
 
 
 @_solver.register

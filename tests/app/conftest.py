@@ -1,5 +1,6 @@
 """Results folders in the states that the dashboard may meet."""
 
+import math
 import runpy
 import shutil
 from pathlib import Path
@@ -39,6 +40,34 @@ def _nothing_compared(folder):
     _just_started(folder)
     row = SYNTHETIC["row"](optimizer="adam", step=0, metric="train_loss", value=1.0)
     SYNTHETIC["records"].append(folder / "made-up", [row])
+
+
+def _whole_model_only(folder):
+    """As sharpness_along_training writes it: numbers against exact matrices, none of a layer."""
+    _just_started(folder)
+    loss = SYNTHETIC["row"](optimizer="adam", step=0, metric="batch_loss", value=1.0)
+    own = {"optimizer": "adam", "step": 1, "metric": "sharpness", "size": 9056, "value": 2.0}
+    sharp = [SYNTHETIC["row"](truth=truth, **own) for truth in ("ggn", "hessian")]
+    SYNTHETIC["records"].append(folder / "made-up", [loss, *sharp])
+
+
+def _without_floors(folder):
+    _rewrite(folder, [row for row in SYNTHETIC["rows"]((0,)) if row["metric"] != "noise_floor"])
+
+
+def _floors_without_value(folder):
+    rows = SYNTHETIC["rows"]((0,))
+    _rewrite(folder, [r | {"value": math.nan} if r["metric"] == "noise_floor" else r for r in rows])
+
+
+def _rewrite(folder, rows):
+    shutil.rmtree(folder / "made-up" / "records")
+    SYNTHETIC["records"].append(folder / "made-up", rows)
+
+
+def _no_definitions(folder):
+    header = SYNTHETIC["HEADER"] | {"metrics": None}
+    SYNTHETIC["records"].write_header(folder / "made-up", header)
 
 
 def _running(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from streamlit.testing.v1 import AppTest
 
-from studies import figures
+from studies import figures, records
 
 APP = Path(__file__).parents[2] / "app"
+SYNTHETIC = runpy.run_path(str(APP.parent / "tests" / "synthetic.py"))
 VIEWS = sorted(file.stem for file in (APP / "views").glob("[!_]*.py"))
 STATES = {  # state -> what every view says in it, number of figures
     "full": ("", 1),
@@ -60,8 +62,9 @@ def test_every_view_explains_every_state_and_draws_what_there_is(view, state, in
     [("overview", "No verdict yet", 1)]
     + [(view, "This run has compared nothing yet", 0) for view in ("along_training", "blocks")],
 )
-def test_a_run_with_losses_only(view, text, figures, in_state):
-    in_state("nothing_compared")
+@pytest.mark.parametrize("state", ["nothing_compared", "whole_model_only"])
+def test_a_run_that_compares_nothing(view, text, figures, state, in_state):
+    in_state(state)
     app = open_view(view)
     assert not app.exception
     assert text in said(app)
@@ -77,6 +80,42 @@ def test_overview_gives_runs_verdicts_and_definitions(in_state):
     assert "Exact Hessian, adam at step 100" in text
     columns = json.loads(app.dataframe[1].proto.columns)
     assert "‖B − C‖_F / ‖C‖_F" in columns["relative_error"]["help"]  # the tooltips
+
+
+@pytest.mark.parametrize("state", ["without_floors", "floors_without_value"])
+def test_overview_without_a_noise_floor(state, in_state):
+    in_state(state)
+    app = open_view("overview")
+    assert not app.exception
+    assert set(app.dataframe[1].value.index.unique("approximation")) >= {"kfac", "diagonal"}
+    assert figures_shown(app) == 1
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_header_without_definitions(view, in_state):
+    in_state("no_definitions")
+    app = open_view(view)
+    assert not app.exception
+    assert figures_shown(app) == 1
+    if view == "along_training":
+        assert "not defined in the run's header" in app.selectbox(key="metric").help
+
+
+def test_many_runs_are_counted_not_read(in_state, monkeypatch):
+    """However many there are, only the chosen one is read, and that once."""
+    folder, read = in_state("full"), []
+    for number in range(25):
+        shutil.copytree(folder / "made-up", folder / f"run-{number}")
+    (folder / "run-3" / "records" / "part-00001.parquet").write_bytes(b"PAR1 torn")
+    whole = records.read
+    monkeypatch.setattr(records, "read", lambda run: (read.append(run), whole(run))[1])
+    app = open_view("overview").run()
+    assert not app.exception
+    assert len(read) == 1
+    shown = app.dataframe[0].value.set_index("run")["records"]
+    assert len(shown) == 26
+    assert shown["run-3"] == 1575
+    assert set(shown.drop("run-3")) == {3150}
 
 
 def test_overview_shows_what_a_study_put_into_the_header(in_state, monkeypatch):
@@ -145,6 +184,39 @@ def test_blocks_without_matrices_still_gives_the_numbers(state, in_state):
     app = open_view("blocks")
     assert "No matrices are stored" in said(app)
     assert len(app.dataframe[0].value) == 4
+
+
+def test_blocks_offers_steps_without_matrices_too(in_state):
+    in_state("full")
+    app = open_view("blocks")
+    assert app.selectbox(key="step").options == ["0", "50", "100"]
+    assert app.selectbox(key="step").value == "100"
+    app.selectbox(key="step").select("50").run()
+    assert not app.exception
+    assert "No matrices are stored for this choice" in said(app)
+    assert "of adam at 0, 100" in said(app)
+    assert figures_shown(app) == 0
+    assert "kfac" in app.dataframe[0].value.index
+
+
+def test_blocks_opens_where_there_is_a_picture(in_state):
+    folder = in_state("full")
+    for path in (folder / "made-up" / "matrices").glob("*-0-100-*.npz"):
+        path.unlink()
+    app = open_view("blocks")
+    assert app.selectbox(key="step").value == "0"
+    assert figures_shown(app) == 1
+
+
+def test_blocks_shows_matrices_without_records(in_state):
+    folder = in_state("full")
+    shutil.rmtree(folder / "made-up" / "records")
+    row = SYNTHETIC["row"](optimizer="adam", step=0, metric="train_loss", value=1.0)
+    records.append(folder / "made-up", [row])
+    app = open_view("blocks")
+    assert not app.exception
+    assert figures_shown(app) == 1
+    assert "No records of this block" in said(app)
 
 
 def test_new_records_appear_on_the_next_run_of_the_page(in_state, results):

@@ -10,7 +10,7 @@ from backpack.context import CTX
 from torch import nn
 
 from diag import Problem, crosscheck, dense, exact
-from diag.problem import hook_free_copy
+from diag.copies import hook_free_copy
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from diag import Problem, dense, exact
+from diag.blocks import Block
 from diag.cross import block_norms, cross, off_block_share
 from diag.curvatures import dense_block
 
@@ -52,10 +53,6 @@ def test_cross_blocks_equal_parts_of_the_whole(name, of, request):
         for k, second in enumerate(blocks):
             part = whole[ends[j] : ends[j + 1], ends[k] : ends[k + 1]]
             assert norms[j, k].item() == pytest.approx(part.norm().item(), rel=1e-9, abs=1e-12)
-            if of == "hessian" and j == k:
-                with pytest.raises(ValueError, match="share parameters"):
-                    cross(mixed, first, second, of)
-                continue
             found = cross(mixed, first, second, of)
             assert found.shape == (first.d, second.d)
             torch.testing.assert_close(
@@ -64,6 +61,31 @@ def test_cross_blocks_equal_parts_of_the_whole(name, of, request):
     diagonal = sum(norms[j, j] ** 2 for j in range(len(blocks)))
     expected = (1 - diagonal / whole.square().sum()).sqrt().item()
     assert 0 < off_block_share(norms) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn", "empirical_fisher"])
+def test_units_of_one_layer_name_the_same_parameters(mixed, of):
+    units = [mixed.block(name) for name in ("4[0]", "4[1]", "4[4]", "0[1,0]", "0[1,bias]", "6[2]")]
+    layers = {name: dense_block(mixed, mixed.block(name), of, 1, None) for name in "046"}
+    norms = block_norms(mixed, units, of)
+    for j, first in enumerate(units):
+        for k, second in enumerate(units):
+            found = cross(mixed, first, second, of) @ torch.eye(second.d)
+            both = Block("both", (*first.members, *second.members))
+            whole = dense_block(mixed, both, of, 1, None)
+            torch.testing.assert_close(found, whole[: first.d, first.d :])
+            assert norms[j, k].item() == pytest.approx(found.norm().item(), rel=1e-9, abs=1e-12)
+    # by the layer's own matrix: rows 0 and 1 of the [W, b] of a Linear layer with 12 inputs
+    expected = layers["4"][:13, 13:26]
+    torch.testing.assert_close(cross(mixed, units[0], units[1], of) @ torch.eye(13), expected)
+    assert expected.norm() > 1e-4
+
+
+def test_blocks_that_overlap(mixed):
+    """A layer and one of its neurons: the rows of the neuron in the layer's own block."""
+    layer, unit = mixed.block("4"), mixed.block("4[1]")
+    expected = dense_block(mixed, layer, "hessian", 1, None)[13:26]
+    torch.testing.assert_close(cross(mixed, unit, layer, "hessian") @ torch.eye(layer.d), expected)
 
 
 def test_one_block_has_nothing_outside(mixed):

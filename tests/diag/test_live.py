@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import optim
-from diag import Diagonal, Kronecker, dense, live
+from diag import Diagonal, Kronecker, approximations, dense, live
 from diag.operators import BlockDiagonal, Dense
 
 
@@ -95,6 +95,25 @@ def test_maps_are_known_by_their_parts():
     assert isinstance(found["diagonal"], Diagonal)
     assert isinstance(found["matrix"], Dense)
     torch.testing.assert_close(dense(found["applied"]), M)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_order_of_the_coordinates_is_read(classifier, listed):
+    own = approximations.mini_block_input(classifier, classifier.block("2"))
+    parts = Parts(blocks=list(own.blocks) if listed else own.blocks, order=own.order)
+    found = live.read(parts)
+    assert isinstance(found, BlockDiagonal)
+    torch.testing.assert_close(dense(found), dense(own))
+    parts.order.zero_()  # what is read is a copy
+    assert len(found.order.unique()) == len(found.order)
+
+
+def test_a_sum_of_kronecker_products(classifier):
+    own = approximations.best_kronecker(classifier, classifier.block("2"), rank=2)
+    assert own.left.ndim == 3
+    found = live.read(own)
+    assert found.shape == own.shape
+    torch.testing.assert_close(dense(found), dense(own))
 
 
 def test_curvatures_are_inverses():

@@ -242,3 +242,18 @@ def test_the_interval_of_rho_is_that_of_a_ratio_of_means(classifier):
     plain = metrics.rho(Dense(dense(truth)), approx, LAMBDA, classifier, block)
     assert plain.value == pytest.approx(found.value, rel=1e-12)
     assert math.isnan(plain.low)
+
+
+@pytest.mark.parametrize("name", ["kfac", "diagonal", "ekfac", "mini_block"])
+def test_a_dead_unit_makes_the_undamped_step_an_error(name):
+    """Not a NaN: there is no step along what the approximation says has no curvature."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5))
+    with torch.no_grad():
+        model[0].bias[1] = -100.0
+    problem = Problem(model, nn.MSELoss(), torch.randn(30, 4), torch.randn(30, 5))
+    block = problem.block("0")
+    truth, approx = exact.ggn(problem, block), approximation[name].function(problem, block)
+    keywords = {"damping": 0.1, "gradient": problem.gradient(block), "approximation_damping": 0.0}
+    for asked in ("step_cosine", "decrease_efficiency", "inverse_secant_consistency"):
+        with pytest.raises(torch.linalg.LinAlgError):
+            getattr(metrics, asked)(truth, approx, **keywords)

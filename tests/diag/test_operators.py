@@ -135,3 +135,21 @@ def test_packing_keeps_inner_products():
         (pack(first) * pack(second)).sum(1), (first * second).flatten(1).sum(1)
     )
     torch.testing.assert_close(unpack(pack(first), 5), first)
+
+
+SINGULAR = {
+    "diagonal": lambda: Diagonal(torch.tensor([0.0, 1.0, 0.0])),
+    "kronecker": lambda: Kronecker(torch.diag(torch.tensor([1.0, 0.0])), torch.eye(3)),
+    "indefinite": lambda: Kronecker(torch.diag(torch.tensor([1.0, -0.5])), torch.eye(1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damping", "zeros"),
+    [("diagonal", 0.0, 2), ("kronecker", 0.0, 3), ("indefinite", 0.5, 1), ("diagonal", -1.0, 1)],
+)
+def test_a_singular_operator_is_refused(name, damping, zeros):
+    operator = SINGULAR[name]()
+    said = rf"{zeros} eigenvalues of a {type(operator).__name__} with damping \S+ are zero"
+    with pytest.raises(torch.linalg.LinAlgError, match=said):
+        solve(Damped(operator, damping), torch.ones(operator.shape[0]))

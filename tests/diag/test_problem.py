@@ -135,6 +135,29 @@ def test_dropout_and_batch_norm_are_measured_in_eval_mode_and_said_so():
     assert Problem(model.eval(), nn.CrossEntropyLoss(), *data()).notes == []
 
 
+class Auxiliary(nn.Module):
+    """Returns a second output while it trains, as Inception does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return (self.layer(x), x) if self.training else self.layer(x)
+
+
+def test_a_model_that_cannot_be_seen_in_train_mode():
+    x, t = data(1)
+    norm = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    with pytest.warns(UserWarning, match=r"train mode it could not be evaluated \(ValueError: Exp"):
+        problem = Problem(norm, nn.CrossEntropyLoss(), x, t)
+    assert len(problem.notes) == 1
+    exact.ggn(problem, problem.block("0"))
+    with pytest.warns(UserWarning, match=r"train mode it could not be evaluated \(TypeError"):
+        problem = Problem(Auxiliary(), nn.CrossEntropyLoss(), *data())
+    assert len(problem.notes) == 1
+
+
 def test_a_weight_made_by_a_hook_is_refused():
     with pytest.warns(FutureWarning):
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 3)))
@@ -175,7 +198,10 @@ def test_measuring_leaves_everything_bit_for_bit():
     kept = copy.deepcopy(optimizer.state_dict())
     rng = torch.get_rng_state()
 
-    with pytest.warns(UserWarning, match="eval mode"):
+    with (
+        pytest.warns(UserWarning, match="eval mode"),
+        pytest.warns(UserWarning, match="hooks of layer '0'"),
+    ):
         problem = Problem(model, loss, x, t)
     for block in problem.blocks():
         for of in exact.TRUTHS:

@@ -9,6 +9,7 @@ from torch import nn
 from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
 from diag.kronecker import kronecker_singular_values
 from diag.rank_curve import best_kronecker_curve
+from diag.registry import metric
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
 
@@ -124,6 +125,60 @@ def test_a_small_residual_of_any_other_pair(network_of_all):
         near = (near + near.T) / 2
         expected = ((matrix - near).norm() / matrix.norm()).item()
         assert metrics.relative_error(truth, Dense(near)).value == pytest.approx(expected, rel=1e-8)
+
+
+NEAR = [(1.0, 1e-2), (1.0, 1e-3), (1.0, 5e-4), (1.001, 1e-3), (1.1, 1e-3), (1.1, 1e-4)]
+
+
+@pytest.mark.parametrize("layer", ["0", "4"])
+@pytest.mark.parametrize(("scale", "gap"), NEAR)
+def test_an_approximation_near_a_float32_truth_but_for_its_scale(network_of_all, layer, scale, gap):
+    """Differences of float32's squares would have no digits left: float64 copies are asked."""
+    single, double = (problem_of(network_of_all, dtype=d) for d in (torch.float32, torch.float64))
+    truth = exact.ggn(single, single.block(layer))
+    C = dense(truth).double()
+    moved = torch.randn_like(C)
+    moved = (moved + moved.T) * C.norm() / (moved + moved.T).norm()
+    B = Dense(scale * C + gap * moved)
+    cosine = ((C * B.matrix).sum() / C.norm() / B.matrix.norm()).item()
+    expected = {
+        "relative_error": ((C - B.matrix).norm() / C.norm()).item(),
+        "relative_error_best_scale": math.sqrt(1 - cosine**2),
+        "population_error": None,
+    }
+    for name, number in expected.items():
+        found = metric[name].function(truth, B)
+        if number is not None:
+            # entries are good to 6e-8: as much of the gap is rounding of the truth itself
+            assert found.value == pytest.approx(number, rel=1e-6 / gap)
+        other = metric[name].function(exact.ggn(double, double.block(layer)), B)
+        # that is another truth by float32's rounding of the network, a few 1e-7
+        for end in ("value", "low", "high"):
+            assert getattr(found, end) == pytest.approx(getattr(other, end), rel=0.02, abs=1e-6)
+
+
+def test_a_truth_too_large_to_copy_keeps_the_digits_it_has(network_of_all, monkeypatch):
+    monkeypatch.setattr("diag.intervals.BUDGET", 8 * 100)
+    problem = problem_of(network_of_all, dtype=torch.float32)
+    truth = exact.ggn(problem, problem.block("0"))
+    near = Dense(dense(truth) * 1.01)
+    assert metrics.relative_error(truth, near).value == pytest.approx(0.01, rel=1e-2)
+    double = exact.ggn(problem_of(network_of_all), problem.block("0"))
+    near, matrices = Dense(dense(double) * (1 + 1e-5)), []
+    monkeypatch.setattr("diag.intervals.dense", matrices.append)
+    with pytest.warns(UserWarning, match="known to about 1e-08 at best; entry by entry"):
+        found = metrics.relative_error(double, near).value
+    assert found == pytest.approx(1e-5, rel=1e-4)  # squares of 1e-10 among roundings of 1e-16
+    assert not matrices
+
+
+def test_two_means_over_the_same_inputs_are_subtracted_term_by_term(monkeypatch):
+    a, C = almost_kronecker(1.0)
+    moved = torch.randn_like(C) * 1e-5
+    truth, near = SampleMean(a, C), SampleMean(a, C + moved + moved.mT)
+    expected = ((dense(truth).double() - dense(near).double()).norm() / dense(truth).norm()).item()
+    monkeypatch.setattr("diag.intervals.dense", None)
+    assert metrics.relative_error(truth, near).value == pytest.approx(expected, rel=2e-2)
 
 
 def test_a_nearly_linear_network_in_float32():

@@ -1,13 +1,11 @@
-"""Fieller's interval with bootstrap quantiles, by search; and what is kept of a pair."""
+"""Fieller's interval with bootstrap quantiles, by search."""
 
-import gc
 import math
 
 import pytest
 import torch
 
 from diag import Dense, metrics
-from diag.intervals import keep_pair
 from diag.moments import batch_moments
 from diag.population import best_scale_estimate
 from diag.sample_mean import SampleMean
@@ -74,7 +72,7 @@ def test_the_best_scale_s_error_is_that_of_the_scaled_approximation():
             assert other == pytest.approx(values[0], rel=1e-6)
 
 
-def test_a_plain_tensor_is_an_approximation_too_and_is_forgotten():
+def test_a_plain_tensor_is_an_approximation_too():
     truth, _ = rows_of_a_layer(9, 2, 2)
     B = torch.eye(4)
     first = metrics.relative_error(truth, B)
@@ -82,9 +80,3 @@ def test_a_plain_tensor_is_an_approximation_too_and_is_forgotten():
     assert first == metrics.relative_error(truth, Dense(B))
     other = torch.diag(torch.arange(4.0))
     assert metrics.relative_error(truth, other).value != first.value
-    held = keep_pair(truth, "numbers", other, lambda: 1)
-    assert held == keep_pair(truth, "numbers", other, lambda: 2) == 1
-    del other
-    gc.collect()
-    assert keep_pair(truth, "numbers", B, lambda: 3) == 3
-    assert len(truth.kept["numbers"]) == 1

@@ -233,6 +233,15 @@ def test_what_comes_up_in_the_numbers_counts_as_divergence_and_nothing_else(monk
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_the_device_asked_for_is_the_one_trained_on(tmp_path):
+    grid = dataclasses.replace(study.TINY, device="cuda")
+    (trial,) = study.candidates(dataclasses.replace(grid, lr_factors=(1.0,)), "adam")
+    assert trial.name == "adam-lr=0.01-cuda-seed0"  # its seconds are others
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        run(grid, tmp_path)
+
+
 def test_each_has_the_epochs_of_its_schedule():
     grid = study.Grid("cifar10-resnet32", ("kbfgs", "kfac", "sgd"), longer=6)
     assert {name: study.candidates(grid, name)[0].epochs for name in grid.optimizers} == {
