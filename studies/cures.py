@@ -36,6 +36,7 @@ CURES: dict[str, Cure] = {
     "limit 10 of steps alone": ("kbfgs_step_only", {"curvature_limit": 10.0}, {}),
     "ramp": ("kbfgs_ramped", {}, {}),
     "scaled start": ("kbfgs_scaled_start", {}, {}),
+    "H_a inverted": ("kbfgs_inverted_input", {}, {}),
     "pairs not averaged": ("kbfgs", {"pair_decay": 0.0}, {}),
     "lr a third": ("kbfgs", {}, {"lr": 1 / TIMES}),
     "damping threefold": ("kbfgs", {}, {"damping": TIMES}),

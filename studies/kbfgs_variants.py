@@ -14,6 +14,7 @@ from torch import Tensor
 from optim import KBFGS, kbfgs_statistics, step_limit
 from optim.capture import Totals
 from optim.layers import Block
+from optim.linalg import damped_inverse
 from optim.stacks import Stack
 
 RAMP = 60  # steps: an epoch of MNIST in batches of 1,000
@@ -77,10 +78,29 @@ class ScaledStart(KBFGS):
         super()._learn_h(stack, first, second)
 
 
+class InvertedInput(KBFGS):
+    """H_a = (A + λ_A I)⁻¹, inverted at every step, in place of BFGS. Linear layers alone keep an A.
+
+    Shows what it matters that one pair a step cannot follow A.
+    """
+
+    def _learn_h(
+        self, stack: Stack, first: dict[Block, Totals], second: dict[Block, Totals]
+    ) -> None:
+        super()._learn_h(stack, first, second)
+        if stack.convolutional:
+            names = [block.name for block in stack.blocks]
+            raise ValueError(f"of layers {names} no A is kept that could be inverted")
+        lambda_a, _ = self._dampings(stack)
+        inverse, ok = damped_inverse(stack["A"], lambda_a)
+        stack["H_a"].copy_(torch.where(ok[:, None, None], inverse, stack["H_a"]))
+
+
 VARIANTS: dict[str, Callable[..., Any]] = {
     "kbfgs_undoing": Undoing,
     "kbfgs_trusting": Trusting,
     "kbfgs_step_only": StepOnly,
     "kbfgs_ramped": Ramped,
     "kbfgs_scaled_start": ScaledStart,
+    "kbfgs_inverted_input": InvertedInput,
 }

@@ -119,6 +119,26 @@ def test_the_scaled_start_makes_the_first_secant_scale_right():
         torch.testing.assert_close(H_g, (s * y).sum() / (y * y).sum() * eye[None])
 
 
+def test_the_inverted_input_factor():
+    model, opt, _ = train(kbfgs_variants.InvertedInput, 3, lr=0.3, damping=0.3)
+    for name, map_ in opt.preconditioner().items():
+        A = opt.state[model.get_submodule(name).weight]["A"].double()
+        product = map_.right.double() @ (A + 0.3**0.5 * torch.eye(len(A)))
+        torch.testing.assert_close(product, torch.eye(len(A)).double(), rtol=0, atol=1e-4)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(18, 2))
+    opt = kbfgs_variants.InvertedInput(net, lr=0.1)
+    x, t = torch.randn(4, 1, 5, 5), torch.tensor([0, 1, 1, 0])
+
+    def closure():
+        opt.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(x), t)
+        loss.backward()
+        return loss
+
+    with pytest.raises(ValueError, match=r"layers \['0'\] no A is kept"):
+        opt.step(closure)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     with Progress(disable=True) as progress:
