@@ -80,8 +80,8 @@ def first_line(error: Exception) -> str:
 def left_out(model: nn.Module) -> tuple[str, bool]:
     """What to say of forward hooks that the copy has not, "" where there are none.
 
-    And whether one is a Python function, which may change the outputs: they are not run to find
-    out. Other objects are those of optimizers and the like, which only watch.
+    And whether one is a function that may change the outputs: they are not run to find out. Other
+    objects are those of optimizers and the like, which only watch, as BackPACK's functions do.
     """
     hooks = [
         (called(name), hook)
@@ -97,7 +97,8 @@ def left_out(model: nn.Module) -> tuple[str, bool]:
         f"the forward hooks of {', '.join(owners[:3])}{more} are left out: what is measured is the "
         f"model without them; make one that changes what the model returns a module of the model"
     )
-    return note, any(isinstance(hook, FunctionType | MethodType) for _, hook in hooks)
+    functions = [hook for _, hook in hooks if isinstance(hook, FunctionType | MethodType)]
+    return note, not all(hook.__module__.startswith("backpack.") for hook in functions)
 
 
 def work_on_copies(model: nn.Module, inputs: Tensor) -> None:
