@@ -98,7 +98,7 @@ def left_out(model: nn.Module) -> tuple[str, bool]:
         f"model without them; make one that changes what the model returns a module of the model"
     )
     functions = [hook for _, hook in hooks if isinstance(hook, FunctionType | MethodType)]
-    return note, not all(hook.__module__.startswith("backpack.") for hook in functions)
+    return note, not all(hook.__module__.partition(".")[0] == "backpack" for hook in functions)
 
 
 def work_on_copies(model: nn.Module, inputs: Tensor) -> None:

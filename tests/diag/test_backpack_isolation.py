@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo  # imports sympy, which adds warning filters of its own
 from backpack import backpack, extend, extensions
 from backpack.context import CTX
 from torch import nn
