@@ -109,6 +109,8 @@ class KBFGS(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # to see a GradScaler, and refuse it
+    _first = staticmethod(kbfgs_statistics.first)  # what the two passes gather
+    _second = staticmethod(kbfgs_statistics.second)
 
     def __init__(
         self,
@@ -166,7 +168,7 @@ class KBFGS(Optimizer):
         refuse_scaler(self)
         distributed.wrapped(harness.model, "KBFGS")
         start, update = random_state(harness.model), harness.updating
-        with harness.capture.recording(kbfgs_statistics.first if update else None):
+        with harness.capture.recording(self._first if update else None):
             loss = run(closure)
         with harness.exact():
             live = harness.live()
@@ -286,7 +288,7 @@ class KBFGS(Optimizer):
         model = harness.model
         quiet = getattr(model, "no_sync", nullcontext)  # DistributedDataParallel's
         with untouched(model), replayed(model, start), parameters_at_rest(model), quiet():
-            with harness.capture.recording(kbfgs_statistics.second, outputs_only=True):
+            with harness.capture.recording(self._second, outputs_only=True):
                 loss = _run_again(closure)
             second = harness.collected({stack: list(totals) for stack, totals in first.items()})
         for stack, totals in first.items():

@@ -37,6 +37,7 @@ CURES: dict[str, Cure] = {
     "ramp": ("kbfgs_ramped", {}, {}),
     "scaled start": ("kbfgs_scaled_start", {}, {}),
     "H_a inverted": ("kbfgs_inverted_input", {}, {}),
+    "pairs of quarters": ("kbfgs_in_parts", {}, {}),
     "pairs not averaged": ("kbfgs", {"pair_decay": 0.0}, {}),
     "lr a third": ("kbfgs", {}, {"lr": 1 / TIMES}),
     "damping threefold": ("kbfgs", {}, {"damping": TIMES}),

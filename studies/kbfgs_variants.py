@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import KBFGS, kbfgs_statistics, step_limit
-from optim.capture import Totals
+from optim import KBFGS, kbfgs_statistics, positions, step_limit
+from optim.bfgs import acceptable, bfgs_, double_damping
+from optim.capture import Call, Totals
+from optim.kbfgs_formulas import input_action_
 from optim.layers import Block
 from optim.linalg import damped_inverse
 from optim.stacks import Stack
 
 RAMP = 60  # steps: an epoch of MNIST in batches of 1,000
+PARTS = 4  # of a batch
 
 Live = dict[Stack, list[Block]]
 
@@ -88,12 +91,68 @@ class InvertedInput(KBFGS):
         self, stack: Stack, first: dict[Block, Totals], second: dict[Block, Totals]
     ) -> None:
         super()._learn_h(stack, first, second)
-        if stack.convolutional:
-            names = [block.name for block in stack.blocks]
-            raise ValueError(f"of layers {names} no A is kept that could be inverted")
+        _linear_alone(stack, "no A is kept that could be inverted")
         lambda_a, _ = self._dampings(stack)
         inverse, ok = damped_inverse(stack["A"], lambda_a)
         stack["H_a"].copy_(torch.where(ok[:, None, None], inverse, stack["H_a"]))
+
+
+def _linear_alone(stack: Stack, lacks: str) -> None:
+    if stack.convolutional:
+        raise ValueError(f"of layers {[block.name for block in stack.blocks]} {lacks}")
+
+
+def _means_of_parts(totals: Totals, call: Call, delivered: Tensor) -> None:
+    """Of each of the PARTS of a batch: means of x̃, z [PARTS, 1, in+1], and of g as delivered."""
+    block, m = call.block, len(call.x)
+    if "x parts" in totals.means or block.convolutional or m < PARTS:
+        raise ValueError(
+            f"layer '{block.name}' cannot be learned in parts: it must be Linear, called once a "
+            f"batch, with at least {PARTS} examples; got {m}"
+        )
+    x = torch.stack([positions.row_mean(block, part) for part in call.x.detach().chunk(PARTS)])
+    W = block.weight if block.bias is None else torch.cat([block.weight, block.bias[:, None]], 1)
+    sums = [part.flatten(0, -2).sum(0) * (m / len(part)) for part in delivered.chunk(PARTS)]
+    totals.means |= {
+        "x parts": x,
+        "z parts": x @ W.detach().T,
+        "g parts": torch.stack(sums)[:, None],
+    }
+
+
+class InParts(KBFGS):
+    """H_g and H_a learn from each quarter of the batch first, then from the whole as KBFGS does.
+
+    A part's pair (s, y) is not averaged over steps. Linear layers alone, one call per batch.
+    """
+
+    @staticmethod
+    def _first(totals: Totals, call: Call, delivered: Tensor) -> None:
+        _means_of_parts(totals, call, delivered)
+        kbfgs_statistics.first(totals, call, delivered)
+
+    @staticmethod
+    def _second(totals: Totals, call: Call, delivered: Tensor) -> None:
+        _means_of_parts(totals, call, delivered)
+        kbfgs_statistics.second(totals, call, delivered)
+
+    def _learn_h(
+        self, stack: Stack, first: dict[Block, Totals], second: dict[Block, Totals]
+    ) -> None:
+        lambda_a, mu_2 = self._dampings(stack)
+        for k in range(PARTS):
+            x, z, g = (_part(stack, first, name, k) for name in "xzg")
+            s, y = _part(stack, second, "z", k) - z, _part(stack, second, "g", k) - g
+            pair = double_damping(s, y, stack["H_g"], mu_2)
+            bfgs_(stack["H_g"], pair.s, pair.y, pair.valid & acceptable(pair.s, pair.y, g))
+            input_action_(stack, x, lambda_a, first)
+        super()._learn_h(stack, first, second)
+
+
+def _part(stack: Stack, totals: dict[Block, Totals], name: str, k: int) -> Tensor:
+    """Of part k the mean x̃, z or g, [size, ...]; g of the per-example loss, as z over positions."""
+    share = {b: t.positions if name == "g" else 1.0 for b, t in totals.items()}
+    return stack.gathered({b: t.means[f"{name} parts"][k] / share[b] for b, t in totals.items()})
 
 
 VARIANTS: dict[str, Callable[..., Any]] = {
@@ -103,4 +162,5 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "kbfgs_ramped": Ramped,
     "kbfgs_scaled_start": ScaledStart,
     "kbfgs_inverted_input": InvertedInput,
+    "kbfgs_in_parts": InParts,
 }

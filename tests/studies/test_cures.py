@@ -11,7 +11,7 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KBFGS
+from optim import KBFGS, bfgs
 from studies import cures, kbfgs_variants, problems, records, trials
 
 
@@ -137,6 +137,45 @@ def test_the_inverted_input_factor():
 
     with pytest.raises(ValueError, match=r"layers \['0'\] no A is kept"):
         opt.step(closure)
+
+
+def test_pairs_of_quarters_of_the_batch():
+    """H_g and H_a after a step are BFGS by each quarter's pair, then by that of the whole batch."""
+    settings = {"lr": 0.3, "damping": 0.3, "momentum": 0.0, "decay": 0.0}
+    x = DATA[0].double()
+
+    def inputs_and_gradients(model):
+        h = [x]
+        h += [model[0](x)]
+        h += [model[1](h[1])]
+        h += [model[2](h[2])]
+        for hidden in h[1:]:
+            hidden.retain_grad()
+        (len(x) * F.mse_loss(h[3], x, reduction="sum") / len(x)).backward()
+        return [(h[0], h[1], h[1].grad), (h[2], h[3], h[3].grad)]
+
+    model = autoencoder().double()
+    before = inputs_and_gradients(model)
+    opt = kbfgs_variants.InParts(model, **settings)
+    opt.step(closure_of(opt, model, x))
+    after = inputs_and_gradients(model)
+    quarters = [slice(5 * k, 5 * k + 5) for k in range(4)]
+    for k, name in enumerate(opt.preconditioner()):
+        (a, z, g), (_, z_new, g_new) = before[k], after[k]
+        a = torch.cat([a, torch.ones(len(a), 1)], 1).detach()
+        A = a.T @ a / len(a) + 0.3**0.5 * torch.eye(a.shape[1]).double()
+        H_g, H_a = torch.eye(z.shape[1]).double()[None], torch.linalg.inv(A)[None]
+        for part in [*quarters, slice(None)]:
+            s, y = (z_new - z)[part].mean(0)[None], (g_new - g)[part].mean(0)[None]
+            pair = bfgs.double_damping(s.detach(), y, H_g, 0.3**0.5)
+            bfgs.bfgs_(H_g, pair.s, pair.y, torch.tensor([True]))
+            s = H_a @ a[part].mean(0)
+            bfgs.bfgs_(H_a, s, s @ A, torch.tensor([True]))
+        map_ = opt.preconditioner()[name]
+        torch.testing.assert_close(map_.left, H_g[0])
+        torch.testing.assert_close(map_.right, H_a[0])
+    with pytest.raises(ValueError, match="at least 4 examples; got 3"):
+        opt.step(closure_of(opt, model, x[:3]))
 
 
 @pytest.fixture(scope="module")
