@@ -162,6 +162,17 @@ def _follow(run: Path, seen: Stamp) -> None:
         st.rerun()
 
 
+def say_nothing_compared(run: Run, what: str) -> None:
+    """Say that `what` of the page is not there, and whether it may come."""
+    if run.header.get("status") == "running":
+        st.info(f"This run has compared nothing yet; {what} with the first comparison.")
+    else:
+        st.info(
+            "This run compares no approximation with an exact matrix, layer by layer; "
+            "`kronscope demo` and `kronscope study error_along_training` do."
+        )
+
+
 def choose(
     label: str,
     options: Sequence[Option],

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 PALETTE = sns.color_palette("YlOrRd", as_cmap=True)  # monotone in lightness
 SCALE = Normalize(0.0, 1.0)
+WIDTH = 12.0  # inches; panels that do not fit side by side go below each other
 DARK = 0.6  # share from which text is white
 
 
@@ -29,11 +30,11 @@ def stability_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
     frame = pd.DataFrame(rows)
     names = list(frame["optimizer"].unique())
     sizes = [_axes(frame[frame["optimizer"] == name]) for name in names]
-    columns = min(len(names), 3)
+    wide = max(3.2, 0.85 * max(len(across) for _, across, _ in sizes) + 1.2)
+    high = max(2.4, 0.6 * max(len(up) for *_, up in sizes) + 1.3)
+    columns = min(len(names), max(1, int(WIDTH // wide)))
     lines = -(-len(names) // columns)
-    wide = max(len(across) for _, across, _ in sizes)
-    high = max(len(up) for *_, up in sizes)
-    size = (columns * max(3.2, 0.85 * wide + 1.2) + 1.0, lines * max(2.4, 0.6 * high + 1.3))
+    size = (columns * wide + 1.0, lines * high)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels[len(names) :]:

@@ -66,7 +66,7 @@ def write_report(run: Path) -> Path:
     frame, header = records.read(run), records.read_header(run)
     shown = []
     drawn = summaries.drawn(frame, header)
-    for picture in [*pictures(drawn, run), *_maps(header), *_edges(frame, header)]:
+    for picture in [*pictures(drawn, run), *of_study(frame, header)]:
         png = picture.png()
         records.write_atomically(run / "figures" / f"{picture.name}.png", png)
         shown.append({"caption": picture.caption, "data": base64.b64encode(png).decode()})
@@ -172,6 +172,12 @@ def _training(frame: pd.DataFrame) -> Iterator[Picture]:
             for x in axes:
                 name = kind if x == "step" else f"{kind}-{x}"
                 yield Picture(name, CAPTIONS[kind].format(x=x), draw(frame, x))
+
+
+def of_study(frame: pd.DataFrame, header: Mapping[str, Any]) -> Iterator[Picture]:
+    """Yield the figures that this run's study alone has; none of most studies."""
+    yield from _maps(header)
+    yield from _edges(frame, header)
 
 
 def _maps(header: Mapping[str, Any]) -> Iterator[Picture]:

@@ -9,7 +9,7 @@ st.title("Along training")
 run = common.open_run()
 rows = run.frame[run.frame["approximation"] != ""]
 if rows.empty:
-    st.info("This run has compared nothing yet; the figure appears with the first comparison.")
+    common.say_nothing_compared(run, "the figure appears")
     st.stop()
 
 places = st.columns(4)

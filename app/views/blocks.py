@@ -12,7 +12,7 @@ compared = run.frame[run.frame["approximation"] != ""]
 stored = common.matrices(run.folder)
 places = pd.concat([own for own in (compared, stored) if not own.empty] or [compared])
 if places.empty:
-    st.info("This run has compared nothing yet; its blocks appear with the first comparison.")
+    common.say_nothing_compared(run, "its blocks appear")
     st.stop()
 
 boxes = st.columns(5)

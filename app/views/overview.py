@@ -4,7 +4,7 @@ import pandas as pd
 import streamlit as st
 
 from app import common
-from studies import figures, records, summaries
+from studies import figures, records, report, summaries
 
 st.title("Overview")
 rows = []
@@ -32,11 +32,18 @@ elif not tables:
     st.info("No verdict yet: it needs records of the metric `relative_error`.")
 for title, table in tables.items():
     st.subheader(title)
-    st.dataframe(pd.DataFrame(table["rows"], columns=table["columns"]), hide_index=True)
+    rows = pd.DataFrame(table["rows"], columns=table["columns"])
+    st.dataframe(rows, hide_index=True, height="content")
     st.caption(table["caption"])
 if claims := run.header.get("claims"):
     st.subheader("The paper's claims")
     st.markdown("\n".join(f"- {claim}" for claim in claims))
+
+for number, picture in enumerate(report.of_study(run.frame, run.header)):
+    if number == 0:
+        st.subheader("Figures of this study")
+    common.draw(picture.figure)
+    st.caption(picture.caption)
 
 medians = {
     truth: summaries.medians(run.frame, truth)

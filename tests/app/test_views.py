@@ -60,7 +60,7 @@ def test_every_view_explains_every_state_and_draws_what_there_is(view, state, in
 @pytest.mark.parametrize(
     ("view", "text", "figures"),
     [("overview", "No verdict yet", 1)]
-    + [(view, "This run has compared nothing yet", 0) for view in ("along_training", "blocks")],
+    + [(view, "This run compares no approximation", 0) for view in ("along_training", "blocks")],
 )
 @pytest.mark.parametrize("state", ["nothing_compared", "whole_model_only"])
 def test_a_run_that_compares_nothing(view, text, figures, state, in_state):
@@ -69,6 +69,31 @@ def test_a_run_that_compares_nothing(view, text, figures, state, in_state):
     assert not app.exception
     assert text in said(app)
     assert figures_shown(app) == figures
+
+
+@pytest.mark.parametrize("view", ["along_training", "blocks"])
+def test_a_run_that_has_compared_nothing_yet(view, in_state):
+    run = in_state("nothing_compared") / "made-up"
+    records.write_header(run, SYNTHETIC["HEADER"] | {"status": "running"})
+    app = open_view(view)
+    assert not app.exception
+    assert "This run has compared nothing yet" in said(app)
+
+
+def test_overview_shows_the_figures_that_a_study_alone_has(in_state):
+    run = in_state("whole_model_only") / "made-up"
+    point = {"optimizer": "adam", "kl_clip": float("nan"), "damping": float("nan")}
+    point |= {"seeds": 2, "diverged": 1, "steps": [3], "loss": 7.0}
+    rows = [point | {"lr": lr} for lr in (0.01, 0.1)]
+    more = {"stability": rows, "stable_below": {"adam": 38.0}}
+    records.write_header(run, SYNTHETIC["HEADER"] | more)
+    app = open_view("overview")
+    assert not app.exception
+    assert "Figures of this study" in [block.value for block in app.subheader]
+    assert figures_shown(app) == 3  # the map, the edge, the loss
+    captions = "\n".join(block.value for block in app.caption)
+    assert "How many seeds diverged" in captions
+    assert "How near each training with adam was to instability" in captions
 
 
 def test_overview_gives_runs_verdicts_and_definitions(in_state):
