@@ -71,6 +71,9 @@ def study(
     epochs: Annotated[
         int | None, typer.Option(help="Epochs of a training; the problem's unless given.")
     ] = None,
+    tune_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a tuning run; as many unless given.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of initialisation and batch order.")
     ] = None,
@@ -120,6 +123,7 @@ def study(
     given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
     given |= {"spares": spares, "longer": longer, "workers": workers, "device": device}
     given |= {"steps": steps, "layers_every": layers_every, "examples": examples}
+    given["tune_epochs"] = tune_epochs
     given["seconds"] = numbers("seconds", seconds)
     given["lr_factors"] = numbers("lr-factors", lr_factors)
     given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)

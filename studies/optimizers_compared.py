@@ -1,9 +1,9 @@
 """How fast does each optimizer train, by epochs and by seconds, at its own best settings?
 
 Each is tuned over a grid of learning rates and dampings around the problem's recommended ones: the
-training loss at the end of the budget decides. Then its best setting is trained with every seed.
-The yardstick is SGD with momentum at every learning rate of its grid, which is given several times
-the epochs: how many steps does it need, from the same start, to get as far as the method got?
+training loss at the end of the tuning's budget decides. Then its best setting is trained with every
+seed. The yardstick is SGD with momentum at every learning rate of its grid, which is given several
+times the epochs: how many steps does it need, from the same start, to get as far as the method got?
 Where training curves of the problem were published, they stand beside ours.
 """
 
@@ -33,9 +33,10 @@ class Grid:
     lr_factors, damping_factors: times the problem's recommended values, where it has one; a
     kl_clip takes the squares of the lr's factors, and the lr then stays. seed: of the tuning; the
     final runs have this and the following ones, `seeds` of them, and up to `spares` more in place
-    of those that diverge. epochs: of every training; with 0 each optimizer has those of its
-    schedule on the problem, or the problem's. longer: the yardstick's budget in units of its
-    epochs; one with a schedule ends with that, after which it would hardly move.
+    of those that diverge. epochs: of a final run; with 0 each optimizer has those of its schedule
+    on the problem, or the problem's. tune_epochs: of the tuning's; with 0 as many. longer: the
+    yardstick's budget in units of its epochs; one with a schedule ends with that, after which it
+    would hardly move.
     """
 
     problem: str = "digits-autoencoder"
@@ -44,6 +45,7 @@ class Grid:
     seeds: int = 1
     spares: int = 0
     epochs: int = 0
+    tune_epochs: int = 0
     longer: int = 6
     lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
     damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -51,8 +53,12 @@ class Grid:
     device: str = "cpu"
 
     def budget(self, optimizer: str) -> int:
-        """Epochs of the tuning and of the final runs."""
+        """Epochs of the final runs."""
         return self.epochs or problems.get(self.problem).epochs_of(optimizer)
+
+    def trial_budget(self, optimizer: str) -> int:
+        """Epochs of the tuning."""
+        return self.tune_epochs or self.budget(optimizer)
 
     @property
     def patience(self) -> int:
@@ -91,7 +97,7 @@ def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     """The trials that an optimizer is tuned by, one per point of its grid."""
     tuned = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
     points = [dict(zip(tuned, point, strict=True)) for point in itertools.product(*tuned.values())]
-    epochs = grid.budget(optimizer)
+    epochs = grid.trial_budget(optimizer)
     own = [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
     return [dataclasses.replace(trial, device=grid.device) for trial in own]
 
@@ -173,7 +179,8 @@ def train_best(
 
 
 def _of(grid: Grid, trial: Trial, place: int) -> Trial:
-    return dataclasses.replace(trial, seed=grid.seed + place)
+    epochs = grid.budget(trial.optimizer)
+    return dataclasses.replace(trial, seed=grid.seed + place, epochs=epochs)
 
 
 def _converged(folder: Path, found: Iterable[Trial]) -> list[Trial]:
@@ -207,11 +214,16 @@ def compared(
 
 
 def _in_print(grid: Grid) -> str:
-    """The budgets: one number, or each optimizer's where their schedules differ."""
+    """The budgets: one number, or each optimizer's where their schedules differ; and the tuning's.
+
+    What follows it is "at the settings that were best for one seed".
+    """
+    tuning = f", tuned by {grid.tune_epochs}," if grid.tune_epochs else ""
     budgets = {name: grid.budget(name) for name in grid.optimizers}
     if len(set(budgets.values())) == 1:
-        return f"{next(iter(budgets.values()))} epochs"
-    return ", ".join(f"{budgets[name]} ({name})" for name in sorted(budgets)) + " epochs"
+        return f"{next(iter(budgets.values()))} epochs{tuning}"
+    own = ", ".join(f"{budgets[name]} ({name})" for name in sorted(budgets))
+    return f"{own} epochs{tuning}"
 
 
 def add_published(

@@ -105,6 +105,19 @@ def test_what_is_done_is_not_done_again(tmp_path):
     assert records.read(folder).groupby("optimizer")["epoch"].max()["adam"] == 2
 
 
+def test_a_tuning_shorter_than_the_final_runs(tmp_path):
+    grid = dataclasses.replace(study.TINY, optimizers=("adam",), tune_epochs=1, longer=1)
+    folder = run(grid, tmp_path)
+    tried = study.candidates(grid, "adam")
+    after_one = [trials.loss_at_the_end(folder, trial) for trial in tried]
+    lengths = [trials.read(folder, dataclasses.replace(t, epochs=9))["epoch"].max() for t in tried]
+    best = int(np.argmin(after_one))
+    assert [lengths[best], lengths[1 - best]] == [2, 1]
+    assert records.read(folder).query("optimizer == 'adam'")["epoch"].max() == 2
+    table = records.read_header(folder)["comparison"]
+    assert table["caption"].startswith("After 2 epochs, tuned by 1, at the settings that were")
+
+
 def test_divergence_is_infinitely_bad_and_no_error(tmp_path):
     grid = dataclasses.replace(
         study.TINY, optimizers=("sgd",), epochs=1, longer=1, lr_factors=(1.0, 1e5)
