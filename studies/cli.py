@@ -69,10 +69,12 @@ def study(
         str | None, typer.Option(help="Names with commas between, of the study of cures.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a training; the problem's unless given.")
+        int | None,
+        typer.Option(help="Epochs of a training; the study's or problem's unless given."),
     ] = None,
     tune_epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a tuning run; as many unless given.")
+        int | None,
+        typer.Option(help="Epochs of a tuning run; those of the final ones unless given."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of initialisation and batch order.")
@@ -268,7 +270,7 @@ def dashboard(
     """Serve the dashboard over a results folder until interrupted."""
     page = importlib.util.find_spec("app.main")
     if page is None or page.origin is None or importlib.util.find_spec("streamlit") is None:
-        raise ValueError("the dashboard needs the extra 'app': pip install 'kronscope[app]'")
+        raise ValueError("the dashboard needs the extra: pip install '.[app]' in the checkout")
     console.print(f"dashboard: [bold]http://localhost:{port}[/] (stop with Ctrl-C)")
     flags = ["--server.headless=true", f"--server.port={port}", "--browser.gatherUsageStats=false"]
     flags += ["--server.address=localhost", "--client.toolbarMode=viewer"]

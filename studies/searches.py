@@ -26,7 +26,8 @@ def load_optuna() -> Any:
         import filelock  # noqa: F401
         import optuna
     except ImportError as error:
-        raise ValueError("tuning needs the extra 'tune': pip install 'kronscope[tune]'") from error
+        lacks = "tuning needs the extra: pip install '.[tune]' in the checkout"
+        raise ValueError(lacks) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 
