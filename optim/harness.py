@@ -18,6 +18,7 @@ from optim.checkpoint import exact_state
 from optim.layers import Block, find_blocks, live_blocks
 from optim.likelihoods import sampled_score
 from optim.linalg import free_to_read
+from optim.loss_watch import LossWatch
 from optim.momentum import Form, plain_step_
 from optim.passes import full_precision, run, untouched
 from optim.refresh import Job, Refresher, is_due, offsets
@@ -91,6 +92,10 @@ class Harness:
             seed = torch.initial_seed() + distributed.rank()
             self.labels = torch.Generator(device).manual_seed(seed)
             self.capture.sample = self.score
+            self.loss_watch = LossWatch(self.model, self._claimed)
+
+    def _claimed(self) -> tuple[int, str]:
+        return self.step, self.setting("likelihood")
 
     def schedule(self, accumulate: Accumulate) -> None:
         """Capture for the coming step, if it is one that updates."""
