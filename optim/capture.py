@@ -1,15 +1,16 @@
 """Layer inputs and pre-activation gradients, gathered while the user's own loop runs.
 
-Statistics follow .grad: what a training forward stored counts only once backward reaches the
-layer, several micro-batches add up, and zero_grad clears them. A forward hook and a tensor hook
-on the layer's output do the work; full backward hooks would forbid an in-place ReLU after it.
+Statistics follow .grad: what a training forward stored counts only once backward adds to the
+weight's .grad (torch.autograd.grad does not), several micro-batches add up, and zero_grad clears
+them. A forward hook, a tensor hook on the layer's output and one on its weight, after .grad was
+added to, do the work; full backward hooks would forbid an in-place ReLU after the layer.
 """
 
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +24,44 @@ from optim.passes import full_precision
 UNSEEN = (
     "has a gradient but its forward was not seen while training; call the module itself (not "
     "F.linear with its weight) between zero_grad() and step(), or inside the closure if there is "
-    "one, or freeze its weight before the optimizer is built"
+    "one, or freeze its weight before the optimizer is built; if it is not used in every step, "
+    "clear gradients to None, as zero_grad() does by default"
 )
-NOT_WARM = "saw no batch during warm_up; each closure must run the whole model"
+NOT_WARM = (
+    "saw no batch during warm_up; each closure must run the whole model, not under no_grad() where "
+    "labels are sampled, and backward where they are the data's"
+)
+SPENT = (
+    "has the gradient of a second backward through one forward, whose statistics were cleared with "
+    "the first; run the model again for the loss that is trained"
+)
+OVERWRITTEN = (
+    "the input of layer '{}' was changed in place between its forward and backward; its statistics "
+    "would be of the changed one"
+)
 
 
 @dataclass(eq=False)
 class Call:
     """One pass of a batch through a block: its input x and sampled gradient g, as they came.
 
-    examples: of the batch; 0 if an earlier call in the same forward counted them already, and
-    this one adds positions. forward: number of the model's forward it belongs to. z: mean output.
+    forward: number of the model's forward it belongs to. z: mean output. ours: x is a copy, or of
+    the model's own making. version: x's, where it is not a copy.
     """
 
     block: Block
     x: Tensor
-    examples: int
     rows: int
     forward: int
     z: Tensor | None = None
     g: Tensor | None = None
+    ours: bool = True
+    version: int | None = None
     counted: bool = False  # a second backward through the same graph finds it True
+
+    def kept(self) -> Tensor:
+        """The input for use until the step: the memory of a batch may be filled anew before."""
+        return self.x if self.ours else self.x.clone()
 
     def inputs(self) -> Tensor:
         """What the weights were multiplied with, [groups, m, T, in], without the 1."""
@@ -58,14 +76,18 @@ class Call:
 class Totals:
     """What backward has delivered for a block since zero_grad: named means over `rows`.
 
-    A row is one example at one position; there are rows / examples positions. kept: whatever of
-    the batch is needed whole until the step. share: this process's part of the examples.
+    A row is one example at one position; there are rows / examples positions: of several calls in
+    one forward of the model the first that counts brings examples, the others positions. kept:
+    whatever of the batch is needed whole until the step. share: this process's part of the
+    examples.
     """
 
     examples: int = 0
     rows: int = 0
     share: float = 1.0
     backward: int = -1  # id of the backward that added last
+    version: int = -1  # of the weight's .grad after that
+    forwards: set[int] = field(default_factory=set)  # whose examples are counted
     means: dict[str, Tensor] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
 
@@ -78,6 +100,15 @@ class Totals:
 Accumulate = Callable[[Totals, Call, Tensor], None]
 
 
+class _Delivered(NamedTuple):
+    """What backward brought to a call, until it gets to the weight; whether .grad was cleared."""
+
+    backward: int
+    call: Call
+    gradient: Tensor
+    cleared: bool
+
+
 def one_tensor(module: nn.Module, output: Any) -> None:
     """Raise ValueError unless the model's output is one that labels can be sampled from."""
     if not isinstance(output, Tensor):
@@ -85,6 +116,11 @@ def one_tensor(module: nn.Module, output: Any) -> None:
             "labels are sampled from the model's output, which must be one tensor; "
             f"{type(module).__name__} returned {type(output).__name__}; return a tensor or "
             "use likelihood='empirical'"
+        )
+    if output.ndim == 0:
+        raise ValueError(
+            f"{type(module).__name__} returned a single number; labels are sampled for each "
+            "example of an output whose dimension 0 is the batch"
         )
 
 
@@ -134,6 +170,8 @@ class Capture:
         self.outputs_only = False
         self.wants_outputs = False
         self._blocks: dict[nn.Module, Block] = {}
+        self._names: dict[Tensor, str] = {}
+        self._delivered: dict[str, list[_Delivered]] = {}
         self._forward = 0
         # calls of the forward under way; the edges stay out of Call, which the graph holds:
         # graph -> hook -> call -> edge -> graph would never be freed
@@ -147,10 +185,12 @@ class Capture:
         for block in blocks:
             self._blocks[block.module] = block
             block.module.register_forward_hook(WeakHook(self, "_layer_done"), with_kwargs=True)
+            self._names[block.weight] = block.name
+            block.weight.register_post_accumulate_grad_hook(WeakHook(self, "_added"))
 
     def clear(self) -> None:
         """Forget all totals, as zero_grad does with gradients."""
-        self.totals = {}
+        self.totals, self._delivered = {}, {}
 
     @contextmanager
     def recording(
@@ -174,6 +214,8 @@ class Capture:
         for block in blocks:
             if block.name not in self.totals:
                 raise ValueError(f"layer '{block.name}' {missing}")
+            if self.totals[block.name].rows == 0:
+                raise ValueError(f"layer '{block.name}' {SPENT}")
         found = {block: self.totals[block.name] for block in blocks}
         counts = {block.name: total.examples for block, total in found.items()}
         if len(set(counts.values())) > 1:
@@ -209,7 +251,7 @@ class Capture:
         if eager_now:
             self._commit(call, z.detach())
         elif not self.eager:
-            z.register_hook(lambda gradient: self._commit(call, gradient))
+            z.register_hook(lambda gradient: self._arrived(call, gradient))
         return replaced
 
     def _call(self, block: Block, x: Tensor, z: Tensor) -> Call:
@@ -222,15 +264,20 @@ class Capture:
             )
         if self._open is None:
             self._forward += 1  # a call outside the model's forward is one of its own
-        again = any(call.block is block for call, _ in self._open or ())
+        if len(x) == 0:
+            raise ValueError(f"layer '{block.name}' got an empty batch, {list(x.shape)}")
         mean = None
         if self.wants_outputs:
             with torch.no_grad(), full_precision(z.device):
                 mean = z.detach().to(factor_dtype(block.weight))
                 mean = mean.mean((0, 2, 3)) if dims == 4 else mean.flatten(0, -2).mean(0)
         rows = z.numel() // block.weight.shape[0]
-        x = x.detach().to(factor_dtype(block.weight))
-        return Call(block, x, 0 if again else len(x), rows, self._forward, mean)
+        # under autocast as the layer multiplies it, which is a copy: x itself may be added to
+        dtype = factor_dtype(block.weight)
+        own, copied = x.detach().to(z.dtype).to(dtype), {x.dtype, z.dtype} != {dtype}
+        version = None if copied or x.is_inference() else x._version
+        ours = copied or x.grad_fn is not None
+        return Call(block, own, rows, self._forward, mean, ours=ours, version=version)
 
     def _model_done(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         opened, self._open = self._open or [], None
@@ -266,34 +313,60 @@ class Capture:
             if self.eager and g is not None:
                 self._commit(call, g)
 
+    def _arrived(self, call: Call, gradient: Tensor) -> None:
+        """Backward is at a call; it counts as soon as it gets to the weight, if it does."""
+        if Capture.sampling or self.accumulate is None:
+            return
+        if self.outputs_only:  # it will not
+            self._commit(call, gradient)
+            return
+        if call.version is not None and call.version != call.x._version and not call.counted:
+            raise ValueError(OVERWRITTEN.format(call.block.name))
+        backward, block = torch._C._current_graph_task_id(), call.block
+        own = self._delivered.setdefault(block.name, [])
+        own[:] = [one for one in own if one.backward == backward]
+        own.append(_Delivered(backward, call, gradient, self._is_cleared(block, backward)))
+
+    def _is_cleared(self, block: Block, backward: int) -> bool:
+        """Whether the weight's .grad was cleared since it was last added to, behind our back.
+
+        model.zero_grad() does not pass here, but leaves no .grad, or zeros.
+        """
+        total, grad = self.totals.get(block.name), block.weight.grad
+        if total is None or total.backward == backward:
+            return False
+        if grad is None:
+            return True
+        # looked at only where someone wrote into it: micro-batches do not wait for this
+        return grad._version != total.version and not bool(grad.any())
+
+    def _added(self, weight: Tensor) -> None:
+        """Backward has added to a weight's .grad."""
+        name, backward = self._names[weight], torch._C._current_graph_task_id()
+        arrived = [one for one in self._delivered.pop(name, []) if one.backward == backward]
+        if arrived and arrived[0].cleared:
+            self.totals.pop(name, None)
+        for one in arrived:
+            self._commit(one.call, one.gradient)
+        if name in self.totals and weight.grad is not None:
+            self.totals[name].version = weight.grad._version
+
     @torch.no_grad()
     def _commit(self, call: Call, delivered: Tensor) -> None:
-        if Capture.sampling or self.accumulate is None:
+        if self.accumulate is None:
             return
         if self.sample is not None and call.g is None and not call.counted:
             raise ValueError(
                 f"layer '{call.block.name}' has no sampled gradient: it must be reached through "
                 "a call of the model itself, and the model's output must depend on it"
             )
-        total = self._total(call.block)
+        total = self.totals.setdefault(call.block.name, Totals())
+        total.backward = torch._C._current_graph_task_id()
         with full_precision(delivered.device):
             self.accumulate(total, call, delivered.detach().to(call.x.dtype))
         if not call.counted:
-            total.examples += call.examples
+            total.examples += 0 if call.forward in total.forwards else len(call.x)
+            total.forwards.add(call.forward)
             total.rows += call.rows
         # the graph may outlive the step (a kept loss), the batch should not
-        call.counted, call.x, call.g = True, call.x.new_empty(0), None
-
-    def _total(self, block: Block) -> Totals:
-        """The block's totals, new if its gradient was cleared behind our back.
-
-        model.zero_grad() does not pass here; but a weight without .grad in a backward other
-        than the one that added last tells that it was called.
-        """
-        backward = torch._C._current_graph_task_id()
-        total = self.totals.get(block.name)
-        cleared = block.weight.grad is None and not self.outputs_only
-        if total is None or (cleared and total.backward != backward):
-            total = self.totals[block.name] = Totals()
-        total.backward = backward
-        return total
+        call.counted, call.x, call.g, call.version = True, call.x.new_empty(0), None, None

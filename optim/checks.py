@@ -1,10 +1,11 @@
 """Refusing bad settings early, with the value and the way out."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+STRANGERS = "{} parameters of the groups are not in {}"
 OWN = ("lr", "damping", "momentum", "decay", "weight_decay", "decoupled_weight_decay")
 CLOSURE_HELP = """{} evaluates the loss twice a step and needs a closure, as torch.optim.LBFGS:
 
@@ -93,14 +94,17 @@ def grouped(
     taken: list[Tensor] = []
     made = []
     for group in groups:
+        if "params" not in group:
+            raise ValueError(f"a group needs 'params', got {sorted(group)}")
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        params = [p[1] if isinstance(p, tuple) else p for p in params]  # named ones too
         made.append({**group, "params": [p for p in params if p.requires_grad]})
         group_settings({**settings, **group}, [k for k in group if k != "params"])
         taken += made[-1]["params"]
     if len(set(taken)) < len(taken):
         raise ValueError("a parameter stands in two of the groups")
     if strangers := len(set(taken) - set(every)):
-        raise ValueError(f"{strangers} parameters of the groups are not in {type(model).__name__}")
+        raise ValueError(STRANGERS.format(strangers, type(model).__name__))
     rest = [p for p in every if p not in set(taken)]
     return [{"params": rest}, *made] if rest else made
 
@@ -112,7 +116,7 @@ def group_settings(settings: dict[str, Any], own: list[str]) -> None:
         raise ValueError(f"{shared} cannot differ between groups; those that can: {list(OWN)}")
 
 
-def joined(groups: list[dict[str, Any]], defaults: Iterable[str]) -> None:
+def joined(groups: list[dict[str, Any]], defaults: Iterable[str], model: nn.Module) -> None:
     """Give the last group, just added, the step number; ValueError, and it is gone, if bad."""
     first, new = groups[0], groups[-1]
     new["step"] = first["step"]
@@ -120,6 +124,8 @@ def joined(groups: list[dict[str, Any]], defaults: Iterable[str]) -> None:
     differing = [k for k in defaults if new[k] != first[k]]
     try:
         group_settings(new, differing)
+        if strangers := len(set(new["params"]) - set(model.parameters())):
+            raise ValueError(STRANGERS.format(strangers, type(model).__name__))
     except ValueError:
         groups.pop()
         raise
@@ -129,6 +135,14 @@ def choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ValueError unless the value is one of the known."""
     if value not in known:
         raise ValueError(f"no {name} {value!r}; known: {list(known)}")
+
+
+def no_copy(optimizer: Any, _: Any) -> NoReturn:
+    """As `__reduce_ex__`: TypeError, for torch would copy an optimizer without what it hooks."""
+    raise TypeError(
+        f"{type(optimizer).__name__} cannot be copied or pickled: it has hooks in its model; build "
+        "another on the copied model and give it this one's state_dict()"
+    )
 
 
 def needed(closure: Callable[[], Tensor] | None, who: str = "KBFGS") -> Callable[[], Tensor]:

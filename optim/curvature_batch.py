@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optim.jacobians import Piece
+from optim.jacobians import Piece, copied
 
 NO_CALL = (
     "the closure did not take the gradient through a call of the model; it must call the model "
@@ -38,11 +38,17 @@ class Calls:
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
+        self._given: list[tuple[Any, Any]] = []
+
+    def given(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the model, which may write into what it is given."""
+        self._given.append((copied(args), copied(kwargs)) if torch.is_grad_enabled() else ((), {}))
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], output: Any
     ) -> None:
         """A forward hook of the model."""
+        args, kwargs = self._given.pop()
         if not torch.is_grad_enabled():
             return
         if not isinstance(output, Tensor) or output.ndim == 0:
@@ -93,11 +99,15 @@ class Calls:
 def recorded(model: nn.Module) -> Iterator[Calls]:
     """Inside, calls of the model are recorded."""
     calls = Calls()
-    handle = model.register_forward_hook(calls, with_kwargs=True)
+    handles = (
+        model.register_forward_pre_hook(calls.given, with_kwargs=True),
+        model.register_forward_hook(calls, with_kwargs=True),
+    )
     try:
         yield calls
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def subset(batch: int, wanted: int | None, generator: torch.Generator) -> Tensor | None:
@@ -113,7 +123,7 @@ def subset(batch: int, wanted: int | None, generator: torch.Generator) -> Tensor
         raise ValueError(TOO_FEW.format(batch=batch, wanted=count))
     if count == batch:
         return None
-    order = torch.randperm(batch, generator=generator)
+    order = torch.randperm(batch, generator=generator, device=generator.device)
     return order[:count].sort().values
 
 

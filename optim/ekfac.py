@@ -88,6 +88,8 @@ class EKFAC(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -170,17 +172,19 @@ class EKFAC(Optimizer):
         accumulate, eager = factors_of(likelihood), not harness.delivers
         with torch.no_grad():
             for batch, found in harness.warming(closures, accumulate, eager=eager):
-                for stack, totals in found.items():
-                    warm_factors(stack, totals, batch)
+                with harness.exact():
+                    for stack, totals in found.items():
+                        warm_factors(stack, totals, batch)
             for stack in harness.stacks:
                 harness.start(stack, stack.blocks)
                 stack.hold(S=stack.zeros(*stack.shape))
-            self._refresh()
-            for stack in harness.stacks:
-                rows = values_between(stack["G"], stack["U_G"])
-                columns = values_between(stack["A"], stack["U_A"])
-                # rounding leaves eigenvalues of zero slightly negative
-                stack["S"].copy_((rows[:, :, None] * columns[:, None]).clamp_(min=0.0))
+            with harness.exact():
+                self._refresh()
+                for stack in harness.stacks:
+                    rows = values_between(stack["G"], stack["U_G"])
+                    columns = values_between(stack["A"], stack["U_A"])
+                    # rounding leaves eigenvalues of zero slightly negative
+                    stack["S"].copy_((rows[:, :, None] * columns[:, None]).clamp_(min=0.0))
 
     def frozen(self) -> AbstractContextManager[None]:
         """Inside, steps leave A, G, S and the eigenvectors as they are; no labels are sampled."""

@@ -90,6 +90,8 @@ class ExactFisher(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -166,7 +168,8 @@ class ExactFisher(Optimizer):
         last, eager = deque(closures, maxlen=1), likelihood != "empirical"
         with torch.no_grad():
             for _, found in self._harness.warming(last, examples_of(likelihood), eager=eager):
-                self._learn(found)
+                with self._harness.exact():
+                    self._learn(found)
 
     def frozen(self) -> AbstractContextManager[None]:
         """Inside, steps leave the rows and L as they are; no labels are sampled."""

@@ -30,13 +30,13 @@ def sampled_examples(totals: Totals, call: Call, _: Tensor) -> None:
     """Keep the rows of labels drawn from the model."""
     if not call.counted:
         assert call.g is not None
-        totals.kept.append(Rows(call.forward, call.x, call.g))
+        totals.kept.append(Rows(call.forward, call.kept(), call.g))
 
 
 def empirical_examples(totals: Totals, call: Call, delivered: Tensor) -> None:
     """Keep the rows of the data's labels, scaled as backward delivers them."""
     once(call)
-    totals.kept.append(Rows(call.forward, call.x, delivered))
+    totals.kept.append(Rows(call.forward, call.kept(), delivered))
 
 
 def examples_of(likelihood: str) -> Accumulate:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim import distributed
 from optim.jacobians import Piece, Route, choose_route
-from optim.likelihoods import FISHER
+from optim.likelihoods import FISHER, fits
 
 
 class GaussNewton:
@@ -31,6 +31,7 @@ class GaussNewton:
         self._parts, self._curvature = parts, FISHER[likelihood]
         self.route = choose_route(pieces[0], parts) if route is None else route
         self._jacobians = [self.route(piece, parts) for piece in pieces]
+        fits(likelihood, self._jacobians[0].output)
         self.examples = distributed.summed(
             sum(piece.examples for piece in pieces), self._jacobians[0].output.device
         )

@@ -4,6 +4,7 @@ Blocks in stacks, capturing, momentum and moves, parameters without a block, mix
 frozen steps, checkpoints, the summary. The methods are their own classes and call what they need.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,9 +16,10 @@ from torch.optim import Optimizer
 from optim import checks, distributed, momentum
 from optim.capture import NOT_WARM, UNSEEN, Accumulate, Capture, Totals
 from optim.checkpoint import exact_state
+from optim.errors import NumericalError
 from optim.layers import Block, find_blocks, live_blocks
-from optim.likelihoods import sampled_score
-from optim.linalg import free_to_read
+from optim.likelihoods import fits, sampled_score
+from optim.linalg import all_finite, factor_dtype, free_to_read
 from optim.loss_watch import LossWatch
 from optim.momentum import Form, plain_step_
 from optim.passes import full_precision, run, untouched
@@ -27,13 +29,18 @@ from optim.scaling import take_scale
 from optim.stacks import Stack, make_stacks
 from optim.summary import table
 
+WARM_NOT_FINITE = (
+    "batch {} of warm_up gives '{}' {} with NaN or infinity; look at the inputs of that batch, or "
+    "leave it out"
+)
+
 
 class Harness:
     """The layers of one optimizer and its dealings with the training loop.
 
     counts: names of the entries of each block's state["counts"]; "not finite" must be among them,
-    and "failed inverses" for methods that refresh. form: of the momentum. hint: what to do about
-    failures. variables: finds single parameters to take the place of layers.
+    and "failed inverses" for methods that refresh. form: of the momentum. variables: finds single
+    parameters to take the place of layers.
     """
 
     def __init__(
@@ -53,10 +60,13 @@ class Harness:
         self.scale = 1.0
         self.delivers = False  # whether statistics are made of gradients as backward delivers them
         self.labels: torch.Generator | None = None
+        self.wired = ""  # the likelihood whose labels are sampled
         self.refresher = Refresher(
             counts.index("failed inverses") if "failed inverses" in counts else 0,
             "raise the damping, lower lr, or look for inputs that are not finite or very large",
         )
+        # a verdict on its way may ask for a second try, which a state read before would lack
+        optimizer.register_state_dict_pre_hook(lambda _: self.refresher.settle(wait=True))
         self.regroup()
 
     def regroup(self) -> None:
@@ -69,6 +79,11 @@ class Harness:
         self._offsets: dict[tuple[int, ...], list[int]] = {}
         for stack in self.stacks:
             stack.adopt()
+
+    @property
+    def first(self) -> Tensor:
+        """The first parameter that is trained."""
+        return next(p for group in self.optimizer.param_groups for p in group["params"])
 
     @property
     def step(self) -> int:
@@ -86,11 +101,12 @@ class Harness:
 
     def sample(self, likelihood: str) -> None:
         """Sample labels from a generator of the optimizer's own, unless they are the data's."""
-        self.delivers = likelihood == "empirical"
-        if not self.delivers:
-            device = self.optimizer.param_groups[0]["params"][0].device
+        self.wired = likelihood
+        self.delivers = likelihood == "empirical" and isinstance(self.capture, Capture)
+        self.labels = self.capture.sample = None
+        if likelihood != "empirical":
             seed = torch.initial_seed() + distributed.rank()
-            self.labels = torch.Generator(device).manual_seed(seed)
+            self.labels = torch.Generator(self.first.device).manual_seed(seed)
             self.capture.sample = self.score
             self.loss_watch = LossWatch(self.model, self._claimed)
 
@@ -105,9 +121,18 @@ class Harness:
         """A parameter group has been added: check it, find its layers, give it the step number."""
         self.refresher.settle(wait=True)  # its verdicts are on stacks that go now
         groups = self.optimizer.param_groups
-        checks.joined(groups, self.optimizer.defaults)
+        checks.joined(groups, self.optimizer.defaults, self.model)
         known = {block.weight for block in self.blocks}
         found = [block for block in self.find(self.model) if block.weight not in known]
+        inside = {p for group in groups for p in group["params"]}
+        for block in self.blocks + found:
+            parts = [p in inside for p in block.parameters]
+            if any(parts) and not all(parts):
+                groups.pop()
+                raise ValueError(
+                    f"layer '{block.name}': only one of weight and bias is in a group; add both, "
+                    "or freeze the other (requires_grad_(False)) before"
+                )
         self.blocks += found
         self.capture.watch(found)
         self.regroup()
@@ -115,6 +140,7 @@ class Harness:
     def score(self, output: Tensor) -> Tensor:
         """Score of one sampled label per example."""
         assert self.labels is not None
+        fits(self.setting("likelihood"), output)
         return sampled_score(self.setting("likelihood"), output, self.labels)
 
     def begin(self) -> bool:
@@ -143,9 +169,30 @@ class Harness:
     def live(self) -> dict[Stack, list[Block]]:
         """The blocks that have a gradient now, by stack."""
         found: dict[Stack, list[Block]] = {}
+        self._heed_moves()
         for block in live_blocks(b for b in self.blocks if b in self.stack_of):
             found.setdefault(self.stack_of[block], []).append(block)
         return found
+
+    def _heed_moves(self) -> None:
+        """Take note of a model that went to another dtype or device before there was a state.
+
+        Raises: ValueError if there is one.
+        """
+        for block, stack in self.stack_of.items():
+            W = block.weight
+            if factor_dtype(W) == stack.dtype and W.device == stack.device:
+                continue
+            if self.optimizer.state:
+                raise ValueError(
+                    f"'{block.name}' is {W.dtype} on {W.device} now, its state is {stack.dtype} on "
+                    f"{stack.device}; build the optimizer anew on the model as it is, and give it "
+                    "this one's state_dict()"
+                )
+            self.regroup()
+            if self.labels is not None and self.labels.device != self.first.device:
+                self.sample(self.wired)
+            return
 
     def collected(
         self, live: dict[Stack, list[Block]], missing: str = UNSEEN
@@ -193,7 +240,10 @@ class Harness:
 
     def move(self, stack: Stack, live: list[Block], P: Tensor, ok: Tensor) -> None:
         """W_bar <- W_bar - lr P; spoils P."""
-        momentum.move_(stack, live, P, ok, self.groups)
+        moved = momentum.move_(stack, live, P, ok, self.groups)
+        lost = ok & ~moved & stack.mask(live)  # a finite gradient whose P is not
+        if not (free_to_read(lost) and not bool(lost.any())):
+            self.count(stack, {"not finite": lost})
 
     def plain_steps(self) -> None:
         """The plain rule for every parameter that has a gradient and no block."""
@@ -251,7 +301,7 @@ class Harness:
         accumulate: None captures nothing; .grad is there to be read.
 
         Raises: RuntimeError after the first step; ValueError if there is no closure or a layer
-        saw no batch.
+        saw no batch; NumericalError naming a layer whose statistics are not finite.
         """
         if self.step or self.optimizer.state:
             raise RuntimeError("warm_up comes once, before the first step")
@@ -260,13 +310,35 @@ class Harness:
         with untouched(self.model):
             for closure in closures:
                 batches += 1
-                with self.capture.recording(accumulate, eager=eager):
-                    run(closure)
-                    found = {} if accumulate is None else self.collected(everything, NOT_WARM)
+                try:
+                    with self.capture.recording(accumulate, eager=eager):
+                        run(closure)
+                        found = {} if accumulate is None else self.collected(everything, NOT_WARM)
+                    self._refuse_not_finite(batches, found)
+                except Exception:  # it may come again
+                    self.optimizer.state.clear()
+                    self.regroup()
+                    raise
                 yield batches, found
         self.capture.clear()
         if not batches:
             raise ValueError("warm_up saw no batch: its argument is an iterable of callables")
+
+    def _refuse_not_finite(self, batch: int, found: dict[Stack, dict[Block, Totals]]) -> None:
+        """Raise NumericalError if one batch of warm_up would spoil the mean over all."""
+        for block, total in ((b, t) for totals in found.values() for b, t in totals.items()):
+            kept = [
+                part
+                for rows in total.kept
+                for part in (rows if isinstance(rows, tuple) else [rows])
+            ]
+            parts = [part for part in [*total.means.values(), *kept] if isinstance(part, Tensor)]
+            if not all(bool(all_finite(part)) for part in parts):
+                raise NumericalError(WARM_NOT_FINITE.format(batch, block.name, "statistics"))
+        for block in [] if found else self.blocks:
+            gradients = [p.grad for p in block.parameters if p.grad is not None]
+            if not all(bool(all_finite(g)) for g in gradients):
+                raise NumericalError(WARM_NOT_FINITE.format(batch, block.name, "a gradient"))
 
     def started(self) -> list[tuple[Stack, Block]]:
         """Every block with a state. Raises: RuntimeError before there is one."""
@@ -286,8 +358,20 @@ class Harness:
     def loaded(self, state_dict: dict[str, Any]) -> None:
         """Take over a state_dict that torch has loaded, bit for bit."""
         exact_state(self.optimizer, state_dict)
+        if self.wired and self.wired != self.setting("likelihood"):
+            self.sample(self.setting("likelihood"))
         if self.labels is not None and "labels" in state_dict:
-            self.labels.set_state(state_dict["labels"].cpu())
+            self._take_labels(self.labels, state_dict["labels"].cpu())
         self.refresher.pending.clear()
         self.regroup()
         self.capture.clear()
+
+    def _take_labels(self, labels: torch.Generator, state: Tensor) -> None:
+        if len(state) == len(labels.get_state()):
+            labels.set_state(state)
+        else:
+            warnings.warn(
+                "the state's label generator is one of another kind of device than "
+                f"{labels.device}; labels are drawn from the seed of this process instead",
+                stacklevel=5,
+            )

@@ -108,6 +108,8 @@ class HessianFree(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -169,8 +171,8 @@ class HessianFree(Optimizer):
         closure does not call, and for a batch smaller than the curvature batch; NumericalError
         after three skipped steps in a row.
         """
-        closure = checks.needed(closure, "HessianFree")
         refuse_scaler(self)
+        closure = checks.needed(closure, "HessianFree")
         self._heed()
         start = random_state(self._model)
         with recorded(self._model) as calls:
@@ -220,7 +222,7 @@ class HessianFree(Optimizer):
         """
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
-            checks.joined(self.param_groups, self.defaults)
+            checks.joined(self.param_groups, self.defaults, self._model)
             try:
                 self.parts = self._partition()
             except ValueError:

@@ -41,7 +41,7 @@ class Piece:
 
     def output(self) -> Tensor:
         """What the model returns. Raises: ValueError if dimension 0 is not the examples."""
-        found = self.model(*self.args, **self.kwargs)
+        found = self.model(*copied(self.args), **copied(self.kwargs))
         if found.ndim == 0 or len(found) != self.examples:
             raise ValueError(
                 WRONG_SHAPE.format(type(self.model).__name__, self.examples, tuple(found.shape))
@@ -50,7 +50,19 @@ class Piece:
 
     def output_at(self, part: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """The same with other values of these parameters, wherever they stand in the model."""
-        return output_at(self.model, dict(zip(part, values, strict=True)), self.args, self.kwargs)
+        at = dict(zip(part, values, strict=True))
+        return output_at(self.model, at, copied(self.args), copied(self.kwargs))
+
+
+def copied(value: Any) -> Any:
+    """Copies of all tensors, at any depth: models and loops may write into what they share."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {name: copied(one) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(one) for one in value)
+    return value
 
 
 def output_at(

@@ -55,10 +55,11 @@ class KBFGS(Optimizer):
     lr M. `summary()` says which are which.
 
     Each step evaluates the closure twice on the same batch, at θ and at θ - lr P; dropout masks
-    repeat, buffers and .grad end as the first evaluation left them. In the second evaluation
-    parameters get no gradients (.grad is None). The closure must call zero_grad and backward, and
-    return the mean over the batch of per-example losses; for micro-batches of m_i out of M
-    examples scale each loss by m_i / M.
+    repeat, the model's buffers and .grad end as the first evaluation left them (those of modules
+    outside of it get both evaluations). In the second evaluation parameters get no gradients
+    (.grad is None). The closure must call zero_grad and backward, and return the mean over the
+    batch of per-example losses; for micro-batches of m_i out of M examples scale each loss by
+    m_i / M. Where its second call raises, the parameters have moved already.
 
     model: dimension 0 of every layer's input is the batch.
     lr: step size, >= 0.  damping: λ > 0; λ_A = mu_2 = √λ, but see damping_split.
@@ -107,6 +108,8 @@ class KBFGS(Optimizer):
         >>> losses[-1] < losses[0]
         True
     """
+
+    __reduce_ex__ = checks.no_copy
 
     _step_supports_amp_scaling = True  # to see a GradScaler, and refuse it
     _first = staticmethod(kbfgs_statistics.first)  # what the two passes gather
@@ -163,9 +166,9 @@ class KBFGS(Optimizer):
         Raises: TypeError without a closure; ValueError naming a layer whose statistics are
         missing or do not fit, and under a GradScaler.
         """
+        refuse_scaler(self)
         closure, harness = checks.needed(closure), self._harness
         self.curvature_ratio = None
-        refuse_scaler(self)
         distributed.wrapped(harness.model, "KBFGS")
         start, update = random_state(harness.model), harness.updating
         with harness.capture.recording(self._first if update else None):
@@ -176,7 +179,7 @@ class KBFGS(Optimizer):
             for stack, totals in first.items():
                 self._learn_a(stack, totals)
             harness.ready(live)
-            limit = harness.setting("curvature_limit") if update else None
+            limit = harness.setting("curvature_limit") if first else None
             before = {} if limit is None else step_limit.remember(harness.groups)
             for stack, blocks in live.items():
                 ok = harness.absorb(stack, blocks)
@@ -297,7 +300,7 @@ class KBFGS(Optimizer):
                     raise ValueError(
                         f"the closure's two calls gave layer '{block.name}' {total.rows} and "
                         f"{second[stack][block].rows} rows: both must use the same batch, so "
-                        "draw it outside the closure"
+                        "draw it outside the closure; torch.autograd.grad inside counts too"
                     )
         return second, loss
 
@@ -348,7 +351,8 @@ class KBFGS(Optimizer):
     def _dampings(self, stack: Stack) -> tuple[Split, Split]:
         """λ_A and mu_2: numbers, or [size, 1]."""
         split = self._harness.setting("damping_split") if stack.convolutional else "equal"
-        return split_damping(stack.group["damping"], split, stack.positions[:, None])
+        T = stack.positions[:, None] if split == "sqrtT" else None
+        return split_damping(stack.group["damping"], split, T)
 
 
 def _run_again(closure: Callable[[], Tensor]) -> Tensor:

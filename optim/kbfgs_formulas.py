@@ -26,14 +26,14 @@ SPLITS = ("equal", "sqrtT")
 Split = float | Tensor
 
 
-def split_damping(damping: float, split: str, T: Tensor) -> tuple[Split, Split]:
+def split_damping(damping: float, split: str, T: Tensor | None) -> tuple[Split, Split]:
     """λ_A and mu_2, whose product is λ: numbers, or of the shape of T, numbers of positions.
 
     A is a sum over positions and H_g⁻¹ a mean: "sqrtT" gives each its share of the damping.
     Source: arXiv:2102.06737; which of the two its final version uses is open.
     """
     root = damping**0.5
-    return (root, root) if split == "equal" else (root * T.sqrt(), root / T.sqrt())
+    return (root, root) if T is None or split == "equal" else (root * T.sqrt(), root / T.sqrt())
 
 
 def held_h_g(stack: Stack) -> Tensor | CompactInverse:

@@ -20,7 +20,7 @@ def first(totals: Totals, call: Call, delivered: Tensor) -> None:
         block, new = call.block, positions.row_mean(call.block, call.x)
         totals.means["x"] = running_mean(totals.means.get("x"), new, call.rows, totals.rows)
         if block.convolutional:
-            totals.kept.append(call.x)
+            totals.kept.append(call.kept())
         else:
             add_input_moment(totals, call)
     second(totals, call, delivered)

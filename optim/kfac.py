@@ -102,6 +102,8 @@ class KFAC(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -158,6 +160,7 @@ class KFAC(Optimizer):
         """
         harness = self._harness
         if harness.setting("rescale"):
+            refuse_scaler(self)
             return self._step_in_plane(checks.needed(closure, "KFAC(rescale=True)"))
         loss = None if closure is None else run(closure)
         if not harness.begin():
@@ -273,7 +276,6 @@ class KFAC(Optimizer):
     def _step_in_plane(self, closure: Callable[[], Tensor]) -> Tensor:
         """The step of rescale=True; returns the loss before it."""
         harness, rescaled = self._harness, self._rescaled
-        refuse_scaler(self)
         check_groups(self.param_groups)
         start = random_state(harness.model)
         batch = Batch(closure, start, run(closure))

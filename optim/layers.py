@@ -133,13 +133,16 @@ def find_blocks(model: nn.Module) -> list[Block]:
     owners = owners_of(model)
     blocks = []
     for name, module in model.named_modules():
-        if type(module) not in KINDS or not module.weight.requires_grad:
+        # what a hook computes (weight_norm, pruning) is no parameter
+        own: Any = module._parameters
+        weight: Tensor | None = own.get("weight")
+        if type(module) not in KINDS or weight is None or not weight.requires_grad:
             continue
-        bias: Tensor | None = module.bias
+        bias: Tensor | None = own.get("bias")
         if bias is not None and (not bias.requires_grad or len(owners[bias]) > 1):
             bias = None
-        if len(owners[module.weight]) == 1:
-            blocks.append(Block(name, module, module.weight, bias))
+        if len(owners[weight]) == 1:
+            blocks.append(Block(name, module, weight, bias))
     return blocks
 
 
@@ -153,6 +156,8 @@ def plain_reasons(model: nn.Module, blocks: Iterable[Any]) -> dict[Tensor, str]:
         module = model.get_submodule(names[0].rpartition(".")[0])
         if len(names) > 1:
             reasons[parameter] = f"shared as {', '.join(names)}"
+        elif type(module) in KINDS and module._parameters.get("weight") is None:
+            reasons[parameter] = f"the weight of this {type(module).__name__} is computed"
         elif type(module) in KINDS:
             reasons[parameter] = "the weight beside it is frozen or shared"
         else:

@@ -111,6 +111,8 @@ class LayerwiseStep(Optimizer):
         (4.0, [[0.0, 0.0]], 0.25)
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True  # to see a GradScaler, and refuse it
 
     def __init__(
@@ -149,8 +151,8 @@ class LayerwiseStep(Optimizer):
         Raises: TypeError without a closure; ValueError if the closure calls no loss.backward(),
             and under a GradScaler.
         """
-        closure = checks.needed(closure, "LayerwiseStep")
         refuse_scaler(self)
+        closure = checks.needed(closure, "LayerwiseStep")
         distributed.alone("LayerwiseStep", "train in one process")
         self._share()
         start = random_state(self._model)

@@ -71,6 +71,16 @@ LIKELIHOODS = {
 }
 
 
+def fits(name: str, output: Tensor) -> None:
+    """Raise ValueError unless an output of this shape can stand for the likelihood."""
+    least = 2 if name == "categorical" else 1
+    if output.ndim < least:
+        wanted = "[batch, classes, ...]" if least == 2 else "[batch, ...]"
+        raise ValueError(
+            f"likelihood='{name}' needs an output {wanted} of the model, got {list(output.shape)}"
+        )
+
+
 def sampled_score(name: str, output: Tensor, generator: Generator) -> Tensor:
     """Score of one label per example drawn from the model's own distribution.
 

@@ -26,9 +26,10 @@ def known_true(ok: Tensor) -> bool:
 def all_finite(tensor: Tensor) -> Tensor:
     """Whether no entry is NaN or infinite, as a 0-d bool tensor, in one pass.
 
-    A sum is finite only if its terms are; one that overflows counts as not finite.
+    A sum is finite only if its terms are; one that overflows counts as not finite. It is made in
+    float32 at least, where sums of finite half-precision numbers do not overflow.
     """
-    return is_finite(tensor.sum())
+    return is_finite(tensor.sum(dtype=factor_dtype(tensor)))
 
 
 def is_finite(x: Tensor) -> Tensor:

@@ -92,6 +92,8 @@ class MBF(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -212,7 +214,12 @@ class MBF(Optimizer):
         super().add_param_group(param_group)
         if "_harness" in self.__dict__:
             self._harness.joined()
-            self._check_room()
+            try:
+                self._check_room()
+            except ValueError:
+                self.param_groups.pop()
+                self._harness.regroup()
+                raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()` bit for bit, mini-blocks in their own precision."""

@@ -243,7 +243,7 @@ def _on_its_way(job: Job, live: Tensor, ok: Tensor) -> _Verdict:
 
 def to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event]:
     """A copy for Python to read, under way from a GPU, and the event that says it is there."""
-    host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+    host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
     host.copy_(flags, non_blocking=True)
     event = torch.cuda.Event()
     event.record()

@@ -89,7 +89,7 @@ class RescaledStep:
 
     def __init__(self, harness: Harness, precondition: Precondition) -> None:
         self._harness, self._precondition = harness, precondition
-        device = harness.optimizer.param_groups[0]["params"][0].device
+        device = harness.first.device
         self.state = {
             name: torch.full((), value, dtype=torch.float64, device=device)
             for name, value in SCALARS.items()
@@ -164,7 +164,7 @@ class RescaledStep:
 
     @property
     def _precision(self) -> torch.dtype:
-        return factor_dtype(self._harness.optimizer.param_groups[0]["params"][0])
+        return factor_dtype(self._harness.first)
 
     def _delta(self, parts: Parts, factor: float | None) -> list[Tensor]:
         """Δ = -P ∇ for each part, in order; -∇ / γ² for a parameter without a block."""

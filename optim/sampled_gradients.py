@@ -1,7 +1,8 @@
 """Gradients of sampled labels w.r.t. every parameter, gathered while the user's own loop runs.
 
 They are drawn inside the forward of the model and, like the statistics of layers, follow .grad:
-they count once backward reaches the model's output, micro-batches add up, zero_grad clears them.
+they count once backward, past the model's output, adds to a parameter's .grad, micro-batches add
+up, zero_grad clears them.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,16 +54,20 @@ class SampledGradients:
         self.eager = False
         self._variables: list[Variable] = []
         self._backward = -1  # id of the backward that counted last
+        self._versions: dict[Tensor, int] = {}  # of each .grad when it was last added to
+        self._waiting: list[tuple[int, _Draw, bool]] = []
         self.watch(variables)
         model.register_forward_hook(WeakHook(self, "_model_done"))
 
     def watch(self, variables: list[Variable]) -> None:
         """Gather for these variables too."""
         self._variables += variables
+        for variable in variables:
+            variable.weight.register_post_accumulate_grad_hook(WeakHook(self, "_added"))
 
     def clear(self) -> None:
         """Forget all totals, as zero_grad does with gradients."""
-        self.totals = {}
+        self.totals, self._waiting = {}, []
 
     @contextmanager
     def recording(self, accumulate: Accumulate | None, *, eager: bool = False) -> Iterator[None]:
@@ -93,11 +98,13 @@ class SampledGradients:
         if self.eager:
             self._commit(draw)
         else:
-            output.register_hook(lambda _: self._commit(draw))
+            output.register_hook(lambda _: self._arrived(draw))
 
     def _draw(self, output: Tensor) -> _Draw:
         assert self.sample is not None
         live = [v for v in self._variables if v.weight.requires_grad]
+        if not live:
+            return _Draw({}, len(output))
         with full_precision(output.device):
             score = self.sample(output.detach()).to(output.dtype)
         Capture.sampling = True
@@ -114,15 +121,40 @@ class SampledGradients:
                 )
         return _Draw(dict(zip(live, gradients, strict=True)), len(output))
 
-    @torch.no_grad()
-    def _commit(self, draw: _Draw) -> None:
+    def _arrived(self, draw: _Draw) -> None:
+        """Backward is at the model's output; it counts as soon as it gets to a parameter."""
         if Capture.sampling or self.accumulate is None or not draw.gradients:
             return
         backward = torch._C._current_graph_task_id()
-        # model.zero_grad() does not pass here, but leaves no gradient anywhere
-        if backward != self._backward and all(v.weight.grad is None for v in self._variables):
-            self.clear()
-        self._backward = backward
+        self._waiting = [one for one in self._waiting if one[0] == backward]
+        cleared = backward != self._backward and all(map(self._is_cleared, self._variables))
+        self._waiting.append((backward, draw, cleared))
+
+    def _is_cleared(self, variable: Variable) -> bool:
+        """model.zero_grad() does not pass here, but leaves no .grad, or zeros."""
+        grad = variable.weight.grad
+        if grad is None:
+            return True
+        # looked at only where someone wrote into it: micro-batches do not wait for this
+        return grad._version != self._versions.get(variable.weight, -1) and not bool(grad.any())
+
+    def _added(self, weight: Tensor) -> None:
+        """Backward has added to a parameter's .grad."""
+        backward, waiting = torch._C._current_graph_task_id(), self._waiting
+        self._waiting = []
+        for number, draw, cleared in waiting:
+            if number == backward:
+                if cleared and self._backward != backward:
+                    self.totals = {}
+                self._backward = backward
+                self._commit(draw)
+        if weight.grad is not None:
+            self._versions[weight] = weight.grad._version
+
+    @torch.no_grad()
+    def _commit(self, draw: _Draw) -> None:
+        if self.accumulate is None:
+            return
         for variable, gradient in draw.gradients.items():
             total = self.totals.setdefault(variable.name, Totals())
             self.accumulate(total, gradient.to(factor_dtype(gradient)), draw.examples)

@@ -31,6 +31,7 @@ def take_scale(optimizer: Optimizer, *, needed: bool) -> float | None:
     if scale is None:
         scaler = getattr(optimizer, "scaler", None)
         if scaler is None:
+            _forget(optimizer)
             raise ValueError(NEEDS_SCALER)
         return scaler.get_scale()
     grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
@@ -41,8 +42,15 @@ def take_scale(optimizer: Optimizer, *, needed: bool) -> float | None:
 def refuse_scaler(optimizer: Optimizer) -> None:
     """Raise ValueError if a GradScaler is stepping this optimizer, which needs a closure."""
     if getattr(optimizer, "found_inf", None) is not None:
+        _forget(optimizer)
         raise ValueError(
             f"{type(optimizer).__name__} evaluates the loss twice a step, at another scale than "
             "GradScaler's; train in bfloat16 (torch.autocast with dtype=torch.bfloat16), which "
             "needs no scaler, or use a one-pass method such as KFAC"
         )
+
+
+def _forget(optimizer: Optimizer) -> None:
+    """Take away what GradScaler left: after an error it does not, and later steps would see it."""
+    for name in ("found_inf", "grad_scale"):
+        optimizer.__dict__.pop(name, None)

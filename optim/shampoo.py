@@ -81,6 +81,8 @@ class Shampoo(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(

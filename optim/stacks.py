@@ -126,7 +126,8 @@ class Stack:
             for key, value in entries.items():
                 if key not in self.tensors:
                     shape = value.shape[block.groups > 1 :]
-                    self.tensors[key] = self.zeros(*shape, dtype=value.dtype)
+                    dtype = self.dtype if value.is_floating_point() else value.dtype
+                    self.tensors[key] = self.zeros(*shape, dtype=dtype)
                 self.of(block, key).copy_(value.reshape(self.of(block, key).shape))
         for key in keys:
             self.solved[key] = {block for block, entries in loaded.items() if key in entries}

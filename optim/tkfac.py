@@ -83,6 +83,8 @@ class TKFAC(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -161,11 +163,13 @@ class TKFAC(Optimizer):
         accumulate = examples_of(harness.setting("likelihood"))
         with torch.no_grad():
             for batch, found in harness.warming(closures, accumulate, eager=not harness.delivers):
-                for stack, totals in found.items():
-                    warm_moments(stack, totals, batch, 1.0 if harness.delivers else None)
+                with harness.exact():
+                    for stack, totals in found.items():
+                        warm_moments(stack, totals, batch, 1.0 if harness.delivers else None)
             for stack in harness.stacks:
                 harness.start(stack, stack.blocks)
-            self._refresh()
+            with harness.exact():
+                self._refresh()
 
     def frozen(self) -> AbstractContextManager[None]:
         """Inside, steps leave L, R and their inverses as they are; no labels are sampled."""

@@ -82,6 +82,8 @@ class TNT(Optimizer):
         True
     """
 
+    __reduce_ex__ = checks.no_copy
+
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -120,8 +122,7 @@ class TNT(Optimizer):
         checks.choice("likelihood", likelihood, [*LIKELIHOODS, "empirical"])
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, heavy_ball, axes.variables(max_axis))
-        if likelihood != "empirical":
-            self._harness.sample(likelihood)
+        self._harness.sample(likelihood)
         self._schedule()
 
     @torch.no_grad()
