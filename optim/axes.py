@@ -18,6 +18,7 @@ from optim.linalg import gram_, is_finite, known_true, per
 from optim.operators import Identity, Kronecker, Operator
 from optim.passes import run
 from optim.stacks import Stack
+from optim.warming import warming
 
 NOT_WARM = "got no gradient in warm_up; each closure must run the whole model, and backward"
 
@@ -137,7 +138,7 @@ def warm_gradients(
     Raises: RuntimeError after the first step; ValueError for a parameter without a gradient.
     """
     fresh = (partial(_afresh, harness.model, closure) for closure in closures)
-    for batch, _ in harness.warming(fresh, None, eager=False):
+    for batch, _ in warming(harness, fresh, None, eager=False):
         live = harness.live()
         for stack in harness.stacks:
             for block in stack.blocks:

@@ -6,7 +6,6 @@ them. A forward hook, a tensor hook on the layer's output and one on its weight,
 added to, do the work; full backward hooks would forbid an in-place ReLU after the layer.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from optim import positions
+from optim.hooks import GradWatch, WeakHook
 from optim.layers import Block
 from optim.linalg import factor_dtype
 from optim.passes import full_precision
@@ -86,7 +86,6 @@ class Totals:
     rows: int = 0
     share: float = 1.0
     backward: int = -1  # id of the backward that added last
-    version: int = -1  # of the weight's .grad after that
     forwards: set[int] = field(default_factory=set)  # whose examples are counted
     means: dict[str, Tensor] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
@@ -124,30 +123,6 @@ def one_tensor(module: nn.Module, output: Any) -> None:
         )
 
 
-class WeakHook:
-    """Calls a method of a living object; a copied or pickled model carries an inert one instead."""
-
-    def __init__(self, capture: Any, method: str) -> None:
-        self.capture = weakref.ref(capture)
-        self.method = method
-
-    def __call__(self, *args: Any) -> Any:
-        """What the method returns; None once the object is gone."""
-        capture = self.capture()
-        return None if capture is None else getattr(capture, self.method)(*args)
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _inert_hook, ()
-
-
-def _inert_hook() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*_: Any) -> None:
-    return None
-
-
 class Capture:
     """Totals of every block, by name.
 
@@ -171,6 +146,7 @@ class Capture:
         self.wants_outputs = False
         self._blocks: dict[nn.Module, Block] = {}
         self._names: dict[Tensor, str] = {}
+        self._grads = GradWatch(self._added)
         self._delivered: dict[str, list[_Delivered]] = {}
         self._forward = 0
         # calls of the forward under way; the edges stay out of Call, which the graph holds:
@@ -186,7 +162,7 @@ class Capture:
             self._blocks[block.module] = block
             block.module.register_forward_hook(WeakHook(self, "_layer_done"), with_kwargs=True)
             self._names[block.weight] = block.name
-            block.weight.register_post_accumulate_grad_hook(WeakHook(self, "_added"))
+            self._grads.watch(block.weight)
 
     def clear(self) -> None:
         """Forget all totals, as zero_grad does with gradients."""
@@ -328,28 +304,19 @@ class Capture:
         own.append(_Delivered(backward, call, gradient, self._is_cleared(block, backward)))
 
     def _is_cleared(self, block: Block, backward: int) -> bool:
-        """Whether the weight's .grad was cleared since it was last added to, behind our back.
+        """Whether what is there belongs to a gradient that is gone."""
+        total = self.totals.get(block.name)
+        earlier = total is not None and total.backward != backward
+        return earlier and self._grads.is_cleared(block.weight)
 
-        model.zero_grad() does not pass here, but leaves no .grad, or zeros.
-        """
-        total, grad = self.totals.get(block.name), block.weight.grad
-        if total is None or total.backward == backward:
-            return False
-        if grad is None:
-            return True
-        # looked at only where someone wrote into it: micro-batches do not wait for this
-        return grad._version != total.version and not bool(grad.any())
-
-    def _added(self, weight: Tensor) -> None:
+    def _added(self, weight: Tensor, backward: int) -> None:
         """Backward has added to a weight's .grad."""
-        name, backward = self._names[weight], torch._C._current_graph_task_id()
+        name = self._names[weight]
         arrived = [one for one in self._delivered.pop(name, []) if one.backward == backward]
         if arrived and arrived[0].cleared:
             self.totals.pop(name, None)
         for one in arrived:
             self._commit(one.call, one.gradient)
-        if name in self.totals and weight.grad is not None:
-            self.totals[name].version = weight.grad._version
 
     @torch.no_grad()
     def _commit(self, call: Call, delivered: Tensor) -> None:

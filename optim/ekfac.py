@@ -30,6 +30,7 @@ from optim.operators import KroneckerEigen, Operator, by_group
 from optim.passes import run
 from optim.refresh import Job
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 
@@ -171,7 +172,7 @@ class EKFAC(Optimizer):
         likelihood = harness.setting("likelihood")
         accumulate, eager = factors_of(likelihood), not harness.delivers
         with torch.no_grad():
-            for batch, found in harness.warming(closures, accumulate, eager=eager):
+            for batch, found in warming(harness, closures, accumulate, eager=eager):
                 with harness.exact():
                     for stack, totals in found.items():
                         warm_factors(stack, totals, batch)

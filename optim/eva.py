@@ -20,6 +20,7 @@ from optim.momentum import gradients_finite, heavy_ball
 from optim.operators import ExampleSum, Operator, RankOneInverse, by_group
 from optim.passes import run
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "not finite")
 
@@ -148,7 +149,7 @@ class Eva(Optimizer):
         """
         harness = self._harness
         with torch.no_grad():
-            for batch, found in harness.warming(closures, add_means, eager=False):
+            for batch, found in warming(harness, closures, add_means, eager=False):
                 for stack, totals in found.items():
                     x, g = means(stack, totals, scale=1.0)
                     stack["x"].lerp_(x, 1 / batch)

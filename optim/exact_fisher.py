@@ -25,6 +25,7 @@ from optim.operators import ExampleSum, Operator, Woodbury
 from optim.passes import run
 from optim.sample_space import example_rows
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "failed inverses", "not finite")
 
@@ -167,7 +168,7 @@ class ExactFisher(Optimizer):
         likelihood = self._harness.setting("likelihood")
         last, eager = deque(closures, maxlen=1), likelihood != "empirical"
         with torch.no_grad():
-            for _, found in self._harness.warming(last, examples_of(likelihood), eager=eager):
+            for _, found in warming(self._harness, last, examples_of(likelihood), eager=eager):
                 with self._harness.exact():
                     self._learn(found)
 

@@ -14,25 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim import checks, distributed, momentum
-from optim.capture import NOT_WARM, UNSEEN, Accumulate, Capture, Totals
+from optim.capture import UNSEEN, Accumulate, Capture, Totals
 from optim.checkpoint import exact_state
-from optim.errors import NumericalError
 from optim.layers import Block, find_blocks, live_blocks
 from optim.likelihoods import fits, sampled_score
-from optim.linalg import all_finite, factor_dtype, free_to_read
+from optim.linalg import factor_dtype, free_to_read
 from optim.loss_watch import LossWatch
 from optim.momentum import Form, plain_step_
-from optim.passes import full_precision, run, untouched
+from optim.passes import full_precision
 from optim.refresh import Job, Refresher, is_due, offsets
 from optim.sampled_gradients import SampledGradients
 from optim.scaling import take_scale
 from optim.stacks import Stack, make_stacks
 from optim.summary import table
-
-WARM_NOT_FINITE = (
-    "batch {} of warm_up gives '{}' {} with NaN or infinity; look at the inputs of that batch, or "
-    "leave it out"
-)
 
 
 class Harness:
@@ -292,53 +286,6 @@ class Harness:
             self.is_frozen = before
             if schedule is not None:
                 schedule()
-
-    def warming(
-        self, closures: Iterable[Callable[[], Any]], accumulate: Accumulate | None, *, eager: bool
-    ) -> Iterator[tuple[int, dict[Stack, dict[Block, Totals]]]]:
-        """Run each closure at the untouched model; (1, 2, ...) with what capturing gathered.
-
-        accumulate: None captures nothing; .grad is there to be read.
-
-        Raises: RuntimeError after the first step; ValueError if there is no closure or a layer
-        saw no batch; NumericalError naming a layer whose statistics are not finite.
-        """
-        if self.step or self.optimizer.state:
-            raise RuntimeError("warm_up comes once, before the first step")
-        everything = {stack: stack.blocks for stack in self.stacks}
-        batches = 0
-        with untouched(self.model):
-            for closure in closures:
-                batches += 1
-                try:
-                    with self.capture.recording(accumulate, eager=eager):
-                        run(closure)
-                        found = {} if accumulate is None else self.collected(everything, NOT_WARM)
-                    self._refuse_not_finite(batches, found)
-                except Exception:  # it may come again
-                    self.optimizer.state.clear()
-                    self.regroup()
-                    raise
-                yield batches, found
-        self.capture.clear()
-        if not batches:
-            raise ValueError("warm_up saw no batch: its argument is an iterable of callables")
-
-    def _refuse_not_finite(self, batch: int, found: dict[Stack, dict[Block, Totals]]) -> None:
-        """Raise NumericalError if one batch of warm_up would spoil the mean over all."""
-        for block, total in ((b, t) for totals in found.values() for b, t in totals.items()):
-            kept = [
-                part
-                for rows in total.kept
-                for part in (rows if isinstance(rows, tuple) else [rows])
-            ]
-            parts = [part for part in [*total.means.values(), *kept] if isinstance(part, Tensor)]
-            if not all(bool(all_finite(part)) for part in parts):
-                raise NumericalError(WARM_NOT_FINITE.format(batch, block.name, "statistics"))
-        for block in [] if found else self.blocks:
-            gradients = [p.grad for p in block.parameters if p.grad is not None]
-            if not all(bool(all_finite(g)) for g in gradients):
-                raise NumericalError(WARM_NOT_FINITE.format(batch, block.name, "a gradient"))
 
     def started(self) -> list[tuple[Stack, Block]]:
         """Every block with a state. Raises: RuntimeError before there is one."""

@@ -34,6 +34,7 @@ from optim.operators import Kronecker, Operator, by_group
 from optim.passes import parameters_at_rest, random_state, replayed, run, untouched
 from optim.scaling import refuse_scaler
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = (
     "H_g accepted",
@@ -215,7 +216,7 @@ class KBFGS(Optimizer):
         harness, A = self._harness, dict[Stack, Tensor]()
         with torch.no_grad():
             moment = kbfgs_statistics.moment
-            for batch, found in harness.warming(closures, moment, eager=True):
+            for batch, found in warming(harness, closures, moment, eager=True):
                 for stack, totals in found.items():
                     stack.see_positions(totals)
                     new = kbfgs_statistics.input_factors(stack, totals)

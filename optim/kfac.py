@@ -26,6 +26,7 @@ from optim.refresh import Job
 from optim.rescaled_step import Batch, RescaledStep, check, check_groups
 from optim.scaling import refuse_scaler
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 TINY = 1e-30  # a trace below it has no balance to keep
@@ -195,7 +196,7 @@ class KFAC(Optimizer):
         likelihood = harness.setting("likelihood")
         accumulate, eager = factors_of(likelihood), likelihood != "empirical"
         with torch.no_grad():
-            for batch, found in harness.warming(closures, accumulate, eager=eager):
+            for batch, found in warming(harness, closures, accumulate, eager=eager):
                 for stack, totals in found.items():
                     warm_factors(stack, totals, batch)
             for stack in harness.stacks:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from optim.capture import WeakHook
+from optim.hooks import WeakHook
 
 ZERO = 1e-3  # of the gradient's size: a sum no greater is none
 NOT_ZERO = 0.05  # far above what half precision leaves of a sum that is none

@@ -25,6 +25,7 @@ from optim.operators import Operator
 from optim.passes import run
 from optim.refresh import Job
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 ESTIMATORS = ("minibatch", "per_example")
@@ -307,7 +308,7 @@ class MBF(Optimizer):
         """(1, 2, ...) with M_k of each closure's batch, by stack."""
         harness = self._harness
         if harness.delivers:
-            for batch, kept in harness.warming(closures, empirical_examples, eager=False):
+            for batch, kept in warming(harness, closures, empirical_examples, eager=False):
                 with harness.exact():
                     found = {s: self._example_moments(s, t, 1.0) for s, t in kept.items()}
                 yield batch, found

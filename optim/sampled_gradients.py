@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optim.capture import Accumulate, Capture, Totals, WeakHook, one_tensor
+from optim.capture import Accumulate, Capture, Totals, one_tensor
+from optim.hooks import GradWatch, WeakHook
 from optim.layers import Variable
 from optim.linalg import factor_dtype, running_mean
 from optim.passes import full_precision
@@ -54,7 +55,7 @@ class SampledGradients:
         self.eager = False
         self._variables: list[Variable] = []
         self._backward = -1  # id of the backward that counted last
-        self._versions: dict[Tensor, int] = {}  # of each .grad when it was last added to
+        self._grads = GradWatch(self._added)
         self._waiting: list[tuple[int, _Draw, bool]] = []
         self.watch(variables)
         model.register_forward_hook(WeakHook(self, "_model_done"))
@@ -63,7 +64,7 @@ class SampledGradients:
         """Gather for these variables too."""
         self._variables += variables
         for variable in variables:
-            variable.weight.register_post_accumulate_grad_hook(WeakHook(self, "_added"))
+            self._grads.watch(variable.weight)
 
     def clear(self) -> None:
         """Forget all totals, as zero_grad does with gradients."""
@@ -127,29 +128,20 @@ class SampledGradients:
             return
         backward = torch._C._current_graph_task_id()
         self._waiting = [one for one in self._waiting if one[0] == backward]
-        cleared = backward != self._backward and all(map(self._is_cleared, self._variables))
+        cleared = backward != self._backward and all(
+            self._grads.is_cleared(v.weight) for v in self._variables
+        )
         self._waiting.append((backward, draw, cleared))
 
-    def _is_cleared(self, variable: Variable) -> bool:
-        """model.zero_grad() does not pass here, but leaves no .grad, or zeros."""
-        grad = variable.weight.grad
-        if grad is None:
-            return True
-        # looked at only where someone wrote into it: micro-batches do not wait for this
-        return grad._version != self._versions.get(variable.weight, -1) and not bool(grad.any())
-
-    def _added(self, weight: Tensor) -> None:
+    def _added(self, _: Tensor, backward: int) -> None:
         """Backward has added to a parameter's .grad."""
-        backward, waiting = torch._C._current_graph_task_id(), self._waiting
-        self._waiting = []
+        waiting, self._waiting = self._waiting, []
         for number, draw, cleared in waiting:
             if number == backward:
                 if cleared and self._backward != backward:
                     self.totals = {}
                 self._backward = backward
                 self._commit(draw)
-        if weight.grad is not None:
-            self._versions[weight] = weight.grad._version
 
     @torch.no_grad()
     def _commit(self, draw: _Draw) -> None:

@@ -23,6 +23,7 @@ from optim.passes import run
 from optim.refresh import Job
 from optim.stacks import Stack
 from optim.tkfac_formulas import balanced_inverse, learn_moments, trace, warm_moments
+from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 
@@ -162,7 +163,7 @@ class TKFAC(Optimizer):
         harness = self._harness
         accumulate = examples_of(harness.setting("likelihood"))
         with torch.no_grad():
-            for batch, found in harness.warming(closures, accumulate, eager=not harness.delivers):
+            for batch, found in warming(harness, closures, accumulate, eager=not harness.delivers):
                 with harness.exact():
                     for stack, totals in found.items():
                         warm_moments(stack, totals, batch, 1.0 if harness.delivers else None)

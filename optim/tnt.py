@@ -22,6 +22,7 @@ from optim.passes import run
 from optim.refresh import Job
 from optim.sampled_gradients import UNSEEN, add_gradient
 from optim.stacks import Stack
+from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 
@@ -243,7 +244,7 @@ class TNT(Optimizer):
             yield from axes.warm_gradients(harness, closures, decay=False)
             return
         everything = {stack: stack.blocks for stack in harness.stacks}
-        for batch, _ in harness.warming(closures, add_gradient, eager=True):
+        for batch, _ in warming(harness, closures, add_gradient, eager=True):
             yield batch, self._gradients(everything, NOT_WARM)
 
     def _refresh(self) -> None:
