@@ -60,6 +60,7 @@ class EKFAC(Optimizer):
         lr * weight_decay instead.
     likelihood: "categorical" (classes in dimension 1), "bernoulli" (logits), "gaussian" (unit
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
+        Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every, refresh_every: steps between updates of A, G and S, and between new eigenvectors.
     stagger: share a period's eigenvectors out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.

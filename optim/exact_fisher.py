@@ -60,6 +60,7 @@ class ExactFisher(Optimizer):
         lr * weight_decay instead.
     likelihood: "categorical" (classes in dimension 1), "bernoulli" (logits), "gaussian" (unit
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
+        Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every: steps between batches whose rows are taken.
     groups: as torch's parameter groups, for other lr, damping, momentum, weight_decay.
 

@@ -362,6 +362,7 @@ def _run_again(closure: Callable[[], Tensor]) -> Tensor:
     except Exception as error:
         error.add_note(
             "This was the closure's second call in one step of KBFGS, in which parameters get no "
-            "gradients: what the closure does with .grad must allow for None."
+            "gradients: what the closure does with .grad must allow for None, and a penalty of "
+            "parameters alone is to be added to the loss before backward (or use weight_decay)."
         )
         raise

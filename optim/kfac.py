@@ -64,6 +64,7 @@ class KFAC(Optimizer):
         lr * weight_decay instead.
     likelihood: "categorical" (classes in dimension 1), "bernoulli" (logits), "gaussian" (unit
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
+        Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every, refresh_every: steps between updates of A and G, and between inversions.
     pi: balance the damping by the factors' traces.
     rescale: W_bar <- W_bar + lr (α Δ + μ δ), Δ = -G_inv (∇ + weight_decay W_bar) A_inv, δ the last

@@ -21,7 +21,9 @@ from optim.hessian_products import Directions, Layer, ProductsOfBackward, layers
 from optim.linalg import all_finite, factor_dtype
 from optim.passes import random_state, replayed, run, untouched
 from optim.scaling import refuse_scaler
+from optim.summary import memory, readable
 
+SETTINGS = "decay", "max_step", "max_move", "layers_per_step"
 COUNTS = ("measured", "no descent", "product not finite", "step not finite", "cut")
 EPS = 1e-30  # of the curvature dᵀHd in loss units; max_step is what bounds a flat direction
 
@@ -191,8 +193,8 @@ class LayerwiseStep(Optimizer):
         return {x.name: self._state(x)["alpha"] for x in layers if x.parameters[0] in self.state}
 
     def summary(self) -> str:
-        """A table: each layer, its number of parameters, α and the counters that are not zero."""
-        rows = [("layer", "parameters", "step size", "counters")]
+        """A table: each layer, its parameters, α, memory and counters that are not zero; totals."""
+        rows = [("layer", "parameters", "step size", "memory", "counters")]
         for layer in layers_of(self._model, self._parameters()):
             state = self.state.get(layer.parameters[0])
             counts = state["counts"].tolist() if state else [0] * len(COUNTS)
@@ -201,18 +203,23 @@ class LayerwiseStep(Optimizer):
                     layer.name or f"({type(self._model).__name__} itself)",
                     str(sum(p.numel() for p in layer.parameters)),
                     f"{state['alpha'].item():.3g}" if state else "not measured",
+                    readable(memory(state or {})),
                     ", ".join(f"{name} {n}" for name, n in zip(COUNTS, counts, strict=True) if n),
                 )
             )
         widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
         lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join([f"LayerwiseStep of {type(self.optimizer).__name__}", *lines])
+        name = type(self.optimizer).__name__
+        own, theirs = (sum(map(memory, o.state.values())) for o in (self, self.optimizer))
+        total = f"total memory of the state: {readable(own)}, of {name}'s {readable(theirs)}"
+        return "\n".join([f"LayerwiseStep of {name}", *lines, total])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in PyTorch, with the wrapped optimizer's under "wrapped" and whose turn is next."""
+        """As in PyTorch, with the "wrapped" optimizer, own settings and whose turn is next."""
         return {
             **super().state_dict(),
             "wrapped": self.optimizer.state_dict(),
+            "settings": {name: getattr(self, name) for name in SETTINGS},
             "turn": self._turn,
         }
 
@@ -222,6 +229,8 @@ class LayerwiseStep(Optimizer):
         exact_state(self, state_dict)
         self.optimizer.load_state_dict(state_dict["wrapped"])
         self._turn = state_dict["turn"]
+        for name, value in state_dict["settings"].items():
+            setattr(self, name, value)
         self._share()
 
     def _share(self) -> None:

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 RandomState = dict[torch.device, Tensor]
 AGAIN = (
     "This was a further call of the closure in one step, in which parameters "
-    "get no gradients: what the closure does with .grad must allow for None. The layers must be "
-    "twice differentiable."
+    "get no gradients: what the closure does with .grad must allow for None, and a penalty of "
+    "parameters alone is to be added to the loss before backward. The layers must be twice "
+    "differentiable."
 )
 
 

@@ -55,6 +55,7 @@ class TKFAC(Optimizer):
         lr * weight_decay instead.
     likelihood: "categorical" (classes in dimension 1), "bernoulli" (logits), "gaussian" (unit
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
+        Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every, refresh_every: steps between updates of L and R, and between inversions.
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.

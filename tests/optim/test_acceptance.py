@@ -12,41 +12,48 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diag import Problem, exact
+from diag.operators.forms import dense
 from optim import KBFGS, KFAC
+from optim.operators import Kronecker
 
 
 def test_vec_is_row_major():
+    """(P ⊗ Q) vec X = vec(P X Qᵀ)."""
     P, X, Q = torch.randn(3, 3), torch.randn(3, 4), torch.randn(4, 4)
-    torch.testing.assert_close(
-        (P @ X @ Q).reshape(-1), torch.kron(P, Q.T.contiguous()) @ X.reshape(-1)
-    )
+    torch.testing.assert_close(Kronecker(P, Q) @ X.reshape(-1), (P @ X @ Q.T).reshape(-1))
 
 
 def test_hessian_block_of_one_example_is_a_kronecker_product():
-    """∂²ℓ/∂z² ⊗ x̃ x̃ᵀ against central differences of the gradient."""
+    """The exact block against central differences of the gradient, and ∂²ℓ/∂z² ⊗ x̃ x̃ᵀ."""
     torch.manual_seed(0)
-    x = torch.cat([torch.randn(3), torch.ones(1)])
-    W, after, t = torch.randn(2, 4), torch.randn(3, 2), torch.tensor([2])
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3, bias=False))
+    x, t = torch.randn(1, 3), torch.tensor([2])
+    problem = Problem(model, F.cross_entropy, x, t)
+    H = dense(exact.hessian(problem, problem.block("0")))
 
-    def value(z):
-        return F.cross_entropy((after @ torch.tanh(z))[None], t)
+    def gradient(w_bar):
+        with torch.no_grad():
+            model[0].weight.copy_(w_bar[:, :3])
+            model[0].bias.copy_(w_bar[:, 3])
+        model.zero_grad()
+        F.cross_entropy(model(x), t).backward()
+        return torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1).reshape(-1)
 
-    def gradient(w):
-        z = (w @ x).requires_grad_()
-        (g,) = torch.autograd.grad(value(z), z)
-        return torch.outer(g, x).reshape(-1)
-
+    W = torch.cat([model[0].weight.detach(), model[0].bias.detach()[:, None]], 1)
     step, columns = 1e-5, []
     for i in range(8):
         e = torch.zeros(8)
         e[i] = step
         e = e.reshape(2, 4)
         columns.append((gradient(W + e) - gradient(W - e)) / (2 * step))
-    H = torch.autograd.functional.hessian(value, W @ x)
     # truncation of the differences is step² = 1e-10, their rounding 1e-16 / step = 1e-11
-    torch.testing.assert_close(
-        torch.stack(columns, 1), torch.kron(H, torch.outer(x, x)), rtol=1e-7, atol=1e-8
+    torch.testing.assert_close(torch.stack(columns, 1), H, rtol=1e-7, atol=1e-8)
+    inputs = torch.cat([x[0], torch.ones(1)])
+    by_z = torch.autograd.functional.hessian(
+        lambda z: F.cross_entropy(model[1:](z)[None], t), W @ inputs
     )
+    torch.testing.assert_close(H, torch.kron(by_z, torch.outer(inputs, inputs)))
 
 
 def enumerated(model, x, layer):

@@ -206,7 +206,7 @@ def test_layers_take_turns():
 def test_resume_is_bit_exact(kind, phase):
     data, buffer = batches(8), io.BytesIO()
     model = autoencoder()
-    opt = LayerwiseStep(WRAPPED[kind](model), model)
+    opt = LayerwiseStep(WRAPPED[kind](model), model, decay=0.5, layers_per_step=2)
     train(opt, model, data[:phase])
     torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, buffer)
     expected = train(opt, model, data[phase:])
@@ -215,7 +215,7 @@ def test_resume_is_bit_exact(kind, phase):
     torch.manual_seed(77)
     twin = autoencoder()
     twin.load_state_dict(saved["model"])
-    resumed = LayerwiseStep(WRAPPED[kind](twin, 5.0), twin)
+    resumed = LayerwiseStep(WRAPPED[kind](twin, 5.0), twin)  # settings come with the state
     resumed.load_state_dict(saved["opt"])
     assert resumed.param_groups is resumed.optimizer.param_groups
     assert train(resumed, twin, data[phase:]) == expected
@@ -306,10 +306,13 @@ def test_summary():
     train(opt, model, data)
     lines = opt.summary().splitlines()
     assert lines[0] == "LayerwiseStep of Adam"
-    assert lines[1].split() == ["layer", "parameters", "step", "size", "counters"]
-    name, size, alpha, *counters = lines[2].split()
+    assert lines[1].split() == ["layer", "parameters", "step", "size", "memory", "counters"]
+    name, size, alpha, own, unit, *counters = lines[2].split()
     assert (name, size, alpha) == ("0", "35", f"{opt.step_sizes()['0'].item():.3g}")
+    held = sum(v.numel() * v.element_size() for v in opt.state[model[0].weight].values())
+    assert (own, unit) == (str(held), "B")
     assert counters[:2] == ["measured", "2,"]
+    assert lines[-1].startswith(f"total memory of the state: {4 * held} B, of Adam's ")
 
 
 @wrapped
