@@ -89,7 +89,7 @@ def train(folder: Path, grid: Grid, name: str) -> str:
         for state in _at(grid.marks, settings):
             place = {"seed": grid.seed, "step": state.step, "epoch": state.epoch}
             place["seconds"] = state.seconds
-            for metric, value in training.evaluate(state, problem).items():
+            for metric, value in training.evaluated(state, problem).items():
                 rows.append({**shared, **place, **loss_row(metric, value)})
             records.put(folder, name, rows)
     except training.IN_THE_NUMBERS as error:

@@ -11,6 +11,7 @@ from threading import Event, current_thread, main_thread
 from typing import Any
 
 import pandas as pd
+from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 from rich.table import Table
 
@@ -71,14 +72,21 @@ def train(
     try:
         with _sigterm() as asked:
             for state in _epochs(settings, folder, resume, progress, asked):
-                if state.step > _last_step(folder):  # else the checkpoint is the older one
-                    records.append(folder, _rows(folder, settings, state, beside))
+                new = state.step > _last_step(folder)  # else the checkpoint is the older one
+                losses = training.evaluated(state, settings.problem) if new else {}
+                # before measuring, which may be killed with the run or for its memory
+                checkpoints.save(state, folder / CHECKPOINT)
+                if new:
+                    records.append(folder, _rows(folder, settings, state, beside, losses))
                     if beside is not None:
                         header["measuring"] = beside.counters()
                         records.write_header(folder, header | {"status": "running"})
-                checkpoints.save(state, folder / CHECKPOINT)
     except Stopped as reason:
         status = f"stopped: {reason}"
+    except TerminatedWorkerError:
+        if not asked.is_set():
+            raise
+        status = "stopped: by SIGTERM while it was measuring; --resume goes on"
     except training.IN_THE_NUMBERS as error:
         diverged = str(error)
         status = f"diverged: {diverged}"
@@ -193,7 +201,11 @@ def _last_step(folder: Path) -> int:
 
 
 def _rows(
-    folder: Path, settings: training.Settings, state: training.State, beside: Alongside | None
+    folder: Path,
+    settings: training.Settings,
+    state: training.State,
+    beside: Alongside | None,
+    losses: dict[str, float],
 ) -> list[dict[str, Any]]:
     own = {"run": folder.name, "study": NAME}
     measured = [] if beside is None or state.step == 0 else beside.rows(settings, state)
@@ -208,7 +220,6 @@ def _rows(
         "epoch": state.epoch,
         "seconds": state.seconds,
     }
-    losses = training.evaluate(state, settings.problem)
     return [{**shared, **loss_row(name, value)} for name, value in losses.items()]
 
 

@@ -33,9 +33,11 @@ class DivergedError(NumericalError):
     `parameters` is the model's state at the last step whose loss was finite.
     """
 
-    def __init__(self, step: int, loss: float, first: float, parameters: dict[str, Tensor]):
+    def __init__(
+        self, step: int, loss: float, first: float, parameters: dict[str, Tensor], of: str = "batch"
+    ):
         super().__init__(
-            f"training diverged at step {step}: the batch loss is {loss:.6g} (first {first:.6g}); "
+            f"training diverged at step {step}: the {of} loss is {loss:.6g} (first {first:.6g}); "
             f"the parameters of the last step with a finite loss are kept; try a smaller lr or a "
             f"larger damping"
         )
@@ -61,7 +63,8 @@ class State:
 
     averaged: running average of the parameters, of problems that evaluate that. scheduler: of the
     learning rate, where the problem has one for the optimizer; it steps after each epoch. first:
-    the loss of the first batch, None before it.
+    the loss of the first batch, None before it. finite: the last parameters whose batch had a
+    finite loss, those before the last step.
     """
 
     model: nn.Module
@@ -73,6 +76,7 @@ class State:
     step: int = 0
     seconds: float = 0.0
     first: float | None = None
+    finite: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,6 +148,7 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
         if state.averaged is not None:
             state.averaged.update_parameters(state.model)
         last, before = before, last  # the loss at these parameters is now known to be finite
+        state.finite = last
         state.step += 1
         if state.scheduler is not None and state.step % state.steps_per_epoch == 0:
             state.scheduler.step()
@@ -251,6 +256,19 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
             found[f"{name}_loss"] = loss / len(inputs)
             if problem.likelihood == "categorical":
                 found[f"{name}_accuracy"] = right / len(inputs)
+    return found
+
+
+def evaluated(state: State, problem: TrainingProblem) -> dict[str, float]:
+    """As `evaluate`, of a run that goes on.
+
+    Raises: DivergedError where the training loss is not finite or beyond DIVERGED_AT times the
+    first one: what a run's last step has done to it no further batch will tell.
+    """
+    found = evaluate(state, problem)
+    loss = found["train_loss"]
+    if state.first is not None and state.finite and not loss <= DIVERGED_AT * abs(state.first):
+        raise DivergedError(state.step, loss, state.first, state.finite, "training")
     return found
 
 

@@ -86,7 +86,7 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
             step = state.step
             if step % state.steps_per_epoch == 0:
                 place = {"step": step, "epoch": state.epoch, "seconds": state.seconds}
-                found = training.evaluate(state, problem)
+                found = training.evaluated(state, problem)
                 yield [{**place, "metric": name, "value": v} for name, v in found.items()]
     except training.IN_THE_NUMBERS as error:
         if step < 0:

@@ -7,9 +7,11 @@ import signal
 
 import pytest
 import torch
+from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
 from studies import checkpoints, optimizers, problems, records, runs, training
+from studies.alongside import Alongside
 
 DIGITS = problems.get("digits-autoencoder")
 
@@ -121,6 +123,65 @@ def test_a_run_that_diverges_keeps_its_records(tmp_path):
     assert records.read_header(outcome.folder)["status"].startswith("diverged: training diverged")
     kept = torch.load(outcome.folder / runs.LAST_FINITE, weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("share", [None, 0.9])
+def test_a_last_step_that_destroys_the_model_is_noticed(tmp_path, epochs, share):
+    """An epoch of one step: no further batch tells, nor is there anything to measure."""
+    chosen = settings("sgd", epochs=epochs, batch_size=1500, hyper={"lr": 1e30})
+    beside = None if share is None else Alongside(share)
+    with Progress(disable=True) as progress:
+        outcome = runs.train(chosen, tmp_path, progress, beside=beside)
+    assert "diverged at step 1: the training loss is" in outcome.diverged
+    kept = torch.load(outcome.folder / runs.LAST_FINITE, weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    saved = torch.load(outcome.folder / runs.CHECKPOINT, weights_only=True)
+    assert saved["step"] == 0
+    assert list(outcome.frame["step"].unique()) == [0]
+
+
+def test_a_run_killed_while_it_measures_has_its_checkpoint(tmp_path, monkeypatch):
+    chosen = settings("adam", epochs=3)
+
+    def killed(_, __, state):
+        if state.step == 20:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(Alongside, "rows", killed)
+    with Progress(disable=True) as progress:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(chosen, tmp_path, progress, beside=Alongside(0.5))
+        (folder,) = tmp_path.iterdir()
+        assert torch.load(folder / runs.CHECKPOINT, weights_only=True)["step"] == 20
+        outcome = runs.train(chosen, tmp_path, progress, resume=folder)
+        whole = runs.train(chosen, tmp_path / "whole", progress)
+    assert list(outcome.frame["step"]) == list(whole.frame["step"])
+    assert list(outcome.frame["value"]) == list(whole.frame["value"])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_measuring_process_that_ends_with_the_run(tmp_path, monkeypatch, asked):
+    """SIGTERM to the whole group ends the worker too; without one its end is an error."""
+
+    def terminated(_, __, state):
+        if state.step == 10:
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise TerminatedWorkerError("gone")
+        return []
+
+    monkeypatch.setattr(Alongside, "rows", terminated)
+    with Progress(disable=True) as progress:
+        if asked:
+            outcome = runs.train(settings("adam"), tmp_path, progress, beside=Alongside(0.5))
+            assert outcome.stopped
+            outcome = runs.train(settings("adam"), tmp_path, progress, resume=outcome.folder)
+            assert list(outcome.frame["step"].unique()) == [0, 10, 20]
+        else:
+            with pytest.raises(TerminatedWorkerError, match="gone"):
+                runs.train(settings("adam"), tmp_path, progress, beside=Alongside(0.5))
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
