@@ -14,7 +14,9 @@ METRICS = ("relative_error", "relative_error_best_scale", "cosine")
 
 @dataclass
 class Alongside:
-    """Measures the GGN blocks of a run at some of its steps, the live approximations and KFAC's.
+    """Measures GGN blocks of a run at some of its steps: the live approximations and KFAC's.
+
+    Blocks of Linear layers and convolutions; which are not measured is in `summary`.
 
     share: of the run's time (training and measuring), in (0, 1); evaluating losses is in neither.
     A measurement is left out where with it, as long as the last one took, the share would be
@@ -29,6 +31,7 @@ class Alongside:
     last: float = 0.0
     taken: int = 0
     left_out: int = 0
+    not_measured: list[str] = field(default_factory=list)
     plan: measuring.Plan = field(
         default_factory=lambda: measuring.Plan(
             truths=("ggn",), approximations=("kfac",), metrics=METRICS
@@ -63,6 +66,7 @@ class Alongside:
         self.last = time.perf_counter() - begun
         self.seconds += self.last
         self.taken += 1
+        self.not_measured = found.left_out
         return found.rows
 
     def counters(self) -> dict[str, float]:
@@ -81,4 +85,6 @@ class Alongside:
         said = f"measured {self.taken} time(s) in {spent:.1%} of the run's time"
         if self.left_out:
             said += f", left out {self.left_out} time(s) to stay within {self.share:.0%}"
+        if self.not_measured:
+            said += f"; not the blocks {', '.join(self.not_measured)}: they are no matrix [W, b]"
         return said

@@ -60,6 +60,7 @@ def run(grid: Grid, results: Path, progress: Progress) -> Path:
         measuring = progress.add_task("measuring", total=grid.points * len(grid.optimizers))
         for found in measure_all(_snapshots(grid, plan, folder, progress, diverged), grid.workers):
             _write(folder, found)
+            header["not_measured"] = found.left_out
             progress.advance(measuring)
         header["status"] = "; ".join(diverged) or "finished"
     except BaseException as error:

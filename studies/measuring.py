@@ -60,9 +60,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Rows (block, size, truth, approximation, damping, metric, value, low, high, n).
 
-    blocks: those to measure, all layers unless given.
+    blocks: those to measure, all that are `layers` unless given.
     """
-    for block in problem.blocks() if blocks is None else blocks:
+    for block in layers(problem) if blocks is None else blocks:
         for of in plan.truths:
             truth = exact.truth(problem, block, of)
             floor = metric["noise_floor"].function(truth)
@@ -74,6 +74,17 @@ def measure(
                     found = entry.function(truth, operator, **keywords)
                     damping = keywords.get("damping", math.nan)
                     yield _row(block, of, name, entry.name, damping, found)
+
+
+def layers(problem: Problem) -> list[Block]:
+    """The blocks that are one matrix [W, b], which approximations by Kronecker products are of."""
+    return [block for block in problem.blocks() if block.single is not None and block.single.w_bar]
+
+
+def not_measured(problem: Problem) -> list[str]:
+    """Names of the other blocks: norms, recurrent cells."""
+    names = {block.name for block in layers(problem)}
+    return [block.name for block in problem.blocks() if block.name not in names]
 
 
 def operators(

@@ -9,7 +9,7 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Measured:
-    """What came back: rows without run and study, and matrices with their keys."""
+    """What came back: rows without run and study, matrices with their keys, blocks left out."""
 
     rows: list[dict[str, Any]]
     matrices: list[tuple[dict[str, Any], dict[str, np.ndarray]]]
+    left_out: list[str] = field(default_factory=list)
 
 
 def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: bool) -> Snapshot:
@@ -98,14 +99,15 @@ def measure(snapshot: Snapshot) -> Measured:
     rows = [loss_row(name, value) for name, value in snapshot.losses.items()]
     rows += measuring.measure(problem, snapshot.plan, snapshot.lives)
     complete = [{**snapshot.settings_key, **row} for row in rows]
-    return Measured(complete, _pictures(snapshot, problem) if snapshot.keep_matrices else [])
+    pictures = _pictures(snapshot, problem) if snapshot.keep_matrices else []
+    return Measured(complete, pictures, measuring.not_measured(problem))
 
 
 def _pictures(
     snapshot: Snapshot, problem: Problem
 ) -> list[tuple[dict[str, Any], dict[str, np.ndarray]]]:
     found = []
-    for block in problem.blocks():
+    for block in measuring.layers(problem):
         for of in snapshot.plan.truths:
             key = {name: snapshot.settings_key[name] for name in ("optimizer", "seed", "step")}
             key |= {"block": block.name, "truth": of, "size": block.d}
@@ -115,8 +117,11 @@ def _pictures(
 
 
 def rebuild(setting: problems.TrainingProblem, snapshot: Snapshot) -> Problem:
-    """The Problem of the snapshot's parameters on the first training examples, in float64."""
-    model = setting.model()
+    """The Problem of the snapshot's parameters on the first training examples, in float64.
+
+    As it is evaluated: norms by their running statistics, without dropout.
+    """
+    model = setting.model().eval()
     model.load_state_dict(snapshot.parameters)
     data: Data = setting.data()
     rows = slice(snapshot.plan.examples)

@@ -43,7 +43,7 @@ def test_what_would_take_too_much_is_left_out(monkeypatch):
     clock = iter(range(0, 10000, 10))  # a measurement takes 10 s
     monkeypatch.setattr(alongside.time, "perf_counter", lambda: next(clock))
     row = {"metric": "relative_error"}
-    found = type("Found", (), {"rows": [row]})
+    found = type("Found", (), {"rows": [row], "left_out": []})
     monkeypatch.setattr(alongside.snapshots, "take", lambda *_, **__: None)
     monkeypatch.setattr(alongside.snapshots, "measure_all", lambda *_, **__: [found])
     beside = Alongside(0.25)
@@ -70,3 +70,22 @@ def test_refusals(share):
 def test_examples_in_docstrings():
     found = doctest.testmod(alongside)
     assert found.failed == 0 < found.attempted
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "left_out"),
+    [
+        ("cifar10-resnet32-small", "kfac", "3.norm1"),
+        ("sequential-mnist-lstm-small", "adam", "lstm1, lstm2, lstm3"),
+    ],
+)
+def test_blocks_that_are_no_matrix_are_left_out_by_name(tmp_path, name, optimizer, left_out):
+    beside = Alongside(0.9)
+    settings = training.Settings(problems.get(name), optimizer, 1)
+    with Progress(disable=True) as progress:
+        outcome = runs.train(settings, tmp_path, progress, beside=beside)
+    assert f"{left_out}" in outcome.measuring
+    assert "they are no matrix [W, b]" in outcome.measuring
+    measured = set(outcome.frame["block"]) - {""}
+    assert measured
+    assert not measured & set(beside.not_measured)
