@@ -32,8 +32,8 @@ elif not tables:
     st.info("No verdict yet: it needs records of the metric `relative_error`.")
 for title, table in tables.items():
     st.subheader(title)
-    rows = pd.DataFrame(table["rows"], columns=table["columns"])
-    st.dataframe(rows, hide_index=True, height="content")
+    content = pd.DataFrame(table["rows"], columns=table["columns"])
+    st.dataframe(content, hide_index=True, height="content")
     st.caption(table["caption"])
 if claims := run.header.get("claims"):
     st.subheader("The paper's claims")
