@@ -162,12 +162,14 @@ def test_a_gradient_in_another_dtype():
     assert found.value == pytest.approx(expected.value, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["KFAC", "KBFGS"])
-def test_live_curvatures_in_float64_beside_a_float32_truth(name):
+@pytest.mark.parametrize(
+    ("name", "own"), [("KFAC", {"likelihood": "categorical"}), ("KBFGS", {})], ids=["KFAC", "KBFGS"]
+)
+def test_live_curvatures_in_float64_beside_a_float32_truth(name, own):
     """As `live.curvatures` reads them unless told otherwise."""
     half = network(SINGLE)
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3))
-    optimizer = getattr(optim, name)(model.float(), lr=0.1, damping=LAMBDA)
+    optimizer = getattr(optim, name)(model.float(), lr=0.1, damping=LAMBDA, **own)
 
     def closure():
         optimizer.zero_grad()
@@ -318,7 +320,7 @@ EVERY_STEP = {"update_every": 1, "refresh_every": 1}
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("KFAC", EVERY_STEP), ("KBFGS", {}), ("MBF", EVERY_STEP)],
+    [("KFAC", EVERY_STEP | {"likelihood": "categorical"}), ("KBFGS", {}), ("MBF", EVERY_STEP)],
     ids=lambda own: own if isinstance(own, str) else "",
 )
 def test_an_optimizer_s_live_views_are_read_at_every_look(name, own):

@@ -221,7 +221,8 @@ def test_errors_are_written_down_and_raised(tmp_path):
 def fails(error, after):
     def steps(_):
         for step in range(after + 1):
-            yield SimpleNamespace(step=step, steps_per_epoch=2, epoch=step / 2, seconds=0.0)
+            place = {"step": step, "epoch": step / 2, "seconds": 0.0, "first": None}
+            yield SimpleNamespace(steps_per_epoch=2, **place)
         raise error
 
     return steps
