@@ -52,7 +52,9 @@ class Alongside:
         spent = self.seconds + self.last
         return spent <= self.share * (training + spent)
 
-    def rows(self, settings: Settings, state: State) -> list[dict[str, Any]]:
+    def rows(
+        self, settings: Settings, state: State, losses: dict[str, float]
+    ) -> list[dict[str, Any]]:
         """Rows without run and study, the losses among them; [] where it has to be left out.
 
         Measured in another process with one thread, on a copy: the run is not disturbed.
@@ -60,7 +62,7 @@ class Alongside:
         if not self.allows(state.seconds):
             self.left_out += 1
             return []
-        snapshot = snapshots.take(settings, state, self.plan, keep_matrices=False)
+        snapshot = snapshots.take(settings, state, self.plan, losses, keep_matrices=False)
         begun = time.perf_counter()
         (found,) = snapshots.measure_all([snapshot], workers=1)
         self.last = time.perf_counter() - begun

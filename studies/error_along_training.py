@@ -102,7 +102,8 @@ def _trained(
             place = due[state.step]
             ends = place in (0, len(due) - 1)
             full = ends or place % grid.damped_every == 0
-            yield take(settings, state, plan if full else cheap, keep_matrices=ends)
+            losses = training.evaluated(state, settings.problem)
+            yield take(settings, state, plan if full else cheap, losses, keep_matrices=ends)
         progress.update(task, total=total, completed=state.step)
 
 

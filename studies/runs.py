@@ -208,7 +208,7 @@ def _rows(
     losses: dict[str, float],
 ) -> list[dict[str, Any]]:
     own = {"run": folder.name, "study": NAME}
-    measured = [] if beside is None or state.step == 0 else beside.rows(settings, state)
+    measured = [] if beside is None or state.step == 0 else beside.rows(settings, state, losses)
     if measured:
         return [{**own, **row} for row in measured]
     shared = {

@@ -20,7 +20,7 @@ from diag import Operator, Problem
 from studies import measuring, problems
 from studies.data import Data
 from studies.pools import shared_pool
-from studies.training import Settings, State, evaluate
+from studies.training import Settings, State
 
 Lives = dict[str, dict[str, Operator]]  # by approximation and block
 
@@ -46,8 +46,14 @@ class Measured:
     left_out: list[str] = field(default_factory=list)
 
 
-def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: bool) -> Snapshot:
-    """Copy out what measuring needs."""
+def take(
+    settings: Settings,
+    state: State,
+    plan: measuring.Plan,
+    losses: dict[str, float],
+    keep_matrices: bool,
+) -> Snapshot:
+    """Copy out what measuring needs; losses as `training.evaluate` returns them."""
     key = {
         "problem": settings.problem.name,
         "optimizer": settings.optimizer,
@@ -58,7 +64,7 @@ def take(settings: Settings, state: State, plan: measuring.Plan, keep_matrices: 
     }
     parameters = {n: t.detach().cpu().clone() for n, t in state.model.state_dict().items()}
     lives = _on_cpu(measuring.live_curvatures(settings.optimizer, state), settings.device)
-    return Snapshot(key, parameters, lives, evaluate(state, settings.problem), plan, keep_matrices)
+    return Snapshot(key, parameters, lives, losses, plan, keep_matrices)
 
 
 def _on_cpu(lives: Lives, device: str) -> Lives:

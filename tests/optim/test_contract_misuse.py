@@ -309,12 +309,10 @@ def test_layerwise_step_in_half_precision():
         loss.backward()
         return loss.detach()
 
-    before = model.weight.detach().clone()
     opt.step(closure)
     assert (model.weight.grad == 1).all()
     assert "step not finite" not in opt.summary()
     assert torch.isfinite(model.weight).all()
-    del before
 
 
 @pytest.mark.parametrize("method", [KFAC, TNT, ExactFisher, MBF])

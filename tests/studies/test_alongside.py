@@ -51,7 +51,7 @@ def test_what_would_take_too_much_is_left_out(monkeypatch):
     taken = []
     for seconds in range(10, 130, 10):
         state.seconds = float(seconds)
-        if beside.rows(None, state):
+        if beside.rows(None, state, {}):
             taken.append(seconds)
             spent = beside.seconds / (beside.seconds + seconds)
             assert spent <= 0.25 or len(taken) == 1

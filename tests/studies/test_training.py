@@ -144,7 +144,7 @@ def test_a_last_step_that_destroys_the_model_is_noticed(tmp_path, epochs, share)
 def test_a_run_killed_while_it_measures_has_its_checkpoint(tmp_path, monkeypatch):
     chosen = settings("adam", epochs=3)
 
-    def killed(_, __, state):
+    def killed(_, __, state, ___):
         if state.step == 20:
             raise KeyboardInterrupt
         return []
@@ -165,7 +165,7 @@ def test_a_run_killed_while_it_measures_has_its_checkpoint(tmp_path, monkeypatch
 def test_a_measuring_process_that_ends_with_the_run(tmp_path, monkeypatch, asked):
     """SIGTERM to the whole group ends the worker too; without one its end is an error."""
 
-    def terminated(_, __, state):
+    def terminated(_, __, state, ___):
         if state.step == 10:
             if asked:
                 os.kill(os.getpid(), signal.SIGTERM)
