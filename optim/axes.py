@@ -30,9 +30,9 @@ def variable_shape(module: nn.Module, parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape) if parameter.ndim == 2 else (parameter.numel(),)
 
 
-def variables(max_axis: int) -> Callable[[nn.Module], list[Variable]]:
+def variables(max_axis: int, *, join_bias: bool = False) -> Callable[[nn.Module], list[Variable]]:
     """A model's trainable parameters; axes up to the length `max_axis` get a matrix."""
-    return lambda model: find_variables(model, variable_shape, max_axis)
+    return lambda model: find_variables(model, variable_shape, max_axis, join_bias=join_bias)
 
 
 def axes_of(stack: Stack) -> tuple[int, ...]:
@@ -64,8 +64,10 @@ def along(X: Tensor, i: int, A: Tensor) -> Tensor:
     return (A @ moved.flatten(2)).reshape(moved.shape).movedim(1, i + 1)
 
 
-def learn_contractions(stack: Stack, G: Tensor, weight: float, live: Iterable[Block]) -> Tensor:
-    """H_i <- (1 - weight) H_i + weight (G contracted with itself over all axes but i).
+def learn_contractions(
+    stack: Stack, G: Tensor, keep: float, new: float, live: Iterable[Block]
+) -> Tensor:
+    """H_i <- keep H_i + new (G contracted with itself over all axes but i).
 
     G [size, *shape]; a matrix G has G Gᵀ and Gᵀ G, a vector g gᵀ. One that is not finite, or
     whose squares are not, is left out.
@@ -77,13 +79,13 @@ def learn_contractions(stack: Stack, G: Tensor, weight: float, live: Iterable[Bl
         if name not in stack:
             stack.hold(**{name: stack.zeros(stack.shape[i], stack.shape[i])})
     ok = is_finite(torch.linalg.vector_norm(G.flatten(1), dim=1).square()) & stack.mask(live)
-    keep = 1 - weight
-    if not known_true(ok):
-        G, keep = G.nan_to_num(0.0, 0.0, 0.0) * per(ok, G), 1.0
+    every = known_true(ok)
+    if not every:
+        G = G.nan_to_num(0.0, 0.0, 0.0) * per(ok, G)
     for i, name in held.items():
-        if keep == 1.0:
-            stack[name].mul_(1 - weight * per(ok, stack[name]))
-        gram_(stack[name], unfolded(G, i), beta=keep, alpha=weight)
+        if not every:
+            stack[name].mul_(1 - (1 - keep) * per(ok, stack[name]))
+        gram_(stack[name], unfolded(G, i), beta=keep if every else 1.0, alpha=new)
     return ok
 
 
@@ -116,7 +118,9 @@ def operators(
 def learn(harness: Harness, stack: Stack, live: list[Block], G: Tensor) -> None:
     """One update of a stack by the gradients G of these blocks, counted."""
     harness.start(stack, live)
-    ok = learn_contractions(stack, G, 1 - stack.group["decay"], live)
+    keep = stack.group["decay"]
+    keep, new = (1.0, 1.0) if stack.group.get("sums", False) else (keep, 1 - keep)
+    ok = learn_contractions(stack, G, keep, new, live)
     harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(live)})
 
 
@@ -126,7 +130,7 @@ def warm(harness: Harness, found: Iterable[tuple[int, dict[Stack, Tensor]]]) -> 
         with harness.exact():
             for stack, G in gradients.items():
                 harness.start(stack, stack.blocks)
-                ok = learn_contractions(stack, G, 1 / batch, stack.blocks)
+                ok = learn_contractions(stack, G, 1 - 1 / batch, 1 / batch, stack.blocks)
                 harness.count(stack, {"not finite": ~ok})
 
 

@@ -20,13 +20,17 @@ GUARD = 1e-3  # relative distance of s·y from s·s below which theta_2 is not f
 
 
 class DampedPair(NamedTuple):
-    """s, y after damping; for which the two dampings fired; which pairs can be used at all."""
+    """s, y after damping; for which the two dampings fired; which pairs can be used at all.
+
+    broken: where H is not positive definite, as far as y tells.
+    """
 
     s: Tensor
     y: Tensor
     powell: Tensor
     second: Tensor
     valid: Tensor
+    broken: Tensor
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -37,6 +41,18 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 def times(H: Tensor | CompactInverse, v: Tensor) -> Tensor:
     """H v for H [..., n, n] and v [..., n]."""
     return (H @ v[..., None])[..., 0]
+
+
+def broken(Hv: Tensor, v: Tensor) -> Tensor:
+    """Whether vᵀ(Hv) is negative or not finite though v·v is finite; [...] bool.
+
+    By hand, for H = -I, I and NaN:
+        >>> v = torch.ones(3, 2)
+        >>> broken(torch.tensor([-1.0, 1.0, torch.nan])[:, None] * v, v).tolist()
+        [True, False, True]
+    """
+    product = dot(v, Hv)
+    return is_finite(dot(v, v)) & ~((product >= 0) & is_finite(product))
 
 
 def powell_on_h(s: Tensor, y: Tensor, Hy: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,10 +90,10 @@ def double_damping(
     What fully-connected layers use.
     """
     Hy = times(H, y)
-    yHy = dot(y, Hy)
+    yHy, bad = dot(y, Hy), broken(Hy, y)
     s, powell = powell_on_h(s, y, Hy)
     y, second = second_damping(s, y, mu_2)
-    return DampedPair(s, y, powell, second, (yHy > 0) & is_finite(yHy))
+    return DampedPair(s, y, powell, second, (yHy > 0) & is_finite(yHy), bad)
 
 
 def powell_and_shift(
@@ -88,9 +104,9 @@ def powell_and_shift(
     What convolutions use (D_P D_LM of arXiv:2102.06737).
     """
     Hy = times(H, y)
-    yHy = dot(y, Hy)
+    yHy, bad = dot(y, Hy), broken(Hy, y)
     s, powell = powell_on_h(s, y, Hy)
-    return DampedPair(s, y + mu_2 * s, powell, yHy > 0, (yHy > 0) & is_finite(yHy))
+    return DampedPair(s, y + mu_2 * s, powell, yHy > 0, (yHy > 0) & is_finite(yHy), bad)
 
 
 def acceptable(s: Tensor, y: Tensor, gradient: Tensor) -> Tensor:

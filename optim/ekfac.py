@@ -18,6 +18,7 @@ from optim.ekfac_formulas import (
     carry_rows_,
     eigenvectors,
     factors_and_examples_of,
+    learn_from_gradient,
     learn_scalings,
     scaled,
     values_between,
@@ -33,6 +34,8 @@ from optim.stacks import Stack
 from optim.warming import warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
+SCALINGS = ("examples", "gradient")
+RA_DECAY = 0.75  # of EKFAC-ra's scalings
 
 
 class EKFAC(Optimizer):
@@ -41,8 +44,8 @@ class EKFAC(Optimizer):
     U_A, U_G hold the eigenvectors of KFAC's A and G, refreshed at every step up to number
     `refresh_every` and then at each multiple of it. S, out x in+1, is a running average of
     E_n[(U_Gᵀ V_n U_A)²], V_n the gradient of one example, summed over its positions before it is
-    squared: the best diagonal between these eigenvectors. A new basis takes S with it, as the
-    diagonal of the same matrix.
+    squared: the best diagonal between these eigenvectors; or see scalings. A new basis takes S with
+    it, as the diagonal of the same matrix.
     M <- momentum M + (1 - momentum) (∇ + weight_decay W_bar) is an average: heavy-ball learning
     rates (m <- 0.9 m + ∇) differ by a factor of ten. Parameters outside Linear and Conv2d take
     lr M; `summary()` says which are which.
@@ -51,7 +54,7 @@ class EKFAC(Optimizer):
     sampled inside the forward of `model` on update steps, from a generator of the optimizer's
     own (seeded from torch.initial_seed()), so the model is called itself, not its parts. For
     micro-batches of m_i out of M examples scale each loss by m_i / M. On update steps layer
-    inputs and their gradients, of all micro-batches, are kept until the step.
+    inputs and their gradients, of all micro-batches, are kept until the step (scalings="examples").
 
     model: dimension 0 of every layer's input is the batch; it returns a tensor.
     lr: step size, >= 0.  damping: λ > 0, added to each eigenvalue; a change acts at once.
@@ -62,6 +65,10 @@ class EKFAC(Optimizer):
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
         Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every, refresh_every: steps between updates of A, G and S, and between new eigenvectors.
+    scalings: "examples" as above; "gradient": S averages m (U_Gᵀ ∇ U_A)², ∇ the mini-batch
+        gradient of m examples by the data's labels, without weight decay: the paper's EKFAC-ra,
+        cheaper, and noisier.
+    scalings_decay: of S, in [0, 1). None: decay for "examples", the paper's 0.75 for "gradient".
     stagger: share a period's eigenvectors out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
@@ -106,6 +113,8 @@ class EKFAC(Optimizer):
         update_every: int = 1,
         refresh_every: int = 20,
         *,
+        scalings: str = "examples",
+        scalings_decay: float | None = None,
         stagger: bool = False,
         decoupled_weight_decay: bool = False,
         groups: list[dict[str, Any]] | None = None,
@@ -120,10 +129,15 @@ class EKFAC(Optimizer):
             "likelihood": likelihood,
             "update_every": update_every,
             "refresh_every": refresh_every,
+            "scalings": scalings,
+            "scalings_decay": scalings_decay,
             "stagger": stagger,
         }
         checks.common(settings)
         checks.periods(settings)
+        checks.choice("scalings", scalings, SCALINGS)
+        if scalings_decay is not None:
+            checks.fraction("scalings_decay", scalings_decay)
         checks.choice("likelihood", likelihood, [*LIKELIHOODS, "empirical"])
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
@@ -193,7 +207,9 @@ class EKFAC(Optimizer):
         return self._harness.frozen(self._schedule)
 
     def preconditioner(self) -> dict[str, Operator]:
-        """{module name: U diag(1 / (S + damping)) Uᵀ}, U = U_G ⊗ U_A, what the last step applied.
+        """{module name: U diag(1 / (S + damping)) Uᵀ}, U = U_G ⊗ U_A, with the damping of now.
+
+        What the last step applied, unless the damping has been changed since.
 
         Raises: RuntimeError before there is a state.
         """
@@ -228,7 +244,17 @@ class EKFAC(Optimizer):
 
     def _schedule(self) -> None:
         """Capture on update steps only."""
-        self._harness.schedule(factors_and_examples_of(self._harness.setting("likelihood")))
+        wanted = factors_of if self._from_gradient else factors_and_examples_of
+        self._harness.schedule(wanted(self._harness.setting("likelihood")))
+
+    @property
+    def _from_gradient(self) -> bool:
+        return self._harness.setting("scalings") == "gradient"
+
+    def _scalings_decay(self, stack: Stack) -> float:
+        own = self._harness.setting("scalings_decay")
+        usual = RA_DECAY if self._from_gradient else stack.group["decay"]
+        return usual if own is None else own
 
     def _learn(self, live: dict[Stack, list]) -> None:
         """A and G of an update step, the eigenvectors that are due, then S between them."""
@@ -245,7 +271,12 @@ class EKFAC(Optimizer):
             self._refresh()
         scale = harness.scale if harness.delivers else None
         for stack, totals, ok in learned:
-            ok = learn_scalings(stack, totals, scale, ok)
+            decay = self._scalings_decay(stack)
+            if self._from_gradient:
+                G = harness.gradient(stack, list(totals), decay=False)
+                ok = learn_from_gradient(stack, totals, G, decay, ok)
+            else:
+                ok = learn_scalings(stack, totals, scale, decay, ok)
             harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(totals)})
 
     def _refresh(self) -> None:

@@ -105,7 +105,7 @@ def factors_and_examples_of(likelihood: str) -> Accumulate:
 
 
 def learn_scalings(
-    stack: Stack, totals: dict[Block, Totals], scale: float | None, ok: Tensor
+    stack: Stack, totals: dict[Block, Totals], scale: float | None, decay: float, ok: Tensor
 ) -> Tensor:
     """S <- decay S + (1 - decay) E_n[(U_Gᵀ V_n U_A)²] where ok and finite; where that was."""
     found = {}
@@ -116,7 +116,27 @@ def learn_scalings(
             summed += squares(a, g, U_A, U_G)
         found[block] = summed.mul_(mean_weight(total, scale))
         distributed.add_up_(summed)
-    S = stack.gathered(found)
+    return _learn(stack, stack.gathered(found), 1 - decay, ok)
+
+
+def learn_from_gradient(
+    stack: Stack, totals: dict[Block, Totals], G: Tensor, decay: float, ok: Tensor
+) -> Tensor:
+    """S <- decay S + (1 - decay) m (U_Gᵀ ∇ U_A)² for ∇ of m examples, where ok and finite.
+
+    G: ∇ [size, out, in+1], of the mean loss. Where examples are independent and their mean is near
+    zero this is E_n[(U_Gᵀ V_n U_A)²] in expectation.
+    Returns: where that was, [size] bool.
+    Source: arXiv:1806.03884, "EKFAC-ra".
+    """
+    m = stack.zeros()
+    for block, total in totals.items():
+        m[stack.places[block]] = total.examples
+    S = (stack["U_G"].mT @ G @ stack["U_A"]).square_().mul_(m[:, None, None])
+    return _learn(stack, S, 1 - decay, ok)
+
+
+def _learn(stack: Stack, S: Tensor, weight: float, ok: Tensor) -> Tensor:
     ok = ok & finite(S)
-    learn_(stack["S"], S, 1 - stack.group["decay"], ok)
+    learn_(stack["S"], S, weight, ok)
     return ok

@@ -5,6 +5,7 @@ A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E
 per-example loss, of labels drawn from the model or of the data's own.
 """
 
+import torch
 from torch import Tensor
 
 from optim import positions
@@ -93,10 +94,27 @@ def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Te
     ok = finite(A.diagonal(dim1=-2, dim2=-1)) & finite(G.diagonal(dim1=-2, dim2=-1))
     if len(totals) < len(stack.blocks):
         ok = ok & stack.mask(totals)
-    weight = 1 - stack.group["decay"]
+    weight = new_weight(stack)
     learn_(stack["A"], A, weight, ok)
     learn_(stack["G"], G, weight, ok)
+    if "seen" in stack:
+        stack["seen"].add_(ok)
     return ok
+
+
+def new_weight(stack: Stack) -> float | Tensor:
+    """What a batch's factors weigh in the averages: 1 - decay.
+
+    With the setting growing_decay 1/k while that is more, [size], k the number of the update; kept
+    as "seen".
+    Source: arXiv:1503.05671, section 5.
+    """
+    least = 1 - stack.group["decay"]
+    if not stack.group.get("growing_decay", False):
+        return least
+    if "seen" not in stack:
+        stack.hold(seen=stack.zeros(dtype=torch.int64))
+    return (stack["seen"] + 1).to(stack.dtype).reciprocal_().clamp_min_(least)
 
 
 def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: float = 1.0) -> None:
@@ -108,3 +126,5 @@ def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: f
     else:
         stack["A"].lerp_(A, 1 / batch)
         stack["G"].lerp_(G, 1 / batch)
+    if stack.group.get("growing_decay", False):
+        stack.hold(seen=torch.full((stack.size,), batch, device=stack.device))

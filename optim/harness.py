@@ -233,11 +233,17 @@ class Harness:
         return momentum.gradient(stack, live, self.groups, decay=decay)
 
     def move(self, stack: Stack, live: list[Block], P: Tensor, ok: Tensor) -> None:
-        """W_bar <- W_bar - lr P; spoils P."""
+        """W_bar <- W_bar - lr P; spoils P.
+
+        Where a finite gradient led to no finite P the momentum, which may have overflowed, starts
+        anew.
+        """
         moved = momentum.move_(stack, live, P, ok, self.groups)
-        lost = ok & ~moved & stack.mask(live)  # a finite gradient whose P is not
+        lost = ok & ~moved & stack.mask(live)
         if not (free_to_read(lost) and not bool(lost.any())):
             self.count(stack, {"not finite": lost})
+            M = stack["momentum"]
+            M.masked_fill_(lost.reshape(-1, *[1] * (M.ndim - 1)), 0.0)
 
     def plain_steps(self) -> None:
         """The plain rule for every parameter that has a gradient and no block."""
@@ -257,8 +263,9 @@ class Harness:
     def due(self, jobs: list[Job], *, all_until: int) -> list[Job]:
         """The jobs that come at this step: all in the first steps, then each once per period.
 
-        A block without a result is always due. With stagger=True the jobs of a period are shared
-        out over its steps by their cost.
+        In the first steps only those whose factor or damping may have changed since the step
+        before; a block without a result is always due. With stagger=True the jobs of a period are
+        shared out over its steps by their cost.
         """
         every = self.setting("refresh_every")
         key = tuple(job.n for job in jobs for _ in range(job.stack.size))
@@ -268,7 +275,8 @@ class Harness:
             self._offsets[key] = offsets(costs, every) if shared else [0] * len(jobs)
         chosen = []
         for job, offset in zip(jobs, self._offsets[key], strict=True):
-            due = self.step < all_until or is_due(self.step, every, offset)
+            early = self.step < all_until and (self.updating or job.damping_changed)
+            due = early or is_due(self.step, every, offset)
             job.blocks = job.stack.started if due else job.new
             if job.blocks:
                 chosen.append(job)

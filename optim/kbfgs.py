@@ -6,6 +6,7 @@ Bahamou, Goldfarb 2021, arXiv:2102.06737.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from optim.linalg import finite, known_true, learn_, per
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import parameters_at_rest, random_state, replayed, run, untouched
+from optim.restarts import Restarts
 from optim.scaling import refuse_scaler
 from optim.stacks import Stack
 from optim.warming import warming
@@ -44,6 +46,8 @@ COUNTS = (
     "Powell fired",
     "second damping fired",
     "step shortened",
+    "H_g restarted",
+    "H_a restarted",
     "not finite",
 )
 
@@ -158,6 +162,7 @@ class KBFGS(Optimizer):
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
         self._harness.capture.wants_outputs = True
+        self._restarts = Restarts()
         self.curvature_ratio: Tensor | None = None
 
     @torch.no_grad()
@@ -193,6 +198,7 @@ class KBFGS(Optimizer):
         with harness.exact():
             for stack in first:
                 self._learn_h(stack, first[stack], second[stack])
+            self._restarts.send(first)
             if taken is not None:
                 self._shorten(taken, loss, after, live)
             for p, own in decay.items():
@@ -256,6 +262,7 @@ class KBFGS(Optimizer):
         """Resume from `state_dict()` bit for bit, factors in their own precision."""
         super().load_state_dict(state_dict)
         self._harness.loaded(state_dict)
+        self._restarts.loaded(self._harness.stacks)
 
     def _start(self, stack: Stack, blocks: Iterable[Block], A: Tensor) -> None:
         """H_g = I and H_a = (A + λ_A I)⁻¹, the only inverse taken, for blocks that begin now."""
@@ -280,6 +287,24 @@ class KBFGS(Optimizer):
             old = [block for block in totals if block not in new]
             if old and not stack.convolutional and self._harness.step > 0:
                 learn_(stack["A"], A, weight, ok & stack.mask(old))
+        self._restart(stack, totals)
+
+    def _restart(self, stack: Stack, totals: dict[Block, Totals]) -> None:
+        """Begin those factors anew that are no longer positive definite: `optim.restarts`."""
+        anew: dict[str, Callable[[Block], None]] = {
+            "H_g": lambda block: start_h_g(stack, [block], self._harness.setting("history")),
+            "H_a": lambda block: start_h_a(stack, [block], A, self._dampings(stack)[0]),
+        }
+        for name, blocks in self._restarts.due(stack, totals).items():
+            if name == "H_a" and blocks:
+                A = (
+                    kbfgs_statistics.input_factors(stack, totals)
+                    if stack.convolutional
+                    else stack["A"]
+                )
+            for block in blocks:
+                self._restarts.restart(stack, name, block, partial(anew[name], block))
+                self._harness.count(stack, {f"{name} restarted": stack.mask([block])})
 
     def _second_pass(
         self,
@@ -321,10 +346,11 @@ class KBFGS(Optimizer):
         learn_(stack["y"], y, weight, ok)
         # a bad pair left the averages alone; NaN as gradient norm makes the skip rule refuse it
         gradient = g if known_true(ok) else torch.where(ok[:, None], g, float("nan"))
-        accepted, powell, shifted = update_h_g_(stack, gradient, mu_2)
+        accepted, powell, shifted, bad_g = update_h_g_(stack, gradient, mu_2)
         x = stack.gathered({block: total.means["x"] for block, total in first.items()})
         act = patch_action_ if stack.convolutional else input_action_
-        acted = act(stack, x, lambda_a, first)
+        acted, bad_a = act(stack, x, lambda_a, first)
+        self._restarts.note(stack, {"H_g": bad_g & ok, "H_a": bad_a}, live)
         flags = {
             "H_g accepted": accepted,
             "H_g skipped": ~accepted & live,

@@ -9,6 +9,7 @@ from optim.bfgs import (
     acceptable,
     append_,
     bfgs_,
+    broken,
     double_damping,
     powell_and_shift,
     times,
@@ -93,12 +94,13 @@ def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> N
             stack.of(block, key).copy_(value[stack.places[block]])
 
 
-def update_h_g_(stack: Stack, gradient: Tensor, mu_2: Split) -> tuple[Tensor, Tensor, Tensor]:
+def update_h_g_(stack: Stack, gradient: Tensor, mu_2: Split) -> tuple[Tensor, ...]:
     """One damped BFGS update of H_g by the averaged pair.
 
     gradient: raw mean gradient ḡ [size, out] of the skip rule. mu_2: a number or [size, 1].
 
-    Returns: where it was accepted, where Powell's damping fired, where the second; [size] bool.
+    Returns: where it was accepted, where Powell's damping fired, where the second, and where H_g
+    was found broken; [size] bool.
     """
     H = held_h_g(stack)
     damped = powell_and_shift if stack.convolutional else double_damping
@@ -106,27 +108,33 @@ def update_h_g_(stack: Stack, gradient: Tensor, mu_2: Split) -> tuple[Tensor, Te
     accept = pair.valid & acceptable(pair.s, pair.y, gradient)
     store = append_ if isinstance(H, CompactInverse) else bfgs_
     accept = store(H, pair.s, pair.y, accept)  # type: ignore[arg-type]
-    return accept, pair.powell & pair.valid, pair.second & pair.valid
+    return accept, pair.powell & pair.valid, pair.second & pair.valid, pair.broken
 
 
-def input_action_(stack: Stack, x: Tensor, lambda_a: Split, _: dict[Block, Totals]) -> Tensor:
+def input_action_(
+    stack: Stack, x: Tensor, lambda_a: Split, _: dict[Block, Totals]
+) -> tuple[Tensor, Tensor]:
     """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
 
-    Returns: where it was accepted, [size] bool.
+    Returns: where it was accepted, and where H_a was found broken; [size] bool.
     """
     s = times(stack["H_a"], x)
     y = _shifted_(times(stack["A"], s), lambda_a, s)
-    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x))
+    bad = broken(s, x)
+    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad), bad
 
 
-def patch_action_(stack: Stack, x: Tensor, lambda_a: Split, totals: dict[Block, Totals]) -> Tensor:
+def patch_action_(
+    stack: Stack, x: Tensor, lambda_a: Split, totals: dict[Block, Totals]
+) -> tuple[Tensor, Tensor]:
     """As `input_action_` with the minibatch's own A, which is never formed.
 
     Source: arXiv:2102.06737.
     """
     s = times(stack["H_a"], x)
     y = _shifted_(patch_moments(stack, totals, s), lambda_a, s)
-    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & stack.mask(totals))
+    bad = broken(s, x)
+    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad & stack.mask(totals)), bad
 
 
 def _shifted_(y: Tensor, by: Split, s: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ class KFAC(Optimizer):
         variance, for ½ ‖output - label‖²), or "empirical": the gradients of the data's labels.
         Sampled ones are of a loss summed over outputs and positions and averaged over examples.
     update_every, refresh_every: steps between updates of A and G, and between inversions.
+    growing_decay: the k-th update decays A and G by min(1 - 1/k, decay), so that the first ones
+        make plain means; the batches of `warm_up` count among them.
     pi: balance the damping by the factors' traces.
     rescale: W_bar <- W_bar + lr (α Δ + μ δ), Δ = -G_inv (∇ + weight_decay W_bar) A_inv, δ the last
         step: the best in that plane (momentum=0: on that line) by the exact Fisher matrix of the
@@ -74,13 +76,15 @@ class KFAC(Optimizer):
         the loss must be that of `likelihood`, summed over outputs.
     adaptive: LevenbergMarquardt() adapts both dampings from their start, λ = damping and
         √(λ + weight_decay) of the factors, by one evaluation more every few steps. The paper's:
-        damping=150, weight_decay=1e-5, decay=0.95, pi=True. Needs rescale=True.
+        damping=150, weight_decay=1e-5, decay=0.95, growing_decay=True, pi=True. Needs
+        rescale=True.
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     State of each weight: A, A_inv [in+1, in+1]; G, G_inv [out, out]; momentum [out, in+1] (with
-    rescale δ, M is not used); counts, in the order of `COUNTS`; failures in a row; after an axis
-    of groups in grouped convolutions. `rescaling` holds α, μ and the adapted factors.
+    rescale δ, M is not used); counts, in the order of `COUNTS`; failures in a row; seen, with
+    growing_decay; after an axis of groups in grouped convolutions. `rescaling` holds α, μ and the
+    adapted factors.
     Factors are float32, or float64 for float64 parameters. The number of steps is
     param_groups[0]["step"].
 
@@ -120,6 +124,7 @@ class KFAC(Optimizer):
         update_every: int = 1,
         refresh_every: int = 20,
         *,
+        growing_decay: bool = False,
         pi: bool = False,
         rescale: bool = False,
         adaptive: LevenbergMarquardt | None = None,
@@ -137,6 +142,7 @@ class KFAC(Optimizer):
             "likelihood": likelihood,
             "update_every": update_every,
             "refresh_every": refresh_every,
+            "growing_decay": growing_decay,
             "pi": pi,
             "rescale": rescale,
             "adaptive": None if adaptive is None else asdict(adaptive),
@@ -271,8 +277,8 @@ class KFAC(Optimizer):
         pi = trace_balance(stack["A"], stack["G"]) if self._harness.setting("pi") else 1.0
         gamma = self._rescaled.gamma(stack.group) * factor
         return (
-            Job(stack, "A", "A_inv", damped_inverse, gamma * pi),
-            Job(stack, "G", "G_inv", damped_inverse, gamma / pi),
+            Job(stack, "A", "A_inv", damped_inverse, gamma * pi, setting=gamma),
+            Job(stack, "G", "G_inv", damped_inverse, gamma / pi, setting=gamma),
         )
 
     def _step_in_plane(self, closure: Callable[[], Tensor]) -> Tensor:

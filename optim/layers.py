@@ -76,13 +76,15 @@ class Variable:
     """One parameter trained by itself, seen as a tensor of `shape` (of the same entries).
 
     It stands where a Block does, for methods that need no layers. axes: those of the shape that
-    get a factor; too long ones do not.
+    get a factor; too long ones do not. bias: of a Linear layer, if it is joined to the weight as
+    the last column.
     """
 
     name: str
     weight: Tensor
     shape: tuple[int, ...]
     axes: tuple[int, ...]
+    bias: Tensor | None = None
 
     kind = Tensor
     groups = 1
@@ -90,8 +92,8 @@ class Variable:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameter."""
-        return [self.weight]
+        """The parameter, and the bias joined to it."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     @property
     def treatments(self) -> dict[Tensor, str]:
@@ -101,27 +103,39 @@ class Variable:
         if not self.axes:
             return {self.weight: f"plain rule: {why}"}
         rest = f", no factor for {why}" if long else ""
-        return {self.weight: f"axes {list(self.shape)}{rest}"}
+        said = {self.weight: f"axes {list(self.shape)}{rest}"}
+        return said if self.bias is None else said | {self.bias: f"in '{self.name}'"}
 
     def parts(self, stacked: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The parameter with its tensor, [1, *shape]."""
-        return [(self.weight, stacked)]
+        """Each parameter with its part of a tensor [1, *shape]."""
+        if self.bias is None:
+            return [(self.weight, stacked)]
+        return [(self.weight, stacked[..., :-1]), (self.bias, stacked[..., -1])]
 
 
 def find_variables(
-    model: nn.Module, shape: Callable[[nn.Module, Tensor], tuple[int, ...]], max_axis: int
+    model: nn.Module,
+    shape: Callable[[nn.Module, Tensor], tuple[int, ...]],
+    max_axis: int,
+    *,
+    join_bias: bool = False,
 ) -> list[Variable]:
     """Every trainable parameter once, in the shape that its (first) module and it are given.
 
-    Its axes up to the length `max_axis` get a factor.
+    Its axes up to the length `max_axis` get a factor. join_bias: a Linear layer's weight and bias,
+    both its own, are one variable.
     """
     found = []
+    joined = {b.weight: b.bias for b in find_blocks(model) if join_bias and not b.convolutional}
+    inside = set(joined.values())
     for parameter, names in owners_of(model).items():
-        if parameter.requires_grad:
-            module = model.get_submodule(names[0].rpartition(".")[0])
+        if parameter.requires_grad and parameter not in inside:
+            module, bias = model.get_submodule(names[0].rpartition(".")[0]), joined.get(parameter)
             sizes = shape(module, parameter)
+            if bias is not None:
+                sizes = (sizes[0], sizes[1] + 1)
             axes = tuple(i for i, n in enumerate(sizes) if n <= max_axis)
-            found.append(Variable(names[0], parameter, sizes, axes))
+            found.append(Variable(names[0], parameter, sizes, axes, bias))
     return found
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-SMALL = 300  # columns up to which a symmetric product is made in one piece
+SMALL = 150  # columns up to which a symmetric product is made in one piece
 FEW = 32  # rows below which mirroring costs more than it saves
 ALIGNED = 16  # entries: rows of matrices that start at multiples of 64 bytes multiply faster
 
@@ -47,8 +47,13 @@ def per(ok: Tensor, like: Tensor) -> Tensor:
     return ok.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def learn_(average: Tensor, new: Tensor, weight: float, ok: Tensor) -> None:
-    """Average <- (1 - weight) average + weight new, where ok [b]; stacks [b, ...]; spoils new."""
+def learn_(average: Tensor, new: Tensor, weight: float | Tensor, ok: Tensor) -> None:
+    """Average <- (1 - weight) average + weight new, where ok [b]; stacks [b, ...]; spoils new.
+
+    weight: a number, or one for each, [b].
+    """
+    if isinstance(weight, Tensor):
+        weight = per(weight, average)
     if known_true(ok):
         average.lerp_(new, weight)
     else:

@@ -37,7 +37,8 @@ class MBF(Optimizer):
 
     Slices of a Linear are the rows of W_bar (fc_group="output") or its columns ("input"), with one
     M for all of a layer, the mean of theirs, unless fc_share=False. Those of a Conv2d are its
-    kernels of kh * kw weights, each with an M of its own, and single biases. M <- decay M +
+    kernels of kh * kw weights, each with an M of its own unless conv_share says otherwise, and
+    single biases. M <- decay M +
     (1 - decay) M_k from zero or from `warm_up`, with one of two estimators:
 
     "minibatch": M_k = ĝ_s ĝ_sᵀ, ĝ the gradient of the mini-batch mean as it stands in .grad when
@@ -63,11 +64,14 @@ class MBF(Optimizer):
         decoupled_weight_decay=False an L2 term in the momentum's gradient.
     update_every, refresh_every: steps between updates of M, and between inversions; the paper's
         are not known to us, 1 and 20 (10 and 100 for CNNs) are TNT's.
+    conv_share: which kernels have one M, the mean of theirs: "none"; "output", those of all outputs
+        at one input channel; "all" of a layer (the paper's spatial averaging). Saves memory.
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     State of each weight, with n the length of a slice: M, M_inv [n, n], or [slices, n, n] with
-    fc_share=False; in a convolution M, M_inv [O, I, kh*kw, kh*kw] and M_bias, M_bias_inv [O, 1, 1];
+    fc_share=False; in a convolution M, M_inv [O, I, kh*kw, kh*kw], without O or both as they share,
+    and M_bias, M_bias_inv [O, 1, 1];
     momentum [out, in+1]; counts, in the order of `COUNTS`; failures in a row; after an axis of
     groups in grouped convolutions. float32, or float64 for float64 parameters. The number of steps
     is param_groups[0]["step"].
@@ -111,6 +115,7 @@ class MBF(Optimizer):
         estimator: str = "minibatch",
         fc_group: str = "output",
         fc_share: bool = True,
+        conv_share: str = "none",
         stagger: bool = False,
         decoupled_weight_decay: bool = True,
         groups: list[dict[str, Any]] | None = None,
@@ -127,12 +132,14 @@ class MBF(Optimizer):
             "estimator": estimator,
             "fc_group": fc_group,
             "fc_share": fc_share,
+            "conv_share": conv_share,
             "stagger": stagger,
         }
         checks.common(settings)
         checks.periods(settings)
         checks.choice("estimator", estimator, ESTIMATORS)
         checks.choice("fc_group", fc_group, GROUPS)
+        checks.choice("conv_share", conv_share, mini_blocks.CONV_SHARES)
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, heavy_ball)
         self._check_room()
@@ -242,7 +249,7 @@ class MBF(Optimizer):
 
     def _cuts(self, stack: Stack) -> list[Cut]:
         setting = self._harness.setting
-        return cuts_of(stack, setting("fc_group"), setting("fc_share"))
+        return cuts_of(stack, setting("fc_group"), setting("fc_share"), setting("conv_share"))
 
     def _learn(self, live: dict[Stack, list[Block]]) -> dict[Stack, Tensor]:
         """Statistics of an update step, and the inverses that are due; whose M learned."""
@@ -288,7 +295,7 @@ class MBF(Optimizer):
 
     def _is_one_product(self, stack: Stack, blocks: list[Block], cut: Cut) -> bool:
         """Whether M can take ∇ᵀ ∇ straight in: shared rows, all known to be finite."""
-        plain = cut.shared and cut.slices is mini_blocks.rows and not self._harness.delivers
+        plain = cut.over and cut.slices is mini_blocks.rows and not self._harness.delivers
         if not plain or len(blocks) < len(stack.blocks) or "M" not in stack:
             return False
         return free_to_read(stack["M"]) and known_true(

@@ -21,6 +21,7 @@ from optim.operators import BlockDiagonal, ColumnBlocks, Kronecker, Operator
 from optim.stacks import Stack
 from optim.summary import readable
 
+CONV_SHARES = {"none": 0, "output": 1, "all": 2}  # of a kernel's axes (O, I)
 ROOM = 4 * 10**9  # bytes of mini-blocks and inverses that unshared Linear layers may take in all
 
 
@@ -48,39 +49,52 @@ def biases(W: Tensor, size: int) -> Tensor:
 class Cut:
     """How a stack's matrices are cut: slices(W [..., out, in+1]) is a view [..., q.., n] of W.
 
-    name: of the mini-blocks [size, q.., n, n] among the stack's tensors, or, shared, of their
-    mean [size, n, n].
+    name: of the mini-blocks [size, q.., n, n] among the stack's tensors. over: of the axes q so
+    many, from the left, have one mini-block for all, the mean of theirs, and drop out of its shape.
     """
 
     name: str
     slices: Callable[[Tensor], Tensor]
-    shared: bool
+    over: int
 
-    def blocks_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the mini-blocks of one W_bar of this shape."""
-        *many, n = self.slices(torch.empty(shape, device="meta")).shape
-        return (n, n) if self.shared else (*many, n, n)
+    def shape_of(self, W: tuple[int, ...]) -> tuple[int, ...]:
+        """(q.., n, n) of one W_bar of this shape, with every slice's own mini-block."""
+        *many, n = self.slices(torch.empty(W, device="meta")).shape
+        return (*many, n, n)
+
+    def blocks_shape(self, W: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the mini-blocks held of one W_bar of this shape."""
+        return self.shape_of(W)[self.over :]
+
+    def by_block(self, v: Tensor, lead: int) -> Tensor:
+        """Slices [`lead` axes, q.., n] as [first, q.., rows, n], q the axes with blocks of theirs.
+
+        rows: all other leading and shared axes, whose slices one mini-block serves.
+        """
+        return v.flatten(1, lead + self.over - 1).movedim(1, -2)
+
+    def spread(self, M: Tensor, W: tuple[int, ...]) -> Tensor:
+        """Mini-blocks held, [groups, ...], for every slice: a view [groups, q.., n, n]."""
+        return M[(slice(None),) + (None,) * self.over].expand(len(M), *self.shape_of(W))
 
 
-def cuts_of(stack: Stack, fc_group: str, fc_share: bool) -> list[Cut]:
+def cuts_of(stack: Stack, fc_group: str, fc_share: bool, conv_share: str) -> list[Cut]:
     """The cuts of a stack: one of Linear layers; kernels and, if there are any, biases."""
     block = stack.blocks[0]
     if not block.convolutional:
-        return [Cut("M", {"output": rows, "input": columns}[fc_group], fc_share)]
+        return [Cut("M", {"output": rows, "input": columns}[fc_group], int(fc_share))]
     size, kernel = block.inputs, block.weight[0, 0].numel()
-    found = [Cut("M", partial(kernels, size=size, kernel=kernel), False)]
+    found = [Cut("M", partial(kernels, size=size, kernel=kernel), CONV_SHARES[conv_share])]
     if block.bias is not None:
-        found.append(Cut("M_bias", partial(biases, size=size), False))
+        found.append(Cut("M_bias", partial(biases, size=size), 0))
     return found
 
 
 def add_moments_(total: Tensor, cut: Cut, V: Tensor) -> Tensor:
     """Total + Σ_n v_ns v_nsᵀ for every slice s, or its mean over s; V [b, m, out, in+1]."""
-    v = cut.slices(V)
-    if cut.shared:
-        return gram_(total, v.flatten(1, -2), beta=1.0, alpha=1 / v.shape[2])
-    v = v.movedim(1, -2).flatten(0, -3)
-    total.flatten(0, -3).baddbmm_(v.mT, v)
+    v = cut.by_block(cut.slices(V), 2)
+    share = V.shape[1] / v.shape[-2]
+    gram_(total.flatten(0, -3), v.flatten(0, -3), beta=1.0, alpha=share)
     return total
 
 
@@ -125,7 +139,7 @@ def example_moments(
         found[cut.name] = totals.kept[0].x.new_zeros(groups, *cut.blocks_shape(block.shape))
     count = max(1, positions.PIECE // (groups * out * columns))
     for a, g in pieces(block, totals):
-        if cuts[0].shared and a.shape[2] == 1:
+        if not block.convolutional and cuts[0].over and a.shape[2] == 1:
             add_weighted_(found["M"], cuts[0], a, g)
             continue
         for few_a, few_g in zip(a.split(count, 1), g.split(count, 1), strict=True):
@@ -164,21 +178,24 @@ def applied(stack: Stack, cuts: list[Cut]) -> Tensor:
     P = aligned(m)
     for cut in cuts:
         inverse, v, out = stack[f"{cut.name}_inv"], cut.slices(m), cut.slices(P)
-        if cut.shared:
+        if cut.over == 0:
+            torch.matmul(inverse, v.unsqueeze(-1), out=out.unsqueeze(-1))
+        elif v.ndim == 3:
             torch.bmm(v, inverse, out=out)
         else:
-            torch.matmul(inverse, v.unsqueeze(-1), out=out.unsqueeze(-1))
+            out.copy_((cut.by_block(v, 1) @ inverse).movedim(-2, 1).reshape(v.shape))
     return P
 
 
 def operator(stack: Stack, block: Block, cuts: list[Cut], suffix: str = "") -> Operator:
     """A layer's map on the row-major vec of W_bar, of its blocks by the cuts' names, live views."""
-    parts = [stack.of(block, f"{cut.name}{suffix}").flatten(0, 1) for cut in cuts]
-    if block.convolutional:  # parts [O, I, kh*kw, kh*kw] and [O, 1, 1]: each row ends in its bias
-        each = [[*M[0], *M[1:]] for M in zip(*parts, strict=True)]
-        return BlockDiagonal([M for row in each for M in row])
-    M, by_row = parts[0], cuts[0].slices is rows
-    if not cuts[0].shared:
+    parts = [stack.of(block, f"{cut.name}{suffix}") for cut in cuts]
+    if block.convolutional:  # of each output first its kernels, then its bias
+        each = [cut.spread(M, block.shape) for cut, M in zip(cuts, parts, strict=True)]
+        outputs = [row for group in zip(*each, strict=True) for row in zip(*group, strict=True)]
+        return BlockDiagonal([M for kernels, *bias in outputs for M in [*kernels, *bias]])
+    M, by_row = parts[0][0], cuts[0].slices is rows
+    if not cuts[0].over:
         return BlockDiagonal(M) if by_row else ColumnBlocks(M)
     out, size = (torch.eye(n, dtype=M.dtype, device=M.device) for n in block.shape)
     return Kronecker(out, M) if by_row else Kronecker(M, size)

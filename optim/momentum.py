@@ -121,14 +121,14 @@ def plain_step_(parameter: Tensor, state: dict[str, Tensor], group: Group, form:
         state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=parameter.device)
     (keep, new), M = form(group["momentum"]), state["momentum"]
     g = gradient_of(parameter).to(M.dtype)
-    ok = all_finite(g)
     if tau := coupled(group):
         g = torch.add(g, parameter, alpha=tau)
+    moved = torch.add(M * keep, g, alpha=new)
+    ok = all_finite(moved)  # a heavy ball overflows before its gradient does
     if known_true(ok):
-        M.mul_(keep).add_(g, alpha=new)
+        M.copy_(moved)
     else:
-        weight = ok.to(M.dtype)
-        M.mul_(1 + weight * (keep - 1)).add_(g.nan_to_num(0.0, 0.0, 0.0) * weight, alpha=new)
+        M.copy_(torch.where(ok, moved, M))
         state["nonfinite"] += ~ok
     if shrink := decoupled(group):
         parameter.mul_(1 - shrink * ok.to(parameter.dtype))

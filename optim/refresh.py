@@ -20,6 +20,7 @@ from optim.linalg import free_to_read, known_true, per
 from optim.stacks import Stack
 
 PATIENCE = 3  # failures in a row before training is stopped
+SOLVED_WITH = "solved_with"  # of a parameter group, and so of state_dict: the last damping used
 
 
 @dataclass(eq=False)
@@ -32,7 +33,9 @@ class Job:
 
     matrix: the factor itself, if the stack does not hold one under that name. beside: by name,
     what a result was made with and goes with: stack[name] takes it where the result is kept.
-    only: matrices of the stack to solve for, [size] bool; None is all of the blocks'.
+    setting: of the optimizer, what the damping was made from together with the factor; the
+        damping itself unless given. only: matrices of the stack to solve for, [size] bool; None is
+        all of the blocks'.
     replacing: called with the results held and those about to take their place, so that what is
     expressed in them can follow.
     """
@@ -46,6 +49,7 @@ class Job:
     matrix: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
     only: Tensor | None = None
+    setting: float | Tensor | None = None
     replacing: Callable[[Tensor, Tensor], None] | None = None
 
     @property
@@ -64,6 +68,17 @@ class Job:
         """Started blocks that have no result yet."""
         have = self.stack.solved.get(self.result, set())
         return [block for block in self.stack.started if block not in have]
+
+    @property
+    def damped_by(self) -> float | Tensor:
+        """The setting behind the damping."""
+        return self.damping if self.setting is None else self.setting
+
+    @property
+    def damping_changed(self) -> bool:
+        """Whether the setting may not be that of the last results; tensors are not looked at."""
+        now = self.damped_by
+        return isinstance(now, Tensor) or self.stack.group.get(SOLVED_WITH) != now
 
     @property
     def failures(self) -> Tensor:
@@ -196,6 +211,8 @@ class Refresher:
             result, ok = job.shaped(*solved)
             live = job.live
             job.stack.solved.setdefault(job.result, set()).update(job.blocks)
+            if not isinstance(job.damped_by, Tensor):
+                job.stack.group[SOLVED_WITH] = job.damped_by
             _keep(job, result, ok & live)
             self.pending.append(_on_its_way(job, live, ok | ~live))
 

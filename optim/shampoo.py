@@ -36,7 +36,7 @@ class Shampoo(Optimizer):
     """A root for each axis: W <- W - lr L_root M R_root, for every parameter by itself.
 
     L_root = (L + damping I)^(-1/4), R_root likewise; L and R are running averages of ∇ ∇ᵀ and
-    ∇ᵀ ∇ of the mini-batch gradient ∇, not sums. In general H_i on axis i of k axes has the
+    ∇ᵀ ∇ of the mini-batch gradient ∇, unless sums=True. In general H_i on axis i of k axes has the
     exponent -1/(2k): a convolution's weight has three, (O, I/groups, kh*kw); biases, norms and
     whatever is no matrix have one, with the full n x n average of ∇ ∇ᵀ. Axes longer than `max_axis`
     (a large vocabulary) get no matrix and do not count in k; a parameter with such axes only
@@ -55,6 +55,9 @@ class Shampoo(Optimizer):
     update_every, refresh_every: steps between updates of H_i, and between roots.
     stagger: share a period's roots out over its steps, so that none is much slower.
     max_axis: length of an axis, >= 1, beyond which it gets no matrix.
+    sums: H_i <- H_i + ∇ ∇ᵀ, sums from zero, to which the root adds damping I, as in the original
+        paper; decay is not used then, and there is nothing to warm up.
+    join_bias: a Linear layer's bias is the last column of its weight, [out, in+1], one parameter.
     groups: as torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
     State of each parameter: H_1, H_2, ... and root_1, root_2, ... [n_i, n_i]; momentum, of the
@@ -99,6 +102,8 @@ class Shampoo(Optimizer):
         stagger: bool = False,
         decoupled_weight_decay: bool = True,
         max_axis: int = 8192,
+        sums: bool = False,
+        join_bias: bool = False,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
         settings = {
@@ -112,12 +117,15 @@ class Shampoo(Optimizer):
             "refresh_every": refresh_every,
             "stagger": stagger,
             "max_axis": max_axis,
+            "sums": sums,
+            "join_bias": join_bias,
         }
         checks.common(settings)
         checks.periods(settings)
         checks.at_least_one("max_axis", max_axis)
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
-        self._harness = Harness(self, model, COUNTS, heavy_ball, axes.variables(max_axis))
+        found = axes.variables(max_axis, join_bias=join_bias)
+        self._harness = Harness(self, model, COUNTS, heavy_ball, found)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -146,9 +154,12 @@ class Shampoo(Optimizer):
         The first step then leaves H_i as it is. closures: each runs the model on one batch, and
         backward. Parameters, .grad and buffers end as they were.
 
-        Raises: RuntimeError after the first step; ValueError for a parameter without a gradient.
+        Raises: RuntimeError after the first step; ValueError for a parameter without a gradient,
+        and with sums=True.
         """
         harness = self._harness
+        if harness.setting("sums"):
+            raise ValueError("sums=True starts from zero: leave warm_up out, or take averages")
         with torch.no_grad():
             axes.warm(harness, axes.warm_gradients(harness, closures, decay=True))
             with harness.exact():

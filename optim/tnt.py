@@ -256,5 +256,6 @@ class TNT(Optimizer):
                 solver = CovarianceInverse(damping)
                 for i, name in axes.names(stack, "H").items():
                     shifts = damping * share(stack, i)
-                    jobs.append(Job(stack, name, f"inverse_{i + 1}", solver, shifts))
+                    result = f"inverse_{i + 1}"
+                    jobs.append(Job(stack, name, result, solver, shifts, setting=damping))
         self._harness.refresh(jobs, all_until=self._harness.setting("refresh_every"))

@@ -75,7 +75,7 @@ def mlp(count=10, m=8):
 
 
 def cnn(count=10, m=8, kernel=2, padding_mode="circular"):
-    """Stride and padding; groups and dilation; no bias and padding="same"; Linear; 3 classes.
+    """Stride, with a row left over; groups and dilation; no bias and padding="same"; Linear.
 
     With zeros as padding take an odd kernel: PyTorch warns of the copy that an even one needs.
     """
@@ -92,7 +92,7 @@ def cnn(count=10, m=8, kernel=2, padding_mode="circular"):
         )
     )
     classes = torch.randint(3, (count, m), generator=torch.Generator().manual_seed(5))
-    batches = list(zip(normal(count, m, 2, 5, 5), classes, strict=True))
+    batches = list(zip(normal(count, m, 2, 6, 6), classes, strict=True))
     return Case(model, batches, categorical_loss, "categorical")
 
 

@@ -25,11 +25,26 @@ def kronecker_factors(a, g):
 
 
 class KFAC(Oracle):
-    """G ⊗ A (section 4); pi balances the damping of the two factors by their mean traces."""
+    """G ⊗ A (section 4); pi balances the damping of the two factors by their mean traces.
 
-    def __init__(self, model, loss, *, pi=False, **settings):
+    growing_decay: the k-th average decays by min(1 - 1/k, decay).
+    """
+
+    def __init__(self, model, loss, *, pi=False, growing_decay=False, **settings):
         super().__init__(model, loss, **settings)
-        self.pi = pi
+        self.pi, self.growing_decay, self.averaged = pi, growing_decay, 0
+
+    def warm_up(self, batches, score=None):
+        super().warm_up(batches, score)
+        self.averaged = len(batches)
+
+    def average(self, new):
+        self.averaged += 1
+        last = self.decay
+        if self.growing_decay:
+            self.decay = min(1 - 1 / self.averaged, last)
+        super().average(new)
+        self.decay = last
 
     def statistics(self, seen, score):
         return {key: kronecker_factors(a, g) for key, (a, g, _) in seen.rows(score).items()}
@@ -47,7 +62,15 @@ class KFAC(Oracle):
 
 
 class EKFAC(Oracle):
-    """(U_G ⊗ U_A) diag(S) (U_G ⊗ U_A)ᵀ (section 5): A, G; basis where due; S; all from zero."""
+    """(U_G ⊗ U_A) diag(S) (U_G ⊗ U_A)ᵀ (section 5): A, G; basis where due; S; all from zero.
+
+    scalings "gradient": of the mean gradient of m examples, squared, times m, by the data's labels.
+    """
+
+    def __init__(self, model, loss, *, scalings="examples", scalings_decay=None, **settings):
+        super().__init__(model, loss, **settings)
+        self.from_mean = scalings == "gradient"
+        self.S_decay = scalings_decay or (0.75 if self.from_mean else self.decay)
 
     def statistics(self, seen, score):
         return {key: kronecker_factors(a, g) for key, (a, g, _) in seen.rows(score).items()}
@@ -58,7 +81,10 @@ class EKFAC(Oracle):
         if self.due():
             for own in self.state.values():
                 self.new_basis(own)
+        rows = seen.rows() if self.from_mean and rows else rows
+        usual, self.decay = self.decay, self.S_decay
         self.average({key: self.scalings(key, a, g) for key, (a, g, _) in rows.items()})
+        self.decay = usual
         for key, own in self.state.items():
             self.inverses[key] = self.dense_inverse(own)
 
@@ -74,6 +100,8 @@ class EKFAC(Oracle):
         """E_n[(U_Gᵀ V_n U_A)²]."""
         U_A, U_G = self.state[key]["U_A"], self.state[key]["U_G"]
         V = example_gradients(a, g)
+        if self.from_mean:
+            return {"S": len(V) * (U_G.mT @ (sum(V) / len(V)) @ U_A).square()}
         return {"S": sum((U_G.mT @ V_n @ U_A).square() for V_n in V) / len(V)}
 
     def from_eigenvalues(self, own, values):
@@ -139,10 +167,11 @@ class MBF(Oracle):
         estimator="minibatch",
         fc_group="output",
         fc_share=True,
+        conv_share="none",
         **settings,
     ):
         super().__init__(model, loss, **settings)
-        self.layers = BASE["layers_of"](self.model)
+        self.layers, self.conv_share = BASE["layers_of"](self.model), conv_share
         self.estimator, self.fc_group, self.fc_share = estimator, fc_group, fc_share
         self.cuts = {}
         for key, M in self.M.items():
@@ -159,8 +188,24 @@ class MBF(Oracle):
                 blocks.append(sum(torch.outer(v[cut], v[cut]) for v in V) / len(V))
             if self.fc_share and isinstance(self.layers[key[0]], torch.nn.Linear):
                 blocks = [sum(blocks) / len(blocks)] * len(blocks)
+            if isinstance(self.layers[key[0]], torch.nn.Conv2d):
+                blocks = self.shared(self.layers[key[0]], blocks)
             new[key] = dict(enumerate(blocks))
         return new
+
+    def shared(self, layer, blocks):
+        """Kernels' blocks replaced by the mean of those they share with; biases' by themselves."""
+        row = layer.in_channels // layer.groups + (layer.bias is not None)
+        biased = layer.bias is not None
+
+        def kind(i):
+            if biased and i % row == row - 1:
+                return "bias", i
+            return {"none": i, "output": i % row, "all": 0}[self.conv_share]
+
+        kinds = [kind(i) for i in range(len(blocks))]
+        own = {k: [b for b, other in zip(blocks, kinds, strict=True) if other == k] for k in kinds}
+        return [sum(own[k]) / len(own[k]) for k in kinds]
 
     def scattered(self, key, blocks):
         """The mini-blocks at their places in [d, d]."""

@@ -5,6 +5,7 @@ test_bfgs.py; TKFAC, EKFAC, MBF, Shampoo, TNT, Eva and the exact Fisher in their
 initial loss of the MNIST autoencoder in tests/studies.
 """
 
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -154,22 +155,62 @@ def loss_of(model, x):
     return F.binary_cross_entropy_with_logits(model(x), x, reduction="sum") / len(x)
 
 
+EPOCHS = (0, 1, 2, 5, 10, 20)
+TOY = {  # as the specification of the methods gives them, for data that are not ours
+    "sgd": (44.44, 44.42, 44.38, 44.30, 41.39, 37.18),
+    "kfac, lr 1, damping 3": (44.44, 44.32, 42.66, 35.52, 27.57, 23.94),
+    "kfac, lr 0.3, damping 0.3": (44.44, 43.98, 41.21, 30.39, 25.61, 23.86),
+    "kbfgs, lr 0.3, damping 0.3": (44.44, 44.23, 41.33, 34.50, 27.60, 24.04),
+    "kbfgs, lr 0.3, damping 0.1": (44.44, 42.20, 40.23, 29.10, 25.62, 23.91),
+}
+MAKE = {
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.003, momentum=0.9),  # 0.03 averaged
+    "kfac, lr 1, damping 3": lambda m: KFAC(m, lr=1.0, damping=3.0),
+    "kfac, lr 0.3, damping 0.3": lambda m: KFAC(m, lr=0.3, damping=0.3),
+    "kbfgs, lr 0.3, damping 0.3": lambda m: KBFGS(m, lr=0.3, damping=0.3),
+    "kbfgs, lr 0.3, damping 0.1": lambda m: KBFGS(m, lr=0.3, damping=0.1),
+}
+
+
+@cache
+def trained(row):
+    return train(MAKE[row])
+
+
 @pytest.mark.slow
-def test_toy_autoencoder():
-    """Indicative only: the published example's own data are not known, so orders are compared."""
-    sgd, _ = train(
-        lambda m: torch.optim.SGD(m.parameters(), lr=0.003, momentum=0.9)
-    )  # 0.03 averaged
-    kfac, _ = train(lambda m: KFAC(m, lr=0.3, damping=0.3))
-    kbfgs, opt = train(lambda m: KBFGS(m, lr=0.3, damping=0.3))
-    assert sgd[0] == pytest.approx(64 * 0.6931, rel=0.02)  # untrained logits are near 0
-    for losses in (kfac, kbfgs):
-        assert losses[-1] < losses[1] < losses[0]
-        assert losses[-1] < sgd[-1]
-        assert losses[5] < sgd[10]  # half the epochs and better
+@pytest.mark.parametrize("row", sorted(TOY))
+def test_toy_autoencoder(row):
+    """Indicative: other soft targets from eight hidden numbers, so losses agree to a tenth."""
+    losses, _ = trained(row)
+    assert losses[0] == pytest.approx(64 * 0.6931, rel=0.002)  # untrained logits are near 0
+    assert [losses[k] for k in EPOCHS] == pytest.approx(list(TOY[row]), rel=0.13)
+    if row != "sgd":
+        assert losses[5] < trained("sgd")[0][10]  # half the epochs and better
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damping", [0.3, 0.1])
+def test_toy_updates_of_kbfgs(damping):
+    _, opt = trained(f"kbfgs, lr 0.3, damping {damping}")
     counts = sum(state["counts"] for state in opt.state.values() if "counts" in state)
-    accepted = dict(zip(opt._harness.counts, counts.tolist(), strict=True))
-    # 400 steps of 6 layers: no pair is ever refused, as in the published example
-    assert accepted["H_g accepted"] == accepted["H_a accepted"] == 2400
-    assert accepted["H_g skipped"] == accepted["H_a skipped"] == accepted["not finite"] == 0
-    assert accepted["second damping fired"] > accepted["Powell fired"] > 0
+    found = dict(zip(opt._harness.counts, counts.tolist(), strict=True))
+    # 400 steps of 6 layers: no pair is ever refused, as in the specification's example
+    assert found["H_g accepted"] == found["H_a accepted"] == 2400
+    assert found["H_g skipped"] == found["H_a skipped"] == found["not finite"] == 0
+    if damping == 0.3:  # which gives 495 and 1,839
+        assert found["Powell fired"] == pytest.approx(495, rel=0.15)
+        assert found["second damping fired"] == pytest.approx(1839, rel=0.15)
+
+
+@pytest.mark.slow
+def test_h_a_follows_the_inverse_that_it_stands_for():
+    """‖H_a (A + λ_A I) - I‖ / √d: 0.03 of the first layer to 0.29 of the last, as specified."""
+    errors = []
+    for state in trained("kbfgs, lr 0.3, damping 0.3")[1].state.values():
+        if "H_a" in state:
+            eye = torch.eye(len(state["A"]))
+            off = state["H_a"] @ (state["A"] + 0.3**0.5 * eye) - eye
+            errors.append((off.norm() / len(eye) ** 0.5).item())
+    assert errors[0] == pytest.approx(0.03, abs=0.015)
+    assert errors[-1] == pytest.approx(0.29, abs=0.05)
+    assert max(errors) == errors[-1]

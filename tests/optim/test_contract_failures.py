@@ -229,3 +229,83 @@ def test_float64_solves_what_float32_cannot(late, monkeypatch):
     own = opt.state[model.weight]["A_inv"].double()
     # condition 7e10 times float64's rounding
     torch.testing.assert_close(own, exact, rtol=1e-4, atol=1.0)
+
+
+HEAVY = [k for k in sorted(MAKE) if RECIPES[k].method in ("MBF", "Shampoo", "TNT", "Eva")]
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_a_heavy_ball_that_overflows_begins_anew(kind):
+    """Gradients of which each is finite, but not their sum."""
+    case = CASES["mlp"]()
+    opt = make_for(kind, case)
+    train_on(opt, case, case.batches[:2])
+    largest = torch.finfo(torch.float64).max / 1.5
+    for state in opt.state.values():
+        state["momentum"].view(-1)[0] = largest
+    before = [p.detach().clone() for p in case.model.parameters()]
+
+    def closure():
+        loss = closure_of(opt, case.model, case.batches[2], case.loss)()
+        for p in case.model.parameters():
+            p.grad.view(-1)[0] = largest
+        return loss
+
+    with opt.frozen():
+        opt.step(closure)
+    assert finite(opt)
+    for p, old in zip(case.model.parameters(), before, strict=True):
+        assert torch.equal(p, old)
+    losses = train_on(opt, case, case.batches[3:6])
+    assert torch.isfinite(torch.tensor(losses)).all()
+    assert not any(torch.equal(p, q) for p, q in zip(case.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", sorted(MAKE))
+def test_a_plain_parameter_whose_momentum_overflows(kind):
+    if kind in SHARED["OF_PARAMETERS"]:
+        pytest.skip("every parameter has a block")
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    x = torch.rand(6, 3)
+    opt = MAKE[kind](model)
+
+    def closure():
+        opt.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(model(x), x, reduction="sum") / 6
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    norm, before = model[1].weight, model[1].weight.detach().clone()
+    opt.state[norm]["momentum"].fill_(torch.finfo(torch.float64).max)
+    for group in opt.param_groups:
+        group["momentum"] = 1.5  # no momentum that is allowed overflows by itself
+
+    with opt.frozen():
+        opt.step(closure)
+    assert torch.equal(norm, before)
+    assert torch.isfinite(opt.state[norm]["momentum"]).all()
+    assert "not finite 1" in opt.summary()
+
+
+@pytest.mark.parametrize("kind", refreshing.args[1])
+def test_early_steps_solve_only_what_has_changed(kind, monkeypatch):
+    case = CASES["mlp"]()
+    opt = make_for(kind, case, update_every=3, refresh_every=100)
+    solved, original = [], refresh.Refresher.solve
+
+    def spy(self, jobs):
+        jobs = list(jobs)
+        solved.append(len(jobs))
+        original(self, jobs)
+
+    monkeypatch.setattr(refresh.Refresher, "solve", spy)
+    train_on(opt, case, case.batches[:6])
+    early = RECIPES[kind].method not in ("MBF", "Shampoo", "ExactFisher")  # these wait a period
+    assert [n > 0 for n in solved] == [True, False, False, early, False, False]
+    train_on(opt, case, case.batches[6:7])
+    for group in opt.param_groups:
+        group["damping"] *= 2
+    train_on(opt, case, case.batches[7:8])
+    # EKFAC adds the damping in the step itself
+    assert (solved[7] > 0) == (early and RECIPES[kind].method != "EKFAC")

@@ -137,8 +137,9 @@ def test_low_precision_model_keeps_float32_factors(kind):
     opt.load_state_dict(checkpoint)
     for state, other in zip(opt.state.values(), checkpoint["state"].values(), strict=True):
         for key, value in state.items():
-            counter = key in ("counts", "nonfinite") or key.endswith("failures")
-            assert value.dtype == (torch.int64 if counter else torch.float32), key
+            counter = key in ("counts", "nonfinite", "restarts") or key.endswith("failures")
+            usual = torch.bool if key == "broken" else torch.float32
+            assert value.dtype == (torch.int64 if counter else usual), key
             assert torch.equal(value, other[key])
     train(opt, model, data[2:])
     assert model[0].weight.dtype == torch.bfloat16

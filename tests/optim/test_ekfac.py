@@ -48,6 +48,7 @@ def one_step(opt, case, batch):
         {"damping": 0.3},
         {"damping": 2.0, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
         {"damping": 0.5, "weight_decay": 0.02, "decoupled": True, "decay": 0.5, "refresh_every": 2},
+        {"damping": 0.5, "scalings": "gradient", "weight_decay": 0.02, "refresh_every": 3},
     ],
 )
 @either_label

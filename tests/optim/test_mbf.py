@@ -26,6 +26,11 @@ VARIANTS = [
     for group in ("output", "input")
     for share in (True, False)
 ]
+CONV_SHARES = [
+    {"estimator": estimator, "conv_share": share}
+    for estimator in ("minibatch", "per_example")
+    for share in ("output", "all")
+]
 SETTINGS = [
     {"damping": 0.3, "refresh_every": 2},
     {"damping": 0.1, "weight_decay": 0.5, "update_every": 2, "refresh_every": 3, "decay": 0.5},
@@ -58,7 +63,9 @@ def w_bar(layer, of=lambda p: p.detach()):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize(("variant", "hyper"), list(zip(VARIANTS, SETTINGS * 3, strict=False)))
+@pytest.mark.parametrize(
+    ("variant", "hyper"), list(zip(VARIANTS + CONV_SHARES, SETTINGS * 4, strict=True))
+)
 def test_follows_the_oracle(name, variant, hyper):
     case = CASES[name]()
     oracle = ORACLE(copy.deepcopy(case.model), case.loss, lr=0.02, **variant, **hyper)

@@ -67,6 +67,7 @@ def dense(P):
         {"damping": 0.3},
         {"damping": 2.0, "pi": True, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
         {"damping": 0.5, "weight_decay": 0.02, "decoupled": True, "decay": 0.5},
+        {"damping": 0.3, "growing_decay": True, "decay": 0.8, "refresh_every": 2},
     ],
 )
 @pytest.mark.parametrize("empirical", [False, True])
