@@ -72,9 +72,12 @@ class KBFGS(Oracle):
     rests_when_warm = True
     curvature = None
 
-    def __init__(self, model, loss, *, history=None, damping_split="equal", **settings):
+    def __init__(
+        self, model, loss, *, history=None, damping_split="equal", pair_decay=None, **settings
+    ):
         super().__init__(model, loss, **settings)
         self.history, self.damping_split = history, damping_split
+        self.pair_decay = self.decay if pair_decay is None else pair_decay
 
     def convolution(self, key):
         return isinstance(self.model.get_submodule(key[0]), nn.Conv2d)
@@ -117,7 +120,7 @@ class KBFGS(Oracle):
         lambda_a, mu_2 = self.dampings(key, a.shape[1])
         for name, after, before in (("s", z_new, z), ("y", g_new, g)):
             change = mean_over_positions(after) - mean_over_positions(before)
-            own[name] = self.decay * own[name] + (1 - self.decay) * change
+            own[name] = self.pair_decay * own[name] + (1 - self.pair_decay) * change
         self.update_h_g(key, own, mu_2, mean_over_positions(g))
         self.update_h_a(key, own, a, lambda_a)
 

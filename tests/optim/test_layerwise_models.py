@@ -81,7 +81,7 @@ def test_a_grad_scaler_is_refused():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = [p.detach().clone() for p in case.model.parameters()]
     scaler.scale(case.loss(case.model, case.batches[0])).backward()
-    with pytest.raises(ValueError, match="LayerwiseStep.*GradScaler"):
+    with pytest.raises(ValueError, match=r"LayerwiseStep.*GradScaler"):
         scaler.step(opt)
     for p, old in zip(case.model.parameters(), before, strict=True):
         assert torch.equal(p, old)

@@ -16,13 +16,19 @@ CASES = runpy.run_path(str(HERE / "models.py"))["CASES"]
 STEPS = 7
 
 
-def run(opt, case, oracle, closure_only):
-    """Train both, comparing weights and preconditioners after every step."""
+def run(opt, case, oracle, closure_only, factor=1.0):
+    """Train both, comparing weights and preconditioners after every step.
+
+    factor: by which the damping changes before every step.
+    """
     labels = None
     if opt._harness.labels is not None:
         labels = torch.Generator()
         labels.set_state(opt._harness.labels.get_state())
     for batch in case.batches[:STEPS]:
+        oracle.damping *= factor
+        for group in opt.param_groups:
+            group["damping"] *= factor
 
         def closure(batch=batch):
             opt.zero_grad()
@@ -87,6 +93,8 @@ def test_kfac(name, hyper, empirical):
         {"damping": 0.9, "history": 3, "weight_decay": 0.01},
         {"damping": 0.5, "damping_split": "sqrtT", "decoupled": True, "weight_decay": 0.05},
         {"damping": 0.3, "update_every": 3, "decay": 0.5, "weight_decay": 0.02},
+        {"damping": 0.5, "pair_decay": 0.0},
+        {"damping": 0.5, "pair_decay": 0.6, "decay": 0.8, "history": 4},
     ],
 )
 def test_kbfgs(name, hyper):
@@ -94,3 +102,46 @@ def test_kbfgs(name, hyper):
     twin = copy.deepcopy(case.model)
     opt = KBFGS(case.model, lr=0.2, **ours(hyper))
     run(opt, case, ORACLES["KBFGS"](twin, case.loss, lr=0.2, **hyper), closure_only=True)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("hyper", [{}, {"history": 3}, {"damping_split": "sqrtT"}])
+def test_kbfgs_after_a_first_pass(name, hyper):
+    """A starts from the mean over batches, rests at step 0, and gives the first H_a."""
+    case = CASES[name]()
+    oracle = ORACLES["KBFGS"](copy.deepcopy(case.model), case.loss, lr=0.2, damping=0.5, **hyper)
+    opt = KBFGS(case.model, lr=0.2, damping=0.5, **hyper)
+    first = case.batches[:3]
+    opt.warm_up([lambda batch=batch: case.model(batch[0]) for batch in first])
+    oracle.warm_up(first)
+    run(opt, case, oracle, closure_only=True)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("factor", [0.7, 1.08])  # the oracle knows no damping >= 1
+@pytest.mark.parametrize("method", [KBFGS, KFAC])
+def test_a_damping_that_changes_every_step(name, factor, method):
+    """K-BFGS's λ_A and mu_2 are of the step, H_a itself follows by its updates alone."""
+    case, closure_only = CASES[name](), method is KBFGS
+    oracle = ORACLES[method.__name__](copy.deepcopy(case.model), case.loss, lr=0.2, damping=0.5)
+    own = {} if closure_only else {"likelihood": case.likelihood}
+    opt = method(case.model, lr=0.2, damping=0.5, **own)
+    run(opt, case, oracle, closure_only=closure_only, factor=factor)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_kfac_with_growing_decay_after_a_first_pass(name):
+    """The pass's batches count: number 4 weighs a quarter."""
+    case = CASES[name]()
+    hyper = {"lr": 0.3, "damping": 0.3, "growing_decay": True}
+    oracle = ORACLES["KFAC"](copy.deepcopy(case.model), case.loss, **hyper)
+    opt = KFAC(case.model, likelihood="empirical", **hyper)
+    first = case.batches[:3]
+
+    def closure(batch):
+        case.model.zero_grad()
+        case.loss(case.model, batch).backward()
+
+    opt.warm_up([lambda batch=batch: closure(batch) for batch in first])
+    oracle.warm_up(first)
+    run(opt, case, oracle, closure_only=False)
