@@ -221,9 +221,12 @@ class Harness:
                         "that updates (step number divisible by update_every, not frozen)"
                     )
 
-    def absorb(self, stack: Stack, live: list[Block]) -> Tensor:
-        """Momentum of the stack; whose gradient was finite, [size] bool."""
-        ok = momentum.absorb_(stack, live, self.groups, self.form)
+    def absorb(self, stack: Stack, live: list[Block], ok: Tensor | None = None) -> Tensor:
+        """Momentum of the stack; whose gradient was finite, [size] bool.
+
+        ok: the answer, if somebody has looked; where it says no for one, all are looked at again.
+        """
+        ok = momentum.absorb_(stack, live, self.groups, self.form, ok)
         if not (free_to_read(ok) and bool(ok.all())):
             self.count(stack, {"not finite": ~ok & stack.mask(live)})
         return ok

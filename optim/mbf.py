@@ -160,7 +160,8 @@ class MBF(Optimizer):
             live = harness.live()
             learned = self._learn(live)
             for stack, blocks in live.items():
-                ok = harness.absorb(stack, blocks)
+                # mini-blocks of the gradient itself were finite: so is the gradient
+                ok = harness.absorb(stack, blocks, None if harness.delivers else learned.get(stack))
                 if stack in learned and not known_true(learned[stack]):
                     # what absorb counted is not counted again
                     harness.count(stack, {"not finite": ~learned[stack] & ok})

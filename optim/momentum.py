@@ -60,15 +60,21 @@ def gradient(stack: Stack, live: Iterable[Block], groups: Groups, *, decay: bool
     return out
 
 
-def absorb_(stack: Stack, live: list[Block], groups: Groups, form: Form) -> Tensor:
+def absorb_(
+    stack: Stack, live: list[Block], groups: Groups, form: Form, ok: Tensor | None = None
+) -> Tensor:
     """stack["momentum"] <- keep M + new (∇ + τ W_bar), coupled weight decay only.
+
+    ok: whose gradient is finite, [size] bool, if somebody has looked.
 
     Returns: whose gradient was finite, [size] bool; the others' momentum is as it was.
     """
     if "momentum" not in stack:
         stack.hold(momentum=stack.zeros(*stack.shape))
     keep, new = form(stack.group["momentum"])
-    M, ok = stack["momentum"], gradients_finite(stack, live)
+    M = stack["momentum"]
+    if ok is None or not known_true(ok):
+        ok = gradients_finite(stack, live)
     if len(live) == len(stack.blocks) and known_true(ok):
         for block in live:
             for p, part in block.parts(M[stack.places[block]]):

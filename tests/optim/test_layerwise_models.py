@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, hessian
 
 from optim import KFAC
@@ -85,3 +86,25 @@ def test_a_grad_scaler_is_refused():
         scaler.step(opt)
     for p, old in zip(case.model.parameters(), before, strict=True):
         assert torch.equal(p, old)
+
+
+def hollow_out(model):
+    """Parameters without values in place of those of a model."""
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                module._parameters[key] = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype))
+
+
+@pytest.mark.parametrize("name", ["cnn", "shared"])
+def test_no_step_needs_a_value_in_python(name):
+    """With tensors that have no values, to look at one raises: on a GPU Python would wait."""
+    case = CASES[name]()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hollow_out(case.model)
+        sgd = torch.optim.SGD(case.model.parameters(), 0.1, momentum=0.9)
+        opt = LayerwiseStep(sgd, case.model)
+        for x, t in case.batches[:4]:
+            values = torch.empty(x.shape, dtype=x.dtype), torch.empty(t.shape, dtype=t.dtype)
+            opt.step(closure_of(opt, case.model, values, case.loss))
+    assert len(opt.step_sizes()) == 4  # layers
