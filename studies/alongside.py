@@ -57,13 +57,14 @@ class Alongside:
     ) -> list[dict[str, Any]]:
         """Rows without run and study, the losses among them; [] where it has to be left out.
 
-        Measured in another process with one thread, on a copy: the run is not disturbed.
+        Measured in another process with one thread, on a copy: the run is not disturbed. To make
+        the copy counts as measuring.
         """
         if not self.allows(state.seconds):
             self.left_out += 1
             return []
-        snapshot = snapshots.take(settings, state, self.plan, losses, keep_matrices=False)
         begun = time.perf_counter()
+        snapshot = snapshots.take(settings, state, self.plan, losses, keep_matrices=False)
         (found,) = snapshots.measure_all([snapshot], workers=1)
         self.last = time.perf_counter() - begun
         self.seconds += self.last

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from diag import Problem, dense
 from diag import exact as truths
 from studies.bench_hessian_free import hessian_free
+from studies.bench_loading import loading
 from studies.bench_scale import scale
 from studies.bench_step import step
 
@@ -105,4 +106,5 @@ BENCHES: dict[str, Callable[[], RenderableType]] = {
     "scale": scale,
     "step": step,
     "hf": hessian_free,
+    "loading": loading,
 }

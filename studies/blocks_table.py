@@ -7,7 +7,7 @@ import torch
 from rich.table import Table
 
 from diag import Problem
-from studies import checkpoints, measuring, problems
+from studies import checkpoints, checks, measuring, problems
 
 
 def blocks_table(
@@ -15,14 +15,15 @@ def blocks_table(
 ) -> Table:
     """Measure a problem's blocks at its initial or checkpointed parameters.
 
-    Raises: ValueError for an unknown problem, block, truth or checkpoint.
+    Raises: ValueError for an unknown problem, block, truth or checkpoint, and as `checks.options`.
     """
+    checks.options({"examples": examples, "seed": seed})
     setting = problems.get(problem)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = setting.model()
     if checkpoint is not None:
-        model.load_state_dict(checkpoints.read(checkpoint)["model"])
+        checkpoints.load_model(model, problem, checkpoint)
     data = setting.data()
     inputs, targets = data.train_inputs[:examples], data.train_targets[:examples]
     found = Problem(model, setting.loss, inputs, targets, dtype=torch.float64)

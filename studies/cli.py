@@ -287,7 +287,8 @@ def bench(
         str,
         typer.Argument(
             help="exact: the dense block against peers; scale: networks of the papers' size; "
-            "step: every optimizer's step against SGD-momentum's; hf: a CG iteration likewise."
+            "step: every optimizer's step against SGD-momentum's; hf: a CG iteration likewise; "
+            "loading: a batch's against a step's."
         ),
     ],
 ) -> None:

@@ -1,4 +1,4 @@
-"""The commands `kronscope tune grid` and `kronscope tune halving`."""
+"""The commands `kronscope tune grid`, `kronscope tune searched` and `kronscope tune halving`."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from studies.searches import Search
 
 app = typer.Typer(
-    help="Search for the lr and damping with the least training loss, around the recommended.",
+    help="Search for the lr and damping, or what the papers tuned, with the least training loss.",
     no_args_is_help=True,
 )
 
@@ -44,17 +44,31 @@ def grid(
     resume: GoOn = None,
     results: Results = Path("results"),
 ) -> None:
-    """Train every combination of an lr and a damping to the end."""
+    """Train every combination of an lr and a damping, around the recommended, to the end."""
     from studies.searches import Grid
 
-    given = {
-        "optimizer": optimizer,
-        "epochs": epochs,
-        "seed": seed,
-        "workers": workers,
-        "device": device,
-    }
-    _search(Grid, problem, given, (lr_factors, damping_factors), resume, results)
+    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
+    given |= {"workers": workers, "device": device, **_factors(lr_factors, damping_factors)}
+    _search(Grid, problem, given, resume, results)
+
+
+@app.command("searched")
+def searched(
+    problem: Tuned,
+    optimizer: Optimizer = None,
+    epochs: Epochs = None,
+    seed: SameSeed = None,
+    workers: Workers = None,
+    device: Where = None,
+    resume: GoOn = None,
+    results: Results = Path("results"),
+) -> None:
+    """Train every combination that the problem lists: what the papers tuned, as far as known."""
+    from studies.searches import Listed
+
+    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
+    given |= {"workers": workers, "device": device}
+    _search(Listed, problem, given, resume, results)
 
 
 @app.command("halving")
@@ -78,22 +92,23 @@ def halving(
     """Draw lr and damping at random and stop the worse trainings early."""
     from studies.searches import Halving
 
-    given = {
-        "optimizer": optimizer,
-        "epochs": epochs,
-        "seed": seed,
-        "workers": workers,
-        "device": device,
+    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
+    given |= {"workers": workers, "device": device, "trials": trials}
+    given |= _factors(lr_factors, damping_factors)
+    _search(Halving, problem, given, resume, results)
+
+
+def _factors(lr: str | None, damping: str | None) -> dict[str, Any]:
+    return {
+        "lr_factors": numbers("lr-factors", lr),
+        "damping_factors": numbers("damping-factors", damping),
     }
-    given["trials"] = trials
-    _search(Halving, problem, given, (lr_factors, damping_factors), resume, results)
 
 
 def _search(
     search: "type[Search]",
     problem: str,
     given: dict[str, Any],
-    factors: tuple[str | None, str | None],
     resume: Path | None,
     results: Path,
 ) -> None:
@@ -101,8 +116,6 @@ def _search(
     from studies import records, tuning
     from studies.progress import bars
 
-    given["lr_factors"] = numbers("lr-factors", factors[0])
-    given["damping_factors"] = numbers("damping-factors", factors[1])
     chosen = {name: value for name, value in given.items() if value is not None}
     known = {field.name for field in dataclasses.fields(search)}
     earlier = records.read_header(resume).get("config", {}) if resume else {}

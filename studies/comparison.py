@@ -3,7 +3,7 @@
 A run here is the frame that `studies.trials.read` returns: a row per epoch and metric.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ COLUMNS = (
     "steps ×",
     "time ×",
 )
+SHORT = {"lr": "lr", "kl_clip": "clip", "damping": "λ", "eps": "ε", "weight_decay": "decay"}
+ALWAYS = ("lr", "kl_clip", "damping")
 METRICS = ("train_loss", "test_loss", "test_accuracy")
 
 
@@ -112,8 +114,9 @@ def in_print(ratio: float, hit: bool) -> str:
 
 
 def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
-    """Learning rate, clip and damping in print; * marks values at the edge of the grid.
+    """What was tuned in print; * marks values at the edge of the grid.
 
+    Learning rate, clip and damping in any case, ε and weight decay where candidates differ in it.
     "defaults" where there are none: the optimizer's own.
 
     >>> grid = [[("lr", 0.1)], [("lr", 0.3)], [("lr", 1.0)]]
@@ -121,12 +124,21 @@ def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
     ('lr 0.1*', 'lr 0.3')
     """
     parts, values = [], dict(chosen)
-    for name, short in (("lr", "lr"), ("kl_clip", "clip"), ("damping", "λ")):
-        if name in values:
-            tried = sorted({dict(other)[name] for other in candidates})
-            edge = len(tried) > 1 and values[name] in (tried[0], tried[-1])
-            parts.append(f"{short} {values[name]:g}{'*' if edge else ''}")
+    for name in (name for name in SHORT if name in values):
+        tried = sorted({dict(other)[name] for other in candidates})
+        edge = len(tried) > 1 and values[name] in (tried[0], tried[-1])
+        if name in ALWAYS or len(tried) > 1:
+            parts.append(f"{point({name: values[name]})}{'*' if edge else ''}")
     return ", ".join(parts) or "defaults"
+
+
+def point(values: Mapping[str, float]) -> str:
+    """Settings in print.
+
+    >>> point({"lr": 0.001, "eps": 1e-08})
+    'lr 0.001, ε 1e-08'
+    """
+    return ", ".join(f"{SHORT.get(name, name)} {value:g}" for name, value in values.items())
 
 
 def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> dict[str, Any]:

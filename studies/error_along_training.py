@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from studies import checkpoints, problems, provenance, records, training
+from studies import checkpoints, checks, problems, provenance, records, training
 from studies.measuring import Plan, definitions
 from studies.snapshots import Measured, Snapshot, measure_all, take
 
@@ -47,7 +47,10 @@ def run(grid: Grid, results: Path, progress: Progress) -> Path:
 
     A run that diverges keeps its rows; its last finite parameters are saved beside them and the
     header's status says so.
+
+    Raises: ValueError as `checks.options`.
     """
+    checks.options(dataclasses.asdict(grid))
     begun = time.perf_counter()
     folder = records.new_run(results, NAME)
     setting = problems.get(grid.problem)

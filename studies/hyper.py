@@ -1,12 +1,13 @@
-"""Hyper-parameters as data: schedules, what was searched, and where either comes from.
+"""Hyper-parameters as data: schedules, initial values, what is searched, and where it comes from.
 
 A source begins with "published" (read in code or notebooks of authors), "recalled" (from memory of
 a paper: a default to be tested, never to be cited) or "ours".
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +19,20 @@ TNT_DEMO = "published: demo of arXiv:2106.02925"
 TNT_CODE = "published: code of arXiv:2106.02925"
 EVA_CODE = "published: code of arXiv:2308.02123, for convolutional networks, batch 128"
 TENGRAD_CODE = "published: benchmark of TENGraD's authors"
+OPEN = "ours: around what is recommended, as `kronscope tune grid`; no paper's values are known"
+
+# how networks begin
+PYTORCH = "PyTorch's: weights and biases uniform in ±1/√inputs"
+KAIMING = "weights normal of variance 2 / inputs (Kaiming), biases PyTorch's"
+VGG = "convolutions normal of variance 2 / (9 channels out), biases zero; Linear layers PyTorch's"
+NORM_FREE = (
+    "convolutions normal of variance 2 / inputs, 1 / (inputs · blocks) for the second of a block, "
+    "biases zero; Linear layers PyTorch's"
+)
+LSTM = "uniform in ±1/√units, peepholes zero; Linear layers PyTorch's"
+
+LR_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+DAMPING_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Searched:
-    """The values that each hyper-parameter was tried at, all combinations of them."""
+    """The values that each hyper-parameter is tried at, all combinations of them, and whose."""
 
     grid: Mapping[str, tuple[float, ...]]
     source: str
@@ -64,6 +79,34 @@ def half_decades(low: float, high: float) -> tuple[float, ...]:
     """
     values = [float(f"{digit}e{power}") for power in range(-8, 3) for digit in (1, 3)]
     return tuple(value for value in values if low <= value <= high)
+
+
+def around(
+    recommended: Mapping[str, Any],
+    lr_factors: Sequence[float] = LR_FACTORS,
+    damping_factors: Sequence[float] = DAMPING_FACTORS,
+) -> dict[str, tuple[float, ...]]:
+    """The recommended lr and damping times the factors, in two digits, where there is one.
+
+    A kl_clip takes the squares of the lr's factors, and the lr then stays: clipped steps have a
+    length of its root, whatever the lr.
+
+    >>> around({"lr": 0.3, "momentum": 0.9}, lr_factors=(0.1, 1.0, 10.0))
+    {'lr': (0.03, 0.3, 3.0)}
+    """
+    factors = {"lr": lr_factors, "damping": damping_factors}
+    if "kl_clip" in recommended:
+        factors = {"kl_clip": [f**2 for f in lr_factors], "damping": damping_factors}
+    return {
+        name: tuple(float(f"{recommended[name] * factor:.2g}") for factor in factors[name])
+        for name in factors
+        if name in recommended
+    }
+
+
+def ours(recommended: Mapping[str, Any]) -> Searched:
+    """What is searched where nothing is known of a paper's search."""
+    return Searched(around(recommended), OPEN)
 
 
 # what was tuned is published: learning rate and damping, and ε of Adam; by training loss

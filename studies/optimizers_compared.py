@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from studies import comparison, problems, published, records, trials
+from studies import comparison, hyper, problems, published, records, trials
 from studies.optimizers import ONE_SOLVE_A_STEP, OPTIMIZERS
 from studies.running import running
 from studies.trials import Trial
@@ -47,8 +47,8 @@ class Grid:
     epochs: int = 0
     tune_epochs: int = 0
     longer: int = 6
-    lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    lr_factors: Sequence[float] = hyper.LR_FACTORS
+    damping_factors: Sequence[float] = hyper.DAMPING_FACTORS
     workers: int = 2
     device: str = "cpu"
 
@@ -104,22 +104,15 @@ def candidates(grid: Grid, optimizer: str) -> list[Trial]:
 
 def axes(
     problem: str, optimizer: str, lr_factors: Sequence[float], damping_factors: Sequence[float]
-) -> dict[str, list[float]]:
-    """What is tuned: {setting: the recommended value times the factors}, where there is one.
+) -> dict[str, tuple[float, ...]]:
+    """What is tuned: {setting: its values}, as `hyper.around` gives them.
 
     Raises: ValueError for an unknown problem or optimizer.
     """
     recommended = problems.get(problem).optimizers.get(optimizer, {})
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"no optimizer '{optimizer}'; known: {sorted(OPTIMIZERS)}")
-    factors = {"lr": lr_factors, "damping": damping_factors}
-    if "kl_clip" in recommended:  # clipped steps have a length of its root, whatever the lr
-        factors = {"kl_clip": [f**2 for f in lr_factors], "damping": damping_factors}
-    return {
-        name: [float(f"{recommended[name] * factor:.2g}") for factor in factors[name]]
-        for name in factors
-        if name in recommended
-    }
+    return hyper.around(recommended, lr_factors, damping_factors)
 
 
 def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:

@@ -1,5 +1,6 @@
 """What the commands share: the console, numbers as typed, results in print."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = (0.0,)
-    if min(values) <= 0:
+    if not all(0 < value < math.inf for value in values):
         raise ValueError(f"--{option} takes positive numbers with commas between, not '{text}'")
     return values
 

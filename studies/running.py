@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from studies import provenance, records
+from studies import checks, provenance, records
 
 
 @contextmanager
@@ -24,8 +24,10 @@ def running(
     problem, whose seconds count on and whose tables stay until there are new ones.
     fixed: settings that must be as they were, for what is kept was made with them.
 
-    Raises: ValueError for a folder of another study or problem, or with other fixed settings.
+    Raises: ValueError for a folder of another study or problem, or with other fixed settings, and
+    as `checks.options`.
     """
+    checks.options(config)
     begun, problem = time.perf_counter(), str(config["problem"])
     header = provenance.header(study, problem, str(config.get("device", "cpu")), dict(config)) | {
         "question": question

@@ -15,7 +15,7 @@ from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 from rich.table import Table
 
-from studies import checkpoints, measuring, problems, provenance, records, training
+from studies import checkpoints, checks, measuring, problems, provenance, records, training
 from studies.alongside import Alongside
 from studies.snapshots import loss_row
 
@@ -60,8 +60,10 @@ def train(
     last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
     with a checkpoint of that.
 
-    Raises: ValueError for a folder without a checkpoint, or of a run with other settings.
+    Raises: ValueError for a folder without a checkpoint, or of a run with other settings, and for a
+    device that is not there.
     """
+    checks.device(settings.device)
     header = _header(settings) if resume is None else _header_again(resume, settings)
     folder = resume or records.new_run(results, NAME)
     if beside is not None:

@@ -5,18 +5,15 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from studies import optimizers_compared, problems, trials
-from studies.comparison import settings as in_print
+from studies import comparison, hyper, optimizers_compared, problems, trials
 from studies.trials import Trial
 
-if TYPE_CHECKING:
-    import optuna
-
 ETA = 3  # halving keeps a third: in theory 1/e is best (arXiv:1603.06560, section 2.6)
+RECOMMENDED = "around what is recommended"
 CUTS = 3  # so the first is after 1/27 of the epochs: few are cut down for a slow start
 
 
@@ -34,9 +31,9 @@ def load_optuna() -> Any:
 
 @dataclass(frozen=True)
 class Search(ABC):
-    """What is tuned: lr (kl_clip, where it has one) and damping around the recommended values.
+    """What is tuned, and how long.
 
-    lr_factors, damping_factors: times those, as in `optimizers_compared.Grid`.
+    epochs: 0: those of the problem's schedule for the optimizer, or the problem's.
     seed: of initialisation, batches and draws.
     """
 
@@ -45,36 +42,32 @@ class Search(ABC):
 
     problem: str
     optimizer: str = "kbfgs"
-    epochs: int = 0  # 0: those of the problem's schedule for the optimizer, or the problem's
+    epochs: int = 0
     seed: int = 0
-    lr_factors: Sequence[float] = ()
-    damping_factors: Sequence[float] = ()
     workers: int = 2
     device: str = "cpu"
+
+    @abstractmethod
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The values of each setting that is tuned. Raises: ValueError where there are none."""
 
     @abstractmethod
     def points(self) -> list[dict[str, float]]:
         """All points to train, in order, as {setting: value}."""
 
     @abstractmethod
-    def pruner(self) -> "optuna.pruners.BasePruner":
-        """What stops trainings early."""
+    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:
+        """Whether a training ends after this epoch; others: losses that others had there."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Whose values these are, in words."""
 
     @property
     def budget(self) -> int:
         """Epochs of a training that is not stopped."""
         return self.epochs or problems.get(self.problem).epochs_of(self.optimizer)
-
-    def axes(self) -> dict[str, list[float]]:
-        """The recommended values times the factors. Raises: ValueError where there are none."""
-        factors = (self.lr_factors, self.damping_factors)
-        if found := optimizers_compared.axes(self.problem, self.optimizer, *factors):
-            return found
-        known = sorted(problems.get(self.problem).optimizers)
-        raise ValueError(
-            f"{self.problem} recommends no lr or damping of {self.optimizer} to search around; it "
-            f"does so for {known}"
-        )
 
     def trial(self, point: dict[str, float]) -> Trial:
         """The training of a point."""
@@ -83,27 +76,99 @@ class Search(ABC):
 
     def label(self, point: dict[str, float]) -> str:
         """What the point is called in the records and figures."""
-        return f"{self.optimizer} {in_print(list(point.items()), [])}"
+        return f"{self.optimizer} {comparison.point(point)}"
+
+
+def around(
+    search: Search, lr_factors: Sequence[float], damping_factors: Sequence[float]
+) -> dict[str, tuple[float, ...]]:
+    """The recommended lr (kl_clip, where it has one) and damping times the factors.
+
+    Raises: ValueError where nothing is recommended; the message says of which optimizers it is.
+    """
+    factors = lr_factors, damping_factors
+    if found := optimizers_compared.axes(search.problem, search.optimizer, *factors):
+        return found
+    known = sorted(problems.get(search.problem).optimizers)
+    raise ValueError(
+        f"{search.problem} recommends no lr or damping of {search.optimizer} to search around; it "
+        f"does so for {known}"
+    )
+
+
+def product(axes: dict[str, tuple[float, ...]]) -> list[dict[str, float]]:
+    """Every combination of the values."""
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
 @dataclass(frozen=True)
 class Grid(Search):
-    """Every combination of the factors, each trained to the end."""
+    """Every combination of the factors, each trained to the end.
+
+    lr_factors, damping_factors: times the recommended values, as in `optimizers_compared.Grid`.
+    """
 
     NAME = "tune_grid"
     FIXED = ("optimizer", "epochs", "seed")
 
-    lr_factors: Sequence[float] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    damping_factors: Sequence[float] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    lr_factors: Sequence[float] = hyper.LR_FACTORS
+    damping_factors: Sequence[float] = hyper.DAMPING_FACTORS
+
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The recommended values times the factors. Raises: ValueError where there are none."""
+        return around(self, self.lr_factors, self.damping_factors)
 
     def points(self) -> list[dict[str, float]]:
         """The product of the axes."""
-        axes = self.axes()
-        return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+        return product(self.axes())
 
-    def pruner(self) -> "optuna.pruners.BasePruner":
-        """Stops none."""
-        return load_optuna().pruners.NopPruner()
+    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:  # noqa: ARG002
+        """None does."""
+        return False
+
+    @property
+    def source(self) -> str:
+        """That it lies around what is recommended."""
+        return RECOMMENDED
+
+
+@dataclass(frozen=True)
+class Listed(Search):
+    """Every combination that the problem lists as searched, each trained to the end.
+
+    What the papers tuned as far as that is known, Adam's ε and weight decays too; `source` says
+    whose the values are.
+    """
+
+    NAME = "tune_searched"
+    FIXED = Grid.FIXED
+
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The grid of the problem's `searched`. Raises: ValueError where there is none."""
+        return dict(self._searched.grid)
+
+    def points(self) -> list[dict[str, float]]:
+        """The product of the axes."""
+        return product(self.axes())
+
+    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:  # noqa: ARG002
+        """None does."""
+        return False
+
+    @property
+    def source(self) -> str:
+        """Whose values these are, as the problem says."""
+        return self._searched.source
+
+    @property
+    def _searched(self) -> hyper.Searched:
+        known = problems.get(self.problem).searched
+        if self.optimizer not in known:
+            raise ValueError(
+                f"{self.problem} lists nothing searched of '{self.optimizer}'; it does so of "
+                f"{sorted(known)}"
+            )
+        return known[self.optimizer]
 
 
 @dataclass(frozen=True)
@@ -122,6 +187,10 @@ class Halving(Search):
     damping_factors: Sequence[float] = (0.01, 10.0)
     trials: int = 24
 
+    def axes(self) -> dict[str, tuple[float, ...]]:
+        """The recommended values times the factors. Raises: ValueError where there are none."""
+        return around(self, self.lr_factors, self.damping_factors)
+
     def points(self) -> list[dict[str, float]]:
         """Different draws, with three digits. Raises: ValueError if there are not that many."""
         ends = {name: (min(values), max(values)) for name, values in self.axes().items()}
@@ -135,8 +204,19 @@ class Halving(Search):
             raise ValueError(f"cannot draw {self.trials} different points between {ends}")
         return [dict(zip(ends, point, strict=True)) for point in found]
 
-    def pruner(self) -> "optuna.pruners.BasePruner":
-        """Asynchronous successive halving; its resource is the epoch."""
-        return load_optuna().pruners.SuccessiveHalvingPruner(
-            min_resource=-(-self.budget // ETA**CUTS), reduction_factor=ETA
-        )
+    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:
+        """Whether it is time to look, and the loss is not among the best third.
+
+        While that is less than one training the best goes on. Optuna's own pruner would also count
+        what trainings had that were killed and are trained again.
+        """
+        first = -(-self.budget // ETA**CUTS)
+        if epoch not in [first * ETA**look for look in range(CUTS + 1)]:
+            return False
+        losses = sorted([*others, loss])
+        return loss > losses[max(len(losses) // ETA, 1) - 1]
+
+    @property
+    def source(self) -> str:
+        """That it lies around what is recommended."""
+        return RECOMMENDED

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from optim import NumericalError
-from studies import checkpoints, optimizers
+from studies import checkpoints, checks, optimizers
 from studies.data import Data
 from studies.problems import TrainingProblem
 
@@ -46,7 +46,10 @@ class DivergedError(NumericalError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a training run; `hyper` goes over the problem's recommended values."""
+    """What determines a training run; `hyper` goes over the problem's recommended values.
+
+    Raises: ValueError for numbers that cannot be. Whether the device is there `start` asks.
+    """
 
     problem: TrainingProblem
     optimizer: str
@@ -56,15 +59,19 @@ class Settings:
     device: str = "cpu"
     hyper: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        own = {name: getattr(self, name) for name in ("epochs", "seed", "batch_size")}
+        checks.options(own)
+
 
 @dataclass
 class State:
     """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded).
 
-    averaged: running average of the parameters, of problems that evaluate that. scheduler: of the
-    learning rate, where the problem has one for the optimizer; it steps after each epoch. first:
-    the loss of the first batch, None before it. finite: the last parameters whose batch had a
-    finite loss, those before the last step.
+    of: the names of problem and optimizer. averaged: running average of the parameters, of problems
+    that evaluate that. scheduler: of the learning rate, where the problem has one for the
+    optimizer; it steps after each epoch. first: the loss of the first batch, None before it.
+    finite: the last parameters whose batch had a finite loss, those before the last step.
     """
 
     model: nn.Module
@@ -77,6 +84,7 @@ class State:
     seconds: float = 0.0
     first: float | None = None
     finite: dict[str, Tensor] = field(default_factory=dict)
+    of: tuple[str, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,7 +98,12 @@ class State:
 
 
 def start(settings: Settings) -> State:
-    """Model, optimizer and data on the device, before the first step and before the warm-up."""
+    """Model, optimizer and data on the device, before the first step and before the warm-up.
+
+    Raises: ValueError for a device that is not there, an unknown optimizer or hyper-parameter, and
+    more examples in a batch than there are.
+    """
+    checks.device(settings.device)
     problem = settings.problem
     data = _on(problem.data(), settings.device)
     with torch.random.fork_rng():
@@ -108,7 +121,8 @@ def start(settings: Settings) -> State:
         )
     schedule = problem.schedule.get(settings.optimizer)
     scheduler = None if schedule is None else schedule.scheduler(optimizer)
-    return State(model, optimizer, data, batch, averaged, scheduler)
+    of = (problem.name, settings.optimizer)
+    return State(model, optimizer, data, batch, averaged, scheduler, of=of)
 
 
 def _on(data: Data, device: str) -> Data:
@@ -181,6 +195,11 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
+def batch(state: State, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the coming step, augmented as they will be then."""
+    return _batch(state, settings, _rows(state, settings.seed), (0, state.step))
+
+
 def _batch(
     state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
@@ -226,8 +245,7 @@ def _draws_of(settings: Settings, step: int) -> Iterator[None]:
 @torch.no_grad()
 def batch_loss(state: State, settings: Settings) -> float:
     """Loss of the coming step's batch, with the model as `evaluate` takes it; disturbs nothing."""
-    rows = _rows(state, settings.seed)
-    inputs, targets = _batch(state, settings, rows, (0, state.step))
+    inputs, targets = batch(state, settings)
     with _finished(state.model):
         return float(settings.problem.loss(state.model(inputs), targets))
 

@@ -65,9 +65,9 @@ def caption(ended: "Sequence[FrozenTrial]", search: "Search") -> str:
     parts = {"COMPLETE": "trained to the end", "PRUNED": "stopped early", "∞": "diverged"}
     said = ", ".join(f"{counts[key]} {what}" for key, what in parts.items() if counts[key])
     return (
-        f"{search.optimizer} on {search.problem}, {search.budget} epochs, seed {search.seed}: the "
-        f"{min(SHOWN, len(ended))} of {len(ended)} with the least training loss ({said}). "
-        "* nothing beyond it was tried."
+        f"{search.optimizer} on {search.problem}, {search.budget} epochs, seed {search.seed}, "
+        f"{search.source}: the {min(SHOWN, len(ended))} of {len(ended)} with the least training "
+        f"loss ({said}). * nothing beyond it was tried."
     )
 
 

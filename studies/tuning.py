@@ -1,7 +1,7 @@
-"""Which learning rate and damping train best? Two searches by training loss, through Optuna.
+"""Which learning rate and damping train best? Searches by training loss, through Optuna.
 
-`searches.Grid` trains every point of a grid to the end; `searches.Halving` draws points and stops
-the worse early.
+`searches.Grid` trains every point of a grid to the end, `searches.Listed` those of the grid that
+the problem lists as searched; `searches.Halving` draws points and stops the worse early.
 
     results/<run>/optuna.db   the study in SQLite: which points wait, run or are finished
     results/<run>/locks/      one per training under way; the system frees it if the process dies
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
-from studies import records, trials
+from studies import checks, records, trials
 from studies.pools import shared_pool
 from studies.running import running
 from studies.searches import Search, load_optuna
@@ -46,29 +46,26 @@ def run(search: Search, results: Path, progress: Progress, resume: Path | None =
     resume: the folder of an earlier search of the same kind, which then goes on with what it has
     queued and with the points that are new in `search`. A training that diverges, or whose factors
     cannot be inverted, counts as infinitely bad.
-    Raises: ValueError for an unknown problem or optimizer, a folder of another search, or where
-    Optuna is not installed.
+    Raises: ValueError for an unknown problem or optimizer, a folder of another search, where
+    Optuna is not installed, and as `checks.options`.
     """
     version = load_optuna().__version__
-    search = dataclasses.replace(
-        search,
-        epochs=search.budget,
-        lr_factors=tuple(search.lr_factors),
-        damping_factors=tuple(search.damping_factors),
-    )
+    checks.options(vars(search))
+    lists = {name: tuple(own) for name, own in vars(search).items() if isinstance(own, list)}
+    search = dataclasses.replace(search, **{**lists, "epochs": search.budget})  # type: ignore[arg-type]
     points, question = search.points(), (__doc__ or "").partition("\n")[0]
     config = dataclasses.asdict(search)
     with running(search.NAME, config, question, results, resume, search.FIXED) as (folder, header):
         header["versions"]["optuna"] = version
         place = folder.resolve()  # the workers may have started elsewhere
-        study = _open(search, place)
+        study = _open(place)
         _complete(search, place, study, points, progress)
         header |= table(study.get_trials(), search, records.read(folder))
     return folder
 
 
 @lru_cache(maxsize=1)  # opening takes longer than an epoch of a small problem
-def _open(search: Search, folder: Path) -> "optuna.Study":
+def _open(folder: Path) -> "optuna.Study":
     """The study in the folder, a new one if there is none."""
     optuna = load_optuna()
     with _claims(folder):  # two that make the tables at once get in each other's way
@@ -81,7 +78,7 @@ def _open(search: Search, folder: Path) -> "optuna.Study":
             study_name=STUDY,
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),  # never asked: all points are given
-            pruner=search.pruner(),
+            pruner=optuna.pruners.NopPruner(),  # nor this: `Search.stops` is
         )
 
 
@@ -179,7 +176,7 @@ def _work_off(search: Search, folder: Path, count: int) -> Iterator[None]:
 
 def work(search: Search, folder: Path) -> int | None:
     """Train the next point of the queue; returns its trial's number, None if none was waiting."""
-    study = _open(search, folder)
+    study = _open(folder)
     with _claims(folder):
         if not _count(study, "WAITING"):
             return None
@@ -212,12 +209,21 @@ def train(search: Search, folder: Path, study: "optuna.Study", trial: "optuna.Tr
                 raise trials.EndedError(why, losses[0]["step"])
             if epoch:
                 trial.report(loss, epoch)
-            if 0 < epoch < point.epochs and trial.should_prune():
+            if 0 < epoch < point.epochs and _stops(search, study, trial, epoch, loss):
                 study.tell(trial, state=states.PRUNED)
                 return
     except trials.EndedError as error:
         trial.set_user_attr("ended", str(error))
         loss = math.inf
-        trial.report(loss, epoch + 1)
-        trial.should_prune()  # for the others to be compared with it
+        trial.report(loss, epoch + 1)  # for the others to be compared with it
     study.tell(trial, loss)
+
+
+def _stops(
+    search: Search, study: "optuna.Study", trial: "optuna.Trial", epoch: int, loss: float
+) -> bool:
+    """By the losses of others, but for trainings that were killed: their points queue again."""
+    found = study.get_trials(deepcopy=False)
+    known = (t for t in found if t.state.name != "FAIL" and t.number != trial.number)
+    others = [t.intermediate_values[epoch] for t in known if epoch in t.intermediate_values]
+    return search.stops(epoch, loss, others)

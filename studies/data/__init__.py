@@ -34,6 +34,7 @@ from studies.data.digit import (
 )
 from studies.data.face import faces, olivetti
 from studies.data.reader import read_cifar, read_idx, read_matlab
+from studies.data.source import without_downloads
 from studies.data.tensors import Data, labelled, reconstruction, standardised
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
     "reconstruction",
     "standardised",
     "svhn",
+    "without_downloads",
 ]

@@ -23,6 +23,22 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "kronscope"
 
 
+def require_writable(place: Path, variable: str) -> None:
+    """Nothing where files can be written to this folder, which is made if need be.
+
+    Raises: ValueError naming the folder, why it cannot be written, and what names another one.
+    """
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the folder {place}, in which downloads are kept, cannot be written ({error}); set "
+            f"{variable} to one that can"
+        ) from error
+
+
 def cached(name: str, make: Callable[[], Arrays]) -> Arrays:
     """The arrays that `make` gives, from the cache's entry of this name where there is one.
 

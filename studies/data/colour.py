@@ -1,6 +1,5 @@
 """Coloured pictures of 32x32: CIFAR-10, a part of it, CIFAR-100, SVHN, and made-up ones."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,20 +7,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from studies.data import checksums
 from studies.data.reader import read_cifar, read_matlab
 from studies.data.source import data_folder, missing, openml
 from studies.data.tensors import Data
 
-Batches = list[tuple[np.ndarray, np.ndarray]]  # pictures [n, 3, 32, 32] and labels [n] of each
+Batch = tuple[np.ndarray, np.ndarray]  # pictures [n, 3, 32, 32] and labels [n]
+Batches = list[Batch]
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 CIFAR100_MEAN, CIFAR100_STD = (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)
 SVHN_MEAN, SVHN_STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
-SUBSET = (8068, 1017)  # pictures to train and to test
 CIFAR10_FOLDERS = "cifar10", "cifar10[!0]*", "cifar-10-*"
-CIFAR10_FILES = "data_batch_*.bin", "test_batch*.bin"
-CIFAR10_SIZES = [[10000] * 5, [10000]]  # pictures of each batch to train and to test
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+BATCH, RECORD = 10000, 1 + 3 * 32 * 32  # records of each file; bytes of each record
+BATCHES = [[f"data_batch_{k}" for k in range(1, 6)], ["test_batch"]]  # to train and to test
+SUBSET = dict.fromkeys([*BATCHES[0], *BATCHES[1]], 1017) | {"data_batch_1": 4000}
 CIFAR100_FILES = {"train.bin": 50000, "test.bin": 10000}  # with their pictures
 SVHN_FILES = {"train_32x32.mat": 73257, "test_32x32.mat": 26032}  # with their pictures
 SVHN_COUNTS = (
@@ -49,41 +50,31 @@ def _classes(labels: np.ndarray) -> Tensor:
 def cifar10() -> Data:
     """CIFAR-10 pictures [n, 3, 32, 32], each channel less its mean over its deviation; labels [n].
 
-    Read from the records in $KRONSCOPE_DATA/cifar10*/*.bin where that folder is, data_batch_* to
-    train, test_batch* to test; else from the cache, else by scikit-learn from OpenML. 50,000 and
+    Read from the records in $KRONSCOPE_DATA/cifar10*/*.bin where that folder is, data_batch_1 to 5
+    to train, test_batch to test; else from the cache, else by scikit-learn from OpenML. 50,000 and
     10,000.
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
     folder = data_folder(*CIFAR10_FOLDERS)
-    batches = _fetched_batches() if folder is None else _folder_batches(folder)
-    sizes = [[len(labels) for _, labels in sets] for sets in batches]
-    if sizes != CIFAR10_SIZES:
-        raise ValueError(
-            f"{folder} holds batches of {sizes[0]} pictures to train and {sizes[1]} to test, not "
-            f"CIFAR-10's {CIFAR10_SIZES[0]} and {CIFAR10_SIZES[1]}: files are missing or cut; get "
-            f"{CIFAR10_URL} and unpack it there (cut files: problem cifar10-subset-cnn)"
-        )
-    return _joined(batches)
+    if folder is None:
+        return _joined(_fetched_batches())
+    return _joined([[_batch(folder, name, BATCH, "CIFAR-10") for name in k] for k in BATCHES])
 
 
 def cifar10_subset() -> Data:
     """The first 4,000 pictures of CIFAR-10's first batch and 1,017 of each other, as `cifar10`.
 
-    8,068 to train, 1,017 to test, from the whole data set's files as from ones cut to this.
+    8,068 to train, 1,017 to test, from the whole data set's files as from ones cut to this, whose
+    names may go on: data_batch_1_first4000.bin.
     """
-    folder = data_folder(*CIFAR10_FOLDERS)
-    train, test = _fetched_batches() if folder is None else _folder_batches(folder)
-    cut = [(x[: 1017 if k else 4000], t[: 1017 if k else 4000]) for k, (x, t) in enumerate(train)]
-    found = _joined([cut, [(x[:1017], t[:1017]) for x, t in test]])
-    sizes = len(found.train_targets), len(found.test_targets)
-    if sizes != SUBSET:
-        raise ValueError(
-            f"the CIFAR-10 subset has {SUBSET[0]} and {SUBSET[1]} pictures, but "
-            f"{os.environ['KRONSCOPE_DATA']}/cifar10* gave {sizes[0]} and {sizes[1]}: "
-            "it needs five data_batch_*.bin and test_batch*.bin"
-        )
-    return found
+    folder, of = data_folder(*CIFAR10_FOLDERS), "the subset of CIFAR-10"
+    if folder is not None:
+        return _joined([[_batch(folder, name, SUBSET[name], of) for name in k] for k in BATCHES])
+    train, test = _fetched_batches()
+    batches = zip(SUBSET.values(), [*train, *test], strict=True)
+    *train, last = [(x[:count], t[:count]) for count, (x, t) in batches]
+    return _joined([train, [last]])
 
 
 def _joined(batches: Sequence[Batches]) -> Data:
@@ -95,18 +86,26 @@ def _joined(batches: Sequence[Batches]) -> Data:
     return Data(*tensors)
 
 
-def _folder_batches(folder: Path) -> list[Batches]:
-    """The batches to train and those to test in a folder's files."""
-    found = []
-    for pattern in CIFAR10_FILES:
-        files = sorted(folder.glob(pattern))
-        if not files:
-            raise FileNotFoundError(
-                f"no {pattern} in {folder}; expected CIFAR-10 in the binary version; get "
-                f"{CIFAR10_URL} and unpack it there"
-            )
-        found.append([read_cifar(file, classes=10) for file in files])
-    return found
+def _batch(folder: Path, name: str, count: int, of: str) -> Batch:
+    """The first `count` records of a batch in `name`.bin or `name`_*.bin.
+
+    Raises: as `read_cifar`, where the file has another length, and for other content.
+    """
+    path = folder / f"{name}.bin"
+    if not path.is_file():
+        path = next(iter(sorted(folder.glob(f"{name}_*.bin"))), path)
+    expected = f"{count:,} records of CIFAR-10 in the binary version, {count * RECORD:,} bytes"
+    remedy = f"get {CIFAR10_URL} and put its *.bin there"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected {expected} or more; {remedy}")
+    size = path.stat().st_size
+    if size % RECORD or not count <= size // RECORD <= BATCH:
+        more = "" if count == BATCH else f" or more, up to {BATCH:,} records"
+        other = " (cut files: problem cifar10-subset-cnn)" if count == BATCH else ""
+        raise ValueError(f"{path} has {size:,} bytes; expected {expected}{more}; {remedy}{other}")
+    pictures, labels = read_cifar(path, classes=10)
+    checksums.check(path, path.read_bytes()[: count * RECORD], of, f"{name}.bin")
+    return pictures[:count], labels[:count]
 
 
 def _fetched_batches() -> list[Batches]:
@@ -134,7 +133,9 @@ def cifar100() -> Data:
         )
     tensors: list[Tensor] = []
     for name, count in CIFAR100_FILES.items():
-        pictures, labels = read_cifar(folder / name, classes=100, labels=2, count=count)
+        path = folder / name
+        pictures, labels = read_cifar(path, classes=100, labels=2, count=count)
+        checksums.check(path, path.read_bytes(), "CIFAR-100", name)
         tensors += [_normalised(pictures, CIFAR100_MEAN, CIFAR100_STD), _classes(labels)]
     return Data(*tensors)
 
@@ -163,6 +164,7 @@ def svhn() -> Data:
 def _svhn_file(path: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
     """X [32, 32, 3, n], rows first, and y [n, 1], where 10 stands for 0."""
     found = read_matlab(path, {"X": (32, 32, 3, size), "y": (size, 1)})
+    checksums.check(path, path.read_bytes(), "SVHN", path.name)
     return found["X"].transpose(3, 2, 0, 1), found["y"].ravel() % 10
 
 

@@ -1,9 +1,11 @@
 """Grey pictures of 28x28 and less: digits, MNIST and Fashion-MNIST."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from studies.data import checksums
 from studies.data.reader import read_idx
 from studies.data.source import data_folder, openml
 from studies.data.tensors import Data, labelled, reconstruction, standardised
@@ -19,8 +21,9 @@ IDX_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
 
 @dataclass(frozen=True)
 class Published:
-    """A set in MNIST's files: its folder, its name at OpenML, its counts of each label."""
+    """A set in MNIST's files: its title, folder and name at OpenML, its counts of each label."""
 
+    title: str
     folder: str
     name: str
     train: tuple[int, ...]
@@ -28,12 +31,13 @@ class Published:
 
 
 MNIST = Published(
+    "MNIST",
     "mnist",
     "mnist_784",
     (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
     (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
 )
-FASHION = Published("fashion-mnist", "Fashion-MNIST", (6000,) * 10, (1000,) * 10)
+FASHION = Published("Fashion-MNIST", "fashion-mnist", "Fashion-MNIST", (6000,) * 10, (1000,) * 10)
 
 
 def pooled_sequences(pictures: np.ndarray, labels: np.ndarray, size: int, train: int) -> Data:
@@ -151,10 +155,17 @@ def _published(published: Published, *kinds: str) -> list[np.ndarray]:
     folder = data_folder(published.folder)
     if folder is not None:
         return [
-            np.concatenate([read_idx(folder / file, shape) for file, shape in files.items()])
-            for files in (IDX_FILES[kind] for kind in kinds)
+            np.concatenate([_file(folder, published, *file) for file in IDX_FILES[kind].items()])
+            for kind in kinds
         ]
     counts = published.train, published.test
     found = openml(published.name, 1, f"{published.folder}/*.gz", 784, 60000, counts)
     arrays = {"images": found["pictures"].reshape(-1, 28, 28), "labels": found["labels"]}
     return [arrays[kind] for kind in kinds]
+
+
+def _file(folder: Path, published: Published, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What the published file of this name holds. Raises: as `read_idx`, and for other content."""
+    found = read_idx(folder / name, shape)
+    checksums.check(folder / name, found, published.title, name)
+    return found

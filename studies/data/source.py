@@ -1,7 +1,10 @@
 """Where a set comes from: $KRONSCOPE_DATA, then the cache, then scikit-learn's fetchers."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from errno import EDQUOT, ENOSPC
 from http.client import HTTPException
 from pathlib import Path
 
@@ -9,6 +12,19 @@ import numpy as np
 
 from studies.data import cache
 from studies.data.download import downloads
+
+FULL = ENOSPC, EDQUOT  # what the system says of a disk that is
+_DOWNLOADS = ContextVar("downloads", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Inside, a set that lies neither in $KRONSCOPE_DATA nor in the cache is missing."""
+    before = _DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        _DOWNLOADS.reset(before)
 
 
 def data_folder(*patterns: str) -> Path | None:
@@ -81,13 +97,25 @@ def _openml(
 def fetched(name: str, files: str, fetch: Callable[[], cache.Arrays]) -> cache.Arrays:
     """What a fetcher of scikit-learn gives; it checks checksums and replaces damaged files.
 
+    Before anything is downloaded the folders that it will be kept in are found to be writable.
+
     Raises: FileNotFoundError or ValueError naming the set, what went wrong and the remedy.
     """
     place = cache.folder()
+    if not _DOWNLOADS.get():
+        raise missing(name, files, f"in {place}, and nothing is fetched now")
+    cache.require_writable(place, "KRONSCOPE_CACHE")
+    theirs = Path(os.environ.get("SCIKIT_LEARN_DATA", "~/scikit_learn_data"))  # as it does
+    cache.require_writable(theirs.expanduser(), "SCIKIT_LEARN_DATA")
     try:
         with downloads(name, place / "parts"):
             return fetch()
     except (OSError, HTTPException) as error:
+        if getattr(error, "errno", None) in FULL:
+            raise ValueError(
+                f"{name} could not be kept ({error}); set KRONSCOPE_CACHE and SCIKIT_LEARN_DATA "
+                f"(now {place} and {theirs}) to folders with room"
+            ) from error
         raise missing(name, files, f"in {place} nor could it be fetched ({error})") from error
     except ValueError as error:
         raise ValueError(

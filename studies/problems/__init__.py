@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
+from studies import hyper
 from studies.data import Data
 from studies.hyper import Schedule, Searched
 
@@ -19,17 +20,18 @@ Augment = Callable[[Tensor, Generator], Tensor]
 class TrainingProblem:
     """A model, its data and the settings it is trained with.
 
-    likelihood: of which the loss is the negative logarithm. optimizers: recommended
-    hyper-parameters by optimizer name, as data; `studies.optimizers` knows the names. sources:
-    where those come from; of optimizers that are not named there they are ours. searched: the
-    values tried in the papers, by optimizer. schedule: how the learning rate changes, by
-    optimizer, and for how many epochs they were then trained; that of the others is constant.
-    measure_damping: λ of the damped metrics. partition: groups of module names, each name standing
-    for all layers inside its module: the blocks of block-diagonal Hessian-free. Together they hold
-    every layer once; () where a problem has no partition of its own. averaging: decay of the
-    running average of the parameters (Polyak) at which losses are evaluated; 0 has none. augment:
-    changes the inputs of each training batch, from draws of a generator; losses are evaluated at
-    the inputs themselves.
+    likelihood: of which the loss is the negative logarithm. optimizers: recommended hyper-
+    parameters by optimizer name, as data; `studies.optimizers` knows the names. sources: where
+    those come from; of optimizers that are not named there they are ours. searched: the values that
+    `kronscope tune searched` tries, and whose they are, by optimizer: of what the papers tuned as
+    far as that is known, else ours, which `register` adds. initialisation: how the model begins, in
+    words. schedule: how the learning rate changes, by optimizer, and for how many epochs they were
+    then trained; that of the others is constant. measure_damping: λ of the damped metrics.
+    partition: groups of module names, each name standing for all layers inside its module: the
+    blocks of block-diagonal Hessian-free. Together they hold every layer once; () where a problem
+    has no partition of its own. averaging: decay of the running average of the parameters (Polyak)
+    at which losses are evaluated; 0 has none. augment: changes the inputs of each training batch,
+    from draws of a generator; losses are evaluated at the inputs themselves.
     """
 
     name: str
@@ -48,6 +50,7 @@ class TrainingProblem:
     schedule: dict[str, Schedule] = field(default_factory=dict)
     searched: dict[str, Searched] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    initialisation: str = hyper.PYTORCH
 
     def epochs_of(self, optimizer: str) -> int:
         """How long to train with this optimizer: as its schedule says, else `epochs`."""
@@ -60,8 +63,11 @@ PROBLEMS: dict[str, TrainingProblem] = {}
 def register(problem: TrainingProblem) -> TrainingProblem:
     """Add a problem to the registry under its name.
 
-    What it has for kbfgs goes for kbfgs_limited too, which is to be judged at the same settings.
+    Where nothing is said of an optimizer's search, it is `hyper.ours`. What the problem has for
+    kbfgs goes for kbfgs_limited too, which is to be judged at the same settings.
     """
+    found = {name: hyper.ours(own) for name, own in problem.optimizers.items()}
+    problem = replace(problem, searched=found | problem.searched)
     limited = {
         name: own | {"kbfgs_limited": own["kbfgs"]}
         for name in ("optimizers", "schedule", "searched")

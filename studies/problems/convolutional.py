@@ -1,4 +1,4 @@
-"""Convolutional classifiers without norms: small ones, and All-CNN-C."""
+"""Small convolutional classifiers without norms."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch.nn.functional import cross_entropy
 
 from studies import data, hyper
-from studies.networks import all_cnn, pooled_cnn, strided_cnn
+from studies.networks import pooled_cnn, strided_cnn
 from studies.problems import TrainingProblem, register
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -101,66 +101,5 @@ register(
         epochs=5,
         measure_damping=0.1,
         optimizers=MADE_UP,
-    )
-)
-
-# 350 epochs, rate and weight decay as Springenberg et al. had them; the curvature papers' periods
-EVERY = {"update_every": 10, "refresh_every": 100}
-ALL_CNN: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.3, "weight_decay": 5e-4, "update_every": 20},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, "weight_decay": 5e-4}
-    | {"update_every": 20},
-    "kfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "ekfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "tkfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
-    "shampoo": {"lr": 0.01, "damping": 0.01, **EVERY},
-    "tnt": {"lr": 1e-4, "damping": 0.01, **EVERY},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, "weight_decay": 5e-4},
-    "exact_fisher": {"lr": 0.1, "damping": 0.1, "weight_decay": 5e-4},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-    "adam": {"lr": 0.001},
-    "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.001},
-}
-SPRINGENBERG = "recalled: arXiv:1412.6806"
-
-register(
-    TrainingProblem(
-        name="cifar10-allcnn",
-        summary="CIFAR-10, cropped and mirrored; All-CNN-C, nine convolutions, ReLU, dropout",
-        model=all_cnn,
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=data.cifar10,
-        batch_size=256,
-        epochs=100,
-        measure_damping=0.1,
-        optimizers=ALL_CNN,
-        augment=partial(
-            data.crop_and_flip, padding=5, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)
-        ),
-        schedule=hyper.CIFAR_SCHEDULES
-        | {"sgd": hyper.Schedule(350, (200, 250, 300), source=SPRINGENBERG)},
-        searched=hyper.CONVOLUTIONAL
-        | {"sgd": hyper.Searched({"lr": (0.01, 0.05, 0.1, 0.25)}, SPRINGENBERG)},
-        sources={"eva": f"{hyper.EVA_CODE}; weight decay ours", "sgd": SPRINGENBERG},
-    )
-)
-
-register(
-    TrainingProblem(
-        name="cifar10-allcnn-small",
-        summary="300 made-up pictures of 16x16, moved and mirrored; the same, 8 wide; for tests",
-        model=lambda: all_cnn(width=8),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=partial(data.made_up_pictures, 200, 100, size=16),
-        batch_size=50,
-        epochs=5,
-        measure_damping=0.1,
-        optimizers=MADE_UP,
-        augment=partial(data.crop_and_flip, padding=1),
-        schedule={"sgd": hyper.Schedule(5, (3, 4))},
     )
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data
+from studies import data, hyper
 from studies.problems import TrainingProblem, register
 from studies.recurrent import SequenceClassifier
 
@@ -30,6 +30,7 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=LAYERS,
+        initialisation=hyper.LSTM,
     )
 )
 
@@ -46,5 +47,6 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=LAYERS,
+        initialisation=hyper.LSTM,
     )
 )

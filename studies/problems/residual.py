@@ -33,6 +33,7 @@ register(
         optimizers=SETTINGS,
         partition=BLOCKS,
         averaging=0.99,
+        initialisation=hyper.NORM_FREE,
     )
 )
 
@@ -50,6 +51,7 @@ register(
         optimizers=SETTINGS,
         partition=BLOCKS,
         averaging=0.9,
+        initialisation=hyper.NORM_FREE,
     )
 )
 
@@ -84,6 +86,7 @@ register(
         epochs=100,
         measure_damping=0.1,
         optimizers=WITH_NORM,
+        initialisation=hyper.KAIMING,
         augment=partial(data.crop_and_flip, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)),
         schedule=hyper.CIFAR_SCHEDULES,
         searched=hyper.CONVOLUTIONAL,
@@ -109,6 +112,7 @@ register(
         epochs=5,
         measure_damping=0.1,
         optimizers=MADE_UP,
+        initialisation=hyper.KAIMING,
         augment=partial(data.crop_and_flip, padding=1),
         schedule={"sgd": hyper.Schedule(5, (3, 4))},
     )

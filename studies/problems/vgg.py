@@ -31,6 +31,7 @@ shared: dict[str, Any] = {
     "measure_damping": 0.1,
     "schedule": hyper.CIFAR_SCHEDULES,
     "searched": hyper.CONVOLUTIONAL,
+    "initialisation": hyper.VGG,
 }
 cifar100: dict[str, Any] = shared | {
     "data": data.cifar100,

@@ -143,10 +143,10 @@ def test_backtracking_takes_the_iterate_of_its_rule(blocks, tau, decoupled):
             if not seen["values"][earlier] < seen["values"][best]:
                 break
             best = earlier
-        # rounding of six iterations at a condition of some hundred
-        torch.testing.assert_close(seen["moved"], 0.7 * seen["found"][best], rtol=0, atol=1e-7)
+        # rounding of six iterations at a condition of some hundred; 2e-7 on some processors
+        torch.testing.assert_close(seen["moved"], 0.7 * seen["found"][best], rtol=0, atol=1e-6)
         start = flat(solutions(seen["opt"]).values())
-        torch.testing.assert_close(start, seen["found"][6], rtol=0, atol=1e-7)
+        torch.testing.assert_close(start, seen["found"][6], rtol=0, atol=1e-6)
         taken.append(best)
     assert min(taken) < 6
 

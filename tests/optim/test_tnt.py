@@ -122,8 +122,8 @@ def test_periods_and_counts():
     made = MODELS["mlp"]()
     opt = TNT(made.model, update_every=2, refresh_every=3)
     train(made, opt, made.batches[:8])
-    # updates at 0, 2, 4, 6; inverses at 0, 1, 2, 3, 6
-    assert opt.state[made.model[0].weight]["counts"].tolist() == [4, 5, 0, 0]
+    # updates at 0, 2, 4, 6; inverses at 0, 2, 3, 6: at 1 nothing has changed
+    assert opt.state[made.model[0].weight]["counts"].tolist() == [4, 4, 0, 0]
 
 
 def test_no_gradient_leaves_only_the_damping():

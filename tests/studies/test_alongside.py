@@ -61,6 +61,26 @@ def test_what_would_take_too_much_is_left_out(monkeypatch):
     )
 
 
+def test_copying_counts_as_measuring(monkeypatch):
+    """The copy takes 7 s, the measurement 2 s."""
+    now = [0.0]
+
+    def takes(seconds, result):
+        now[0] += seconds
+        return result
+
+    found = type("Found", (), {"rows": [{"metric": "cosine"}], "left_out": []})
+    monkeypatch.setattr(alongside.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(alongside.snapshots, "take", lambda *_, **__: takes(7.0, None))
+    monkeypatch.setattr(alongside.snapshots, "measure_all", lambda *_, **__: takes(2.0, [found]))
+    beside = Alongside(0.5)
+    state = type("State", (), {"seconds": 10.0})
+    assert beside.rows(None, state, {})
+    assert beside.counters() == {"seconds": 9.0, "last": 9.0, "taken": 1, "left_out": 0}
+    assert beside.rows(None, state, {}) == []  # 18 of 28 s would be more than half
+    assert beside.summary(10.0).startswith("measured 1 time(s) in 47.4% of the run's time")
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 20.0])
 def test_refusals(share):
     with pytest.raises(ValueError, match=r"takes a share in \(0, 1\) of a run's time, not"):

@@ -84,6 +84,18 @@ def test_tune_and_go_on_with_the_same_settings(tmp_path):
     assert len(records.read_header(run)["comparison"]["rows"]) == 3
 
 
+def test_tune_what_is_listed_and_go_on(tmp_path):
+    words = ("tune", "searched", "mnist-autoencoder-small", "--results", tmp_path)
+    found = invoke(*words, "--optimizer", "sgd", "--epochs", 1)
+    assert found.exit_code == 0, found.output
+    (run,) = tmp_path.iterdir()
+    header = records.read_header(run)
+    assert header["config"]["optimizer"] == "sgd"
+    assert len(header["comparison"]["rows"]) == 6
+    assert invoke(*words, "--resume", run).exit_code == 0
+    assert records.read_header(run)["comparison"]["rows"] == header["comparison"]["rows"]
+
+
 def test_report_is_written_again(demo_run):
     (demo_run / "report.html").unlink()
     assert invoke("report", demo_run).exit_code == 0
@@ -114,9 +126,23 @@ def test_study_of_sharpness_takes_its_sizes(tmp_path):
             ("study", "optimizers_compared", "--damping-factors", "0"),
             "positive numbers with commas",
         ),
-        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step', 'hf']"),
+        (("bench", "nonsense"), "no bench 'nonsense'; known: ['exact', 'scale', 'step', 'hf',"),
         (("tune", "grid", "nonsense"), "no problem 'nonsense'; known:"),
         (("tune", "halving", "digits-autoencoder", "--lr-factors", "0"), "positive numbers with"),
+        (
+            ("tune", "searched", "mnist-autoencoder-tanh", "--optimizer", "kfac"),
+            "lists nothing searched of 'kfac'; it does so of ['adam', 'block_hessian_free',",
+        ),
+        (("train", "digits-autoencoder", "--device", "gpu"), "no device 'gpu'; known: ['cpu'"),
+        (("train", "digits-autoencoder", "--batch-size", "-5"), "batch_size is -5; it is a whole"),
+        (("train", "digits-autoencoder", "--epochs", "-1"), "epochs is -1; it is a whole number"),
+        (("train", "digits-autoencoder", "--seed", "-1"), "seed is -1; it is a whole number of at"),
+        (("study", "optimizers_compared", "--device", "gpu"), "no device 'gpu'; known: ['cpu'"),
+        (("study", "stability", "--seeds", "0"), "seeds is 0; it is a whole number of at least 1"),
+        (("study", "stability", "--lr-factors", "inf"), "positive numbers with commas"),
+        (("tune", "grid", "digits-autoencoder", "--workers", "0"), "workers is 0; it is a whole"),
+        (("tune", "halving", "digits-autoencoder", "--seed", "-1"), "seed is -1; it is a whole"),
+        (("measure", "digits-autoencoder", "--examples", "-5"), "examples is -5; it is a whole"),
         (("train", "digits-autoencoder", "--measure", "20"), "takes a share in (0, 1)"),
         (("tune", "grid", "digits-autoencoder", "--resume", "."), "and problem (None, None)"),
         (("report", "nowhere"), "no run folder nowhere"),

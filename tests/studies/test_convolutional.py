@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from studies import data, networks, optimizers, problems, runs, training
+from studies.data import colour
 from studies.records import frame_of
 from studies.snapshots import loss_row
 
@@ -45,29 +46,85 @@ def test_made_up_pictures_are_always_the_same():
     assert torch.equal(found.train_inputs, again.train_inputs)
 
 
-def test_the_subset_needs_all_its_files(tmp_path, monkeypatch):
-    (tmp_path / "cifar10").mkdir()
-    for name in ("data_batch_1.bin", "test_batch.bin"):
-        (tmp_path / "cifar10" / name).write_bytes(bytes(3073 * 2))
-    monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"has 8068 and 1017 pictures, but .* gave 2 and 2"):
-        data.cifar10_subset()
+LIMITS = dict.fromkeys([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"], 1017)
+LIMITS["data_batch_1"] = 4000
 
 
-def test_the_subset_of_whole_files_is_cut(tmp_path, monkeypatch):
-    """Files one picture too long, each picture filled with its place in its file, modulo 256."""
+@pytest.fixture
+def batches(tmp_path, monkeypatch, publish):
+    """Made-up files of CIFAR-10, each picture filled with its place in its file, modulo 256.
+
+    One picture longer than the subset's. The function changes them.
+    """
     (tmp_path / "cifar10").mkdir()
-    limits = {f"data_batch_{k}": 4000 if k == 1 else 1017 for k in range(1, 6)}
-    for name, limit in {**limits, "test_batch": 1017}.items():
+    for name, limit in LIMITS.items():
         places = torch.arange(limit + 1, dtype=torch.uint8)
         content = places[:, None].repeat(1, 3073)
         content[:, 0] = int(name[-1]) if name[-1].isdigit() else 9
         (tmp_path / "cifar10" / f"{name}.bin").write_bytes(content.numpy().tobytes())
+        publish("the subset of CIFAR-10", f"{name}.bin", content[:limit].numpy().tobytes())
     monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
+    return tmp_path / "cifar10"
+
+
+def test_the_subset_of_whole_files_is_cut(batches):
     found = data.cifar10_subset()
     assert found.train_targets.bincount().tolist() == [0, 4000, 1017, 1017, 1017, 1017]
     assert found.test_targets.tolist() == [9] * 1017
-    with pytest.raises(ValueError, match=r"4001, 1018, .* to test, not .*cifar10-subset-cnn\)"):
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin has .*cifar10-subset-cnn\)"):
+        data.cifar10()
+    (batches / "data_batch_2.bin").rename(batches / "data_batch_2_first1018.bin")
+    assert torch.equal(data.cifar10_subset().train_inputs, found.train_inputs)
+
+
+def changed(path):
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+
+
+BAD_BATCHES = {  # what is done to data_batch_3.bin, and what is said of it
+    "missing": (
+        lambda p: p.unlink(),
+        "is missing; expected 1,017 records of CIFAR-10 .* 3,125,241",
+    ),
+    "cut": (
+        lambda p: p.write_bytes(p.read_bytes()[: 1016 * 3073]),
+        "has 3,122,168 bytes; expected 1,017 records .*, 3,125,241 bytes or more, up to 10,000",
+    ),
+    "cut inside a record": (
+        lambda p: p.write_bytes(p.read_bytes()[:-1]),
+        "has 3,128,313 bytes; expected 1,017 records .*, 3,125,241 bytes or more",
+    ),
+    "a changed byte": (changed, "not its content .*: it was changed, or is of another data set"),
+    "a copy of another": (
+        lambda p: p.write_bytes(p.with_name("data_batch_2.bin").read_bytes()[: 1017 * 3073]),
+        "not its content .*: it is the data_batch_2.bin of the subset of CIFAR-10",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_BATCHES.values(), ids=BAD_BATCHES)
+def test_a_bad_batch_is_named_with_what_was_expected(batches, change, said):
+    path = batches / "data_batch_3.bin"
+    change(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+        data.cifar10_subset()
+    assert str(error.value).startswith(str(path))
+    assert "; get https://www.cs" in str(error.value) or "; delete it and" in str(error.value)
+
+
+@pytest.mark.parametrize("changed_there", [None, "data_batch_2.bin", "test_batch.bin"])
+def test_whole_batches_are_held_to_their_checksums(batches, monkeypatch, publish, changed_there):
+    monkeypatch.setattr(colour, "BATCH", 20)
+    for path in batches.iterdir():
+        path.write_bytes(path.read_bytes()[: 20 * 3073])
+        publish("CIFAR-10", path.name, path.read_bytes())
+    if changed_there is None:
+        assert data.cifar10().train_targets.tolist() == sorted([*range(1, 6)] * 20)
+        return
+    (batches / changed_there).write_bytes((batches / "data_batch_1.bin").read_bytes())
+    with pytest.raises(ValueError, match=f"{changed_there} has .* data_batch_1.bin of CIFAR-10;"):
         data.cifar10()
 
 

@@ -16,6 +16,10 @@ from studies.data import colour, digit
 needs_files = pytest.mark.skipif(
     "KRONSCOPE_DATA" not in os.environ, reason="$KRONSCOPE_DATA is not set: no real files"
 )
+needs_fashion = pytest.mark.skipif(
+    not os.path.isdir(os.path.join(os.environ.get("KRONSCOPE_DATA", "/nowhere"), "fashion-mnist")),
+    reason="needs the real files in $KRONSCOPE_DATA/fashion-mnist",
+)
 
 
 @pytest.fixture
@@ -23,6 +27,7 @@ def nowhere(tmp_path, monkeypatch):
     """No folder of data, an empty cache."""
     monkeypatch.delenv("KRONSCOPE_DATA", raising=False)
     monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "scikit_learn"))
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of data and an empty cache."""
     monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
     monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "scikit_learn"))
     return tmp_path
 
 
@@ -180,7 +186,7 @@ def test_fetched_cifar10(monkeypatch):
     assert red.tolist() == pytest.approx([expected] * 2, rel=1e-5)
 
 
-def test_cifar100(folder, monkeypatch):
+def test_cifar100(folder, monkeypatch, publish):
     monkeypatch.setattr(colour, "CIFAR100_FILES", {"train.bin": 3, "test.bin": 3})
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", offline)
     (folder / "cifar100").mkdir()
@@ -189,6 +195,7 @@ def test_cifar100(folder, monkeypatch):
         records = random.integers(256, size=(3, 3074), dtype=np.uint8)
         records[:, :2] = [(1, 99), (2, 0), (3, 42)]
         records.tofile(folder / "cifar100" / name)
+        publish("CIFAR-100", name, records.tobytes())
     found = data.cifar100()
     assert found.test_targets.tolist() == [99, 0, 42]
     green = records[1, 2 + 1024 + 3 * 32 + 4] / 255  # row 3, column 4
@@ -201,7 +208,7 @@ def test_cifar100(folder, monkeypatch):
         data.cifar10()
 
 
-def test_svhn_of_files(folder, monkeypatch):
+def test_svhn_of_files(folder, monkeypatch, publish):
     monkeypatch.setattr(colour, "SVHN_FILES", {"train_32x32.mat": 3, "test_32x32.mat": 2})
     (folder / "svhn").mkdir()
     random = np.random.default_rng(0)
@@ -209,6 +216,7 @@ def test_svhn_of_files(folder, monkeypatch):
         X = random.integers(256, size=(32, 32, 3, n), dtype=np.uint8)
         y = np.array([[10], [1], [9]][:n], np.uint8)
         savemat(folder / "svhn" / name, {"X": X, "y": y})
+        publish("SVHN", name, (folder / "svhn" / name).read_bytes())
     found = data.svhn()
     assert found.train_targets.tolist() == [0, 1, 9]
     blue = X[3, 4, 2, 1] / 255  # of the last file: row 3, column 4 of its second picture
@@ -239,7 +247,9 @@ def idx(array):
     return gzip.compress(head + array.astype(np.uint8).tobytes(), 1)
 
 
-def test_mnist16_averages_over_areas(folder, monkeypatch):
+@pytest.fixture
+def few_digits(folder, monkeypatch, publish):
+    """Three made-up pictures to train and two to test in MNIST's files; what they hold, by file."""
     shapes = {
         kind: {f: (3 if "train" in f else 2, *shape[1:]) for f, shape in files.items()}
         for kind, files in digit.IDX_FILES.items()
@@ -248,15 +258,47 @@ def test_mnist16_averages_over_areas(folder, monkeypatch):
     (folder / "mnist").mkdir()
     pictures = {}
     for file, shape in {**shapes["images"], **shapes["labels"]}.items():
-        pictures[file] = np.random.default_rng(0).integers(10, size=shape)
+        pictures[file] = np.random.default_rng(0).integers(10, size=shape).astype(np.uint8)
         (folder / "mnist" / file).write_bytes(idx(pictures[file]))
+        publish("MNIST", file, pictures[file].tobytes())
+    return pictures
+
+
+def test_mnist16_averages_over_areas(few_digits):
     found = data.mnist16()
     everything = torch.cat([found.train_inputs, found.test_inputs])
     assert everything.shape == (5, 256)
-    first = pictures["train-images-idx3-ubyte.gz"][0] / 255
+    first = few_digits["train-images-idx3-ubyte.gz"][0] / 255
     fine = np.kron(first, np.ones((4, 4)))  # 112 = 16 x 7
     means = fine.reshape(16, 7, 16, 7).mean((1, 3))
     np.testing.assert_allclose(everything[0].reshape(16, 16), means, rtol=1e-5)
+
+
+def test_a_changed_pixel_is_noticed_and_another_compression_is_not(few_digits, folder):
+    name = "train-images-idx3-ubyte.gz"
+    path, pictures = folder / "mnist" / name, few_digits[name]
+    before = data.mnist16().train_inputs
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 9))
+    assert torch.equal(data.mnist16().train_inputs, before)
+    pictures[1, 2, 3] ^= 1
+    path.write_bytes(idx(pictures))
+    with pytest.raises(ValueError, match=r"the form of the train-.* of MNIST, but not") as error:
+        data.mnist16()
+    assert str(error.value).startswith(str(path))
+    for part in ("it was changed, or is of another data set; delete it and get it", "of your own"):
+        assert part in str(error.value)
+
+
+@needs_fashion
+@pytest.mark.parametrize("read", [data.mnist, data.mnist16, data.fashion_mnist])
+def test_mnist_and_fashion_mnist_under_each_others_names(tmp_path, monkeypatch, read):
+    real = os.environ["KRONSCOPE_DATA"]
+    for name, other in (("mnist", "fashion-mnist"), ("fashion-mnist", "mnist")):
+        (tmp_path / name).symlink_to(os.path.join(real, other))
+    monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
+    other = "MNIST" if read is data.fashion_mnist else "Fashion-MNIST"
+    with pytest.raises(ValueError, match=rf"it is the train-images-idx3-ubyte\.gz of {other};"):
+        read()
 
 
 @needs_files
@@ -279,10 +321,7 @@ def test_real_mnist16():
     assert found.test_targets.bincount().tolist() == list(digit.MNIST.test)
 
 
-@pytest.mark.skipif(
-    not os.path.isdir(os.path.join(os.environ.get("KRONSCOPE_DATA", "/nowhere"), "fashion-mnist")),
-    reason="needs the real files in $KRONSCOPE_DATA/fashion-mnist",
-)
+@needs_fashion
 def test_real_fashion_mnist():
     found = data.fashion_mnist_pictures()
     assert found.train_inputs.shape == (60000, 1, 28, 28)

@@ -1,5 +1,6 @@
 """The cache: atomic, checked, remade with a warning; downloads that go on where they were."""
 
+import errno
 import hashlib
 import io
 import json
@@ -96,6 +97,34 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(folder):
     with pytest.warns(UserWarning, match=r"could not be written .* set KRONSCOPE_CACHE to"):
         found = cache.cached("one", Recipe())
     assert found["b"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("variable", ["KRONSCOPE_CACHE", "SCIKIT_LEARN_DATA"])
+def test_a_download_into_a_folder_that_cannot_be_written_does_not_begin(
+    tmp_path, monkeypatch, variable
+):
+    """A file in its place, for root may write to any folder."""
+    monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "scikit_learn"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(variable, str(tmp_path / "file" / "below"))
+    asked = []
+    said = (
+        rf"{tmp_path / 'file' / 'below'}, in which .* cannot be written .*; set {variable} to one"
+    )
+    with pytest.raises(ValueError, match=said):
+        source.fetched("a set", "set/*", lambda: asked.append(1))
+    assert not asked
+
+
+def test_a_full_disk_is_no_missing_network(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "scikit_learn"))
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match=rf"could not be kept .*No space.* \(now {folder} and"):
+        source.fetched("a set", "set/*", full)
 
 
 def test_where_the_cache_is(monkeypatch):

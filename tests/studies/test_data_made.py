@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder of data and an empty cache."""
     monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
     monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "scikit_learn"))
     return tmp_path
 
 
@@ -90,14 +91,16 @@ def people(value=lambda k: 6 * k):
 
 
 def write(folder, pictures):
+    """In the published file's form; returns what it holds."""
     (folder / "olivetti").mkdir(exist_ok=True)
     columns = pictures.transpose(0, 2, 1).reshape(400, 4096).T.astype(np.uint8)
     savemat(folder / "olivetti" / "olivettifaces.mat", {"faces": columns})
+    return columns.tobytes()
 
 
-def test_olivetti_is_upright_with_its_people(folder):
+def test_olivetti_is_upright_with_its_people(folder, publish):
     pictures = np.random.default_rng(0).integers(256, size=(400, 64, 64))
-    write(folder, pictures)
+    publish("Olivetti's faces", "olivettifaces.mat", write(folder, pictures))
     found = data.olivetti()
     assert found.train_inputs.shape == (320, 1, 64, 64)
     assert found.train_targets.tolist() == [k for k in range(40) for _ in range(8)]
@@ -115,7 +118,21 @@ def test_olivetti_of_another_shape(folder):
     assert str(path) in str(error.value)
 
 
-def test_olivetti_is_fetched_where_there_is_no_file(folder, monkeypatch):
+def test_olivetti_with_other_pictures(folder):
+    write(folder, people())
+    with pytest.raises(ValueError, match=r"olivettifaces\.mat has .* not its content") as error:
+        data.olivetti()
+    assert "register a problem of your own" in str(error.value)
+
+
+def test_the_file_that_scikit_learn_fetches_is_taken_too(folder, publish):
+    write(folder, people())
+    content = (folder / "olivetti" / "olivettifaces.mat").read_bytes()
+    publish("scikit-learn's copy of Olivetti's faces", "olivettifaces.mat", content)
+    assert data.olivetti().test_inputs.shape == (80, 1, 64, 64)
+
+
+def test_olivetti_is_fetched_where_there_is_no_file(folder, monkeypatch, publish):
     """The fetcher scales by the largest of the 256 values, which is 242."""
     pictures = people()
 
@@ -128,7 +145,7 @@ def test_olivetti_is_fetched_where_there_is_no_file(folder, monkeypatch):
         found = data.olivetti()
         assert found.test_inputs.shape == (80, 1, 64, 64)
     assert asked == [1]
-    write(folder, pictures)
+    publish("Olivetti's faces", "olivettifaces.mat", write(folder, pictures))
     assert torch.equal(data.olivetti().train_inputs, found.train_inputs)
 
 

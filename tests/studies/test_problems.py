@@ -23,7 +23,7 @@ PAPERS = {
     *("mnist-autoencoder", "fashion-autoencoder", "faces-autoencoder", "curves-autoencoder"),
     *("mnist-autoencoder-tanh", "mnist16-tanh", "sequential-mnist-lstm", "fashion-cnn"),
     *("cifar10-resnet32", "cifar100-vgg16", "cifar100-vgg16-norm-free", "svhn-vgg11"),
-    *("cifar10-allcnn", "cifar10-small-resnet"),
+    *("cifar10-allcnn", "cifar10-allcnn-dropout", "cifar10-small-resnet"),
 }
 COUNTS = {
     "mnist-autoencoder": 2_837_314,
@@ -34,6 +34,7 @@ COUNTS = {
     "cifar100-vgg16-norm-free": 34_006_948,
     "svhn-vgg11": 28_144_010,
     "cifar10-allcnn": 1_369_738,
+    "cifar10-allcnn-dropout": 1_369_738,
     "fashion-cnn": 3_274_634,
 }
 INPUTS = {"mnist16-tanh": (256,), "faces-autoencoder": (625,), "fashion-cnn": (1, 28, 28)}
@@ -45,11 +46,11 @@ needs_mnist = pytest.mark.skipif(
 
 
 def test_how_many_there_are():
-    assert len(PROBLEMS) >= 32
-    assert len(SMALL) >= 16
-    assert len(SETTINGS) >= 350
+    assert len(PROBLEMS) >= 34
+    assert len(SMALL) >= 17
+    assert len(SETTINGS) >= 400
     assert len(SCHEDULES) >= 50
-    assert len(SEARCHES) >= 70
+    assert set(SEARCHES) == set(SETTINGS)
 
 
 def test_the_papers_problems_are_there_with_a_small_one_each():
@@ -103,7 +104,7 @@ def test_vgg_begins_as_published():
 
 
 def test_all_cnn_is_table_1_of_its_paper():
-    model = networks.all_cnn()
+    model = PROBLEMS["cifar10-allcnn-dropout"].model()
     layers = [m for m in model if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in layers] == [96] * 3 + [192] * 5 + [10]
     assert [m.kernel_size[0] for m in layers] == [3] * 7 + [1, 1]
@@ -115,6 +116,21 @@ def test_all_cnn_is_table_1_of_its_paper():
     assert maps.shape == (2, 10, 8, 8)
     assert maps.min() == 0
     assert networks.all_cnn(width=2, classes=7)(torch.randn(2, 3, 8, 8)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["cifar10-allcnn", "cifar10-allcnn-small"])
+def test_all_cnn_of_the_curvature_papers_has_no_dropout(name):
+    """As in the published code of arXiv:2102.06737: batches of 256, weight decay of 5e-4."""
+    own, other = PROBLEMS[name], PROBLEMS[name.replace("allcnn", "allcnn-dropout")]
+    kinds = [[type(m) for m in problem.model()] for problem in (own, other)]
+    assert nn.Dropout not in kinds[0]
+    assert kinds[0] == [kind for kind in kinds[1] if kind is not nn.Dropout]
+    if name == "cifar10-allcnn":
+        assert own.batch_size == 256
+        for optimizer in ("kbfgs", "kbfgs_l", "kfac", "sgd"):
+            assert own.optimizers[optimizer]["weight_decay"] == 5e-4
+        assert own.schedule["sgd"].epochs == 200
+        assert other.schedule["sgd"].epochs == 350
 
 
 def test_the_tanh_network_ends_in_logits():
@@ -317,10 +333,11 @@ def test_schedulers_drive_our_optimizers(kind):
 def test_what_was_searched(name, optimizer):
     problem = PROBLEMS[name]
     search, recommended = problem.searched[optimizer], problem.optimizers[optimizer]
-    assert search.source.startswith(("published", "recalled"))
-    assert "lr" in search.grid
-    own = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
-    kind = optimizers.kinds().get(optimizer.removesuffix("_l").removesuffix("_limited"), own)
+    assert search.source.startswith(hyper.SOURCES)
+    assert {"lr", "kl_clip"} & search.grid.keys()
+    known = optimizers.kinds() | {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    plain = optimizer.removeprefix("block_").removesuffix("_l").removesuffix("_limited")
+    kind = known[plain]
     for option, values in search.grid.items():
         assert option in inspect.signature(kind).parameters
         assert list(values) == sorted(set(values))

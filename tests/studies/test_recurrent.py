@@ -195,6 +195,7 @@ def test_digits_sequences_are_the_digits():
 def test_mnist_sequences_are_fetched_where_no_folder_is_named(monkeypatch, tmp_path):
     monkeypatch.delenv("KRONSCOPE_DATA", raising=False)
     monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
 
     class Bunch:
         data = np.zeros((70000, 784), np.uint8)

@@ -57,7 +57,7 @@ def test_resume_is_exact(tmp_path, name):
         assert torch.equal(tensor, whole[key]), key
 
 
-DROPOUT = training.Settings(problems.get("cifar10-allcnn-small"), "sgd", 2)
+DROPOUT = training.Settings(problems.get("cifar10-allcnn-dropout-small"), "sgd", 2)
 
 
 def test_what_drops_out_depends_on_seed_and_step_alone(tmp_path):
@@ -323,13 +323,6 @@ def test_refusals(tmp_path):
         training.start(settings("adam", batch_size=9999))
     with pytest.raises(ValueError, match="no checkpoint"):
         next(training.steps(settings("adam"), resume=tmp_path / "none.pt"))
-    checkpoints.save_parameters({"x": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="is no checkpoint of this problem"):
-        next(training.steps(settings("adam"), resume=tmp_path / "other.pt"))
-    half = (tmp_path / "other.pt").read_bytes()[:300]
-    (tmp_path / "half.pt").write_bytes(half)
-    with pytest.raises(ValueError, match=r"half\.pt cannot be read as a checkpoint .*cut off"):
-        next(training.steps(settings("adam"), resume=tmp_path / "half.pt"))
     with pytest.raises(ValueError, match=f"no checkpoint.pt in {tmp_path}"):
         runs.settings_of(tmp_path)
     with pytest.raises(ValueError, match=r"name a problem to train; known: .*digits-auto"):
@@ -337,7 +330,7 @@ def test_refusals(tmp_path):
 
 
 def test_every_problem_is_complete():
-    assert len(problems.PROBLEMS) >= 32
+    assert len(problems.PROBLEMS) >= 34
     for name, problem in problems.PROBLEMS.items():
         assert problem.name == name
         if problem.partition:  # the paper's problems; few optimizers know their layers

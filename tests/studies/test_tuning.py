@@ -214,7 +214,7 @@ def test_a_killed_search_goes_on_beside_a_worker_of_another_command(tmp_path):
 
 def test_only_what_nobody_holds_is_taken_for_dead(tmp_path):
     search = dataclasses.replace(HALVING, trials=2)
-    study = tuning._open(search, tmp_path)
+    study = tuning._open(tmp_path)
     tuning._queue(search, tmp_path, study, search.points())
     alive, dead = study.ask(), study.ask()
     with tuning._lock(tmp_path, str(alive.number)):

@@ -1,0 +1,19 @@
+"""What tests of data sets share."""
+
+import hashlib
+
+import pytest
+
+from studies.data import checksums
+
+
+@pytest.fixture
+def publish(monkeypatch):
+    """publish(data_set, file, content): what a made-up file holds is taken for the published."""
+
+    def publish(data_set, file, content):
+        monkeypatch.setitem(
+            checksums.PUBLISHED[data_set], file, hashlib.sha256(content).hexdigest()
+        )
+
+    return publish
