@@ -157,8 +157,9 @@ def _skip_to(optimizer: torch.optim.Optimizer, number: int) -> None:
 def floats_per_parameter(optimizer: torch.optim.Optimizer) -> float:
     """Memory of the state in units of four bytes over the number of parameters."""
     kept: dict[int, int] = {}
-    for state in optimizer.state.values():
-        for value in _tensors(state):
+    inner = getattr(optimizer, "optimizer", None)  # of a wrapper
+    for held in (optimizer, inner) if inner else (optimizer,):
+        for value in _tensors(dict(held.state)):
             memory = value.untyped_storage()  # once, however many views of it there are
             kept[memory.data_ptr()] = memory.nbytes()
     count = sum(p.numel() for group in optimizer.param_groups for p in group["params"])

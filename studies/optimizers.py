@@ -49,12 +49,21 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
     }
 
 
+def _layerwise_kfac(
+    model: nn.Module, problem: TrainingProblem, *, max_move: float = 0.03, **hyper: Any
+) -> torch.optim.Optimizer:
+    """KFAC with a measured step size for each layer; its own lr is not used."""
+    kfac = OPTIMIZERS["kfac"](model, problem, **{"lr": 1.0, **hyper})
+    return optim.LayerwiseStep(kfac, model, max_move=max_move)
+
+
 OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds().items()} | {
     "kbfgs_l": _factory(optim.KBFGS, history=100),
     "kbfgs_limited": _factory(optim.KBFGS, curvature_limit=CURVATURE_LIMIT),
     "block_hessian_free": lambda model, problem, **hyper: OPTIMIZERS["hessian_free"](
         model, problem, **{"blocks": problem.partition, **hyper}
     ),
+    "layerwise_kfac": _layerwise_kfac,
     "adam": lambda model, _problem, **hyper: torch.optim.Adam(model.parameters(), **hyper),
     "sgd": lambda model, _problem, **hyper: torch.optim.SGD(
         model.parameters(), **{"lr": 0.01, "momentum": 0.9, **hyper}
@@ -66,7 +75,8 @@ VARIANTS = {name: _factory(kind) for name, kind in kbfgs_variants.VARIANTS.items
 
 # a step is worth tens of gradients: these have a bench and a study of their own
 HESSIAN_FREE = ("hessian_free", "block_hessian_free")
-ONE_SOLVE_A_STEP = tuple(name for name in OPTIMIZERS if name not in HESSIAN_FREE)
+WRAPPED = ("layerwise_kfac",)
+ONE_SOLVE_A_STEP = tuple(n for n in OPTIMIZERS if n not in (*HESSIAN_FREE, *WRAPPED))
 
 
 def make(

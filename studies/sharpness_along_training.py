@@ -25,7 +25,7 @@ from diag.sharpness import stability_limit
 from studies import edge, foretelling, layer_health, optimizers, problems, records, training
 from studies.edge import Searches, see
 from studies.layer_health import Pairs
-from studies.optimizers import HESSIAN_FREE, OPTIMIZERS
+from studies.optimizers import HESSIAN_FREE, OPTIMIZERS, WRAPPED
 from studies.pools import shared_pool
 from studies.running import running
 from studies.snapshots import loss_row
@@ -105,7 +105,7 @@ def limit(problem: str, optimizer: str) -> float:
     """
     made = optimizers.make(optimizer, torch.nn.Linear(1, 1), problems.get(problem), {})
     if not hasattr(made, "preconditioner"):
-        known = sorted(set(OPTIMIZERS) - {"adam", "sgd", *HESSIAN_FREE})
+        known = sorted(set(OPTIMIZERS) - {"adam", "sgd", *HESSIAN_FREE, *WRAPPED})
         raise ValueError(f"'{optimizer}' shows no preconditioner; these do: {known}")
     momentum = made.param_groups[0].get("momentum", 0.0)
     return stability_limit(momentum) * (1 - momentum if optimizer in HEAVY_BALL else 1.0)

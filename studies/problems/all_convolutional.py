@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tnt": {"lr": 1e-4, "damping": 0.01, **EVERY},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, **DECAY},
     "exact_fisher": {"lr": 0.1, "damping": 0.1, **DECAY},
+    "layerwise_kfac": {"damping": 0.03, **DECAY, **EVERY},
     "hessian_free": {"lr": 0.3, "damping": 0.1},
     "block_hessian_free": {"lr": 0.3, "damping": 0.1},
     "adam": {"lr": 0.001},

@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tnt": {"lr": 0.0003, "damping": 0.01},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
     "exact_fisher": {"lr": 0.1, "damping": 0.1},
+    "layerwise_kfac": {"damping": 0.03},
     "hessian_free": {"lr": 0.3, "damping": 0.1},
     "block_hessian_free": {"lr": 0.3, "damping": 0.1},
     "adam": {"lr": 0.001},

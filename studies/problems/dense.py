@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tnt": {"lr": 1e-4, "damping": 1e-3},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
     "exact_fisher": {"lr": 0.1, "damping": 0.1},
+    "layerwise_kfac": {"damping": 0.003},
     "hessian_free": {"lr": 0.1, "damping": 0.1},
     "block_hessian_free": {"lr": 0.1, "damping": 0.1},
     "adam": {"lr": 0.01},

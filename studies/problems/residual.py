@@ -68,6 +68,7 @@ WITH_NORM: dict[str, dict[str, Any]] = {
     "tnt": {"lr": 1e-4, "damping": 0.01, "weight_decay": 10.0, **EVERY},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, "weight_decay": 5e-4},
     "exact_fisher": {"lr": 0.1, "damping": 0.2, "weight_decay": 5e-4},
+    "layerwise_kfac": {"damping": 0.03, "weight_decay": 5e-4, **EVERY},
     "hessian_free": {"lr": 0.3, "damping": 0.1},
     "block_hessian_free": {"lr": 0.3, "damping": 0.1},
     "adam": {"lr": 0.001, "weight_decay": 1e-4},

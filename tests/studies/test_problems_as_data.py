@@ -5,6 +5,7 @@ from torch import nn
 
 from optim.likelihoods import LIKELIHOODS
 from studies import hyper, problems
+from studies.optimizers import WRAPPED
 
 PROBLEMS = problems.PROBLEMS
 SMALL = {name: p for name, p in PROBLEMS.items() if name.endswith("-small")}
@@ -22,12 +23,12 @@ def test_everything_is_there_as_data_for_every_optimizer(name):
     assert problem.optimizers
     assert set(problem.searched) == set(problem.optimizers) >= set(problem.schedule)
     for optimizer, recommended in problem.optimizers.items():
-        assert recommended["lr"] > 0
+        assert recommended["damping" if optimizer in WRAPPED else "lr"] > 0
         assert problem.epochs_of(optimizer) > 0
         searched = problem.searched[optimizer]
         if searched.source == hyper.OPEN:  # around what is recommended, as `tune grid` does
             assert all(recommended[option] in values for option, values in searched.grid.items())
-            expected = {"kl_clip" if "kl_clip" in recommended else "lr", "damping"}
+            expected = {"kl_clip" if "kl_clip" in recommended else "lr", "damping"}  # if there
             assert set(searched.grid) == expected & set(recommended)
 
 
