@@ -6,7 +6,6 @@ Bahamou, Goldfarb 2021, arXiv:2102.06737.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,9 +89,9 @@ class KBFGS(Optimizer):
     minibatch's on its mean patch, its H_g from pairs with mu_2 s added to y always.
 
     State of each weight: A (Linear), H_a [in+1, in+1]; H_g [out, out], or S, Y [p, out] with R, YY
-    [p, p]; averaged s, y [out]; momentum [out, in+1]; counts, in the order of `COUNTS`; after an
-    axis of groups in grouped convolutions. Factors are float32, or float64 for float64
-    parameters. The number of steps is param_groups[0]["step"].
+    [p, p]; averaged s, y [out]; momentum [out, in+1]; counts, in the order of `COUNTS`; broken,
+    restarts [2] of H_g and H_a; after an axis of groups in grouped convolutions. Factors are
+    float32, or float64 for float64 parameters. The number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
         RuntimeError where A + λ_A I of a layer that begins has no inverse, or its first step does
@@ -162,7 +161,7 @@ class KBFGS(Optimizer):
         super().__init__(checks.grouped(model, groups, settings), {**settings, "step": 0})
         self._harness = Harness(self, model, COUNTS, average)
         self._harness.capture.wants_outputs = True
-        self._restarts = Restarts()
+        self._restarts = Restarts(self._harness)
         self.curvature_ratio: Tensor | None = None
 
     @torch.no_grad()
@@ -257,12 +256,13 @@ class KBFGS(Optimizer):
         super().add_param_group(param_group)
         if "_harness" in self.__dict__:
             self._harness.joined()
+            self._restarts.moved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from `state_dict()` bit for bit, factors in their own precision."""
         super().load_state_dict(state_dict)
         self._harness.loaded(state_dict)
-        self._restarts.loaded(self._harness.stacks)
+        self._restarts.moved()
 
     def _start(self, stack: Stack, blocks: Iterable[Block], A: Tensor) -> None:
         """H_g = I and H_a = (A + λ_A I)⁻¹, the only inverse taken, for blocks that begin now."""
@@ -287,24 +287,7 @@ class KBFGS(Optimizer):
             old = [block for block in totals if block not in new]
             if old and not stack.convolutional and self._harness.step > 0:
                 learn_(stack["A"], A, weight, ok & stack.mask(old))
-        self._restart(stack, totals)
-
-    def _restart(self, stack: Stack, totals: dict[Block, Totals]) -> None:
-        """Begin those factors anew that are no longer positive definite: `optim.restarts`."""
-        anew: dict[str, Callable[[Block], None]] = {
-            "H_g": lambda block: start_h_g(stack, [block], self._harness.setting("history")),
-            "H_a": lambda block: start_h_a(stack, [block], A, self._dampings(stack)[0]),
-        }
-        for name, blocks in self._restarts.due(stack, totals).items():
-            if name == "H_a" and blocks:
-                A = (
-                    kbfgs_statistics.input_factors(stack, totals)
-                    if stack.convolutional
-                    else stack["A"]
-                )
-            for block in blocks:
-                self._restarts.restart(stack, name, block, partial(anew[name], block))
-                self._harness.count(stack, {f"{name} restarted": stack.mask([block])})
+        self._restarts.begin_anew(stack, totals, self._dampings(stack)[0])
 
     def _second_pass(
         self,
@@ -350,7 +333,8 @@ class KBFGS(Optimizer):
         x = stack.gathered({block: total.means["x"] for block, total in first.items()})
         act = patch_action_ if stack.convolutional else input_action_
         acted, bad_a = act(stack, x, lambda_a, first)
-        self._restarts.note(stack, {"H_g": bad_g & ok, "H_a": bad_a}, live)
+        seen = {"H_g": ok, "H_a": finite(x) & live}
+        self._restarts.note(stack, {"H_g": bad_g, "H_a": bad_a}, seen)
         flags = {
             "H_g accepted": accepted,
             "H_g skipped": ~accepted & live,

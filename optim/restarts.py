@@ -6,15 +6,19 @@ negative or not finite, is noted in the step; the next one that updates starts t
 a GPU nobody waits for the note: it is read once it has reached the host.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from optim import distributed
+from optim.capture import Totals
 from optim.errors import NumericalError
+from optim.harness import Harness
+from optim.kbfgs_formulas import start_h_a, start_h_g
+from optim.kbfgs_statistics import input_factors
 from optim.layers import Block
-from optim.linalg import free_to_read, known_true
+from optim.linalg import finite, free_to_read
 from optim.refresh import PATIENCE, to_host
 from optim.stacks import Stack
 
@@ -24,25 +28,29 @@ FACTORS = ("H_g", "H_a")
 class Restarts:
     """The notes of one optimizer: state "broken" [size, 2] bool, "restarts" [size, 2] in a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, harness: Harness) -> None:
+        self._harness = harness
         self._read: dict[Stack, Tensor] = {}
         self._on_its_way: tuple[list[Stack], Tensor, torch.cuda.Event] | None = None
 
-    def loaded(self, stacks: Iterable[Stack]) -> None:
-        """Another state has been loaded: what it says is under way."""
+    def moved(self) -> None:
+        """The state has come to other stacks, or is another: what it says is under way."""
         self._read, self._on_its_way = {}, None
-        self.send(stack for stack in stacks if "broken" in stack)
+        self.send(stack for stack in self._harness.stacks if "broken" in stack)
 
-    def note(self, stack: Stack, flags: dict[str, Tensor], seen: Tensor) -> None:
-        """Keep which factors are broken, {"H_g", "H_a": [size] bool}; seen [size] have learned."""
+    def note(self, stack: Stack, flags: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+        """Keep which factors are broken, {"H_g", "H_a": [size] bool}, of those seen in the step.
+
+        Seen is a factor that something finite was multiplied with.
+        """
         if "broken" not in stack:
             stack.hold(
                 broken=stack.zeros(2, dtype=torch.bool), restarts=stack.zeros(2, dtype=torch.int64)
             )
-        now = torch.stack([flags[name] for name in FACTORS], -1) & seen[:, None]
-        if not (known_true(~now) and known_true(stack["restarts"] == 0)):
-            stack["restarts"].mul_(now | ~seen[:, None])
-        stack["broken"].copy_(now | (stack["broken"] & ~seen[:, None]))
+        unseen = torch.stack([~seen[name] for name in FACTORS], -1)
+        now = torch.stack([flags[name] for name in FACTORS], -1) & ~unseen
+        stack["restarts"].mul_(now | unseen)
+        stack["broken"].logical_and_(unseen).logical_or_(now)
 
     def send(self, stacks: Iterable[Stack]) -> None:
         """Let the host know what was noted, without waiting for it."""
@@ -51,11 +59,30 @@ class Restarts:
             host, event = to_host(torch.cat([stack["broken"] for stack in noted]))
             self._on_its_way = noted, host, event
 
-    def due(self, stack: Stack, blocks: Iterable[Block]) -> dict[str, list[Block]]:
+    def begin_anew(
+        self, stack: Stack, totals: dict[Block, Totals], lambda_a: float | Tensor
+    ) -> None:
+        """Restart the factors of these blocks that are known to be broken, and count them.
+
+        totals: of the coming update, λ_A its damping. A convolution's H_a waits for a batch whose
+        inputs are finite.
+
+        Raises: NumericalError at the third time in a row.
+        """
+        due = self._due(stack, totals)
+        for block in due.get("H_g", ()):
+            self._begin(stack, "H_g", block)
+            start_h_g(stack, [block], self._harness.setting("history"))
+        if blocks := due.get("H_a", ()):
+            A = input_factors(stack, totals) if stack.convolutional else stack["A"]
+            for block in blocks:
+                if bool(finite(A[stack.places[block]]).all()):
+                    self._begin(stack, "H_a", block)
+                    start_h_a(stack, [block], A, lambda_a)
+
+    def _due(self, stack: Stack, blocks: Iterable[Block]) -> dict[str, list[Block]]:
         """{factor: the blocks among these whose factor has to begin anew}, as far as is known."""
-        if "broken" not in stack:
-            return {}
-        flags = self._known(stack)
+        flags = self._known(stack) if "broken" in stack else None
         if flags is None or not bool(flags.any()):
             return {}
         return {
@@ -63,11 +90,8 @@ class Restarts:
             for i, name in enumerate(FACTORS)
         }
 
-    def restart(self, stack: Stack, name: str, block: Block, anew: Callable[[], None]) -> None:
-        """Have a block's factor made anew by `anew` and count it.
-
-        Raises: NumericalError at the third time in a row.
-        """
+    def _begin(self, stack: Stack, name: str, block: Block) -> None:
+        """Count a restart. Raises: NumericalError at the third time in a row."""
         place, i = stack.places[block], FACTORS.index(name)
         row = stack["restarts"][place, i]
         row += stack["broken"][place, i]
@@ -77,7 +101,7 @@ class Restarts:
                 "row, though it began anew; raise the damping, lower lr, or look for inputs that "
                 "are not finite or very large"
             )
-        anew()
+        self._harness.count(stack, {f"{name} restarted": stack.mask([block])})
         stack["broken"][place, i] = False
         if stack in self._read:
             self._read[stack][place, i] = False

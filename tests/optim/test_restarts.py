@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import KBFGS
+from optim import KBFGS, restarts
 from optim.errors import NumericalError
 from optim.refresh import PATIENCE
 
@@ -51,23 +51,23 @@ def test_a_broken_factor_begins_anew(name, factor, how):
     assert f"{factor} restarted {groups}" in opt.summary()
 
 
-def test_h_a_begins_at_the_inverse_of_its_average():
+def test_h_a_begins_at_the_inverse_of_its_average(monkeypatch):
     case, opt, weight = trained("mlp", 4)
     opt.state[weight]["H_a"].mul_(-1.0)
     train(opt, case.model, case.batches[4:5], case.loss)
-    seen = {}
-    original = opt._restarts.restart
+    seen, original = {}, restarts.start_h_a
 
-    def spy(stack, name, block, anew):
-        original(stack, name, block, anew)
+    def spy(stack, blocks, A, lambda_a):
+        original(stack, blocks, A, lambda_a)
+        (block,) = blocks
         A = stack.of(block, "A")[0]
         wanted = torch.linalg.inv(A + 0.5**0.5 * torch.eye(len(A)))
-        torch.testing.assert_close(stack.of(block, name)[0], wanted)
-        seen[block.name] = name
+        torch.testing.assert_close(stack.of(block, "H_a")[0], wanted)
+        seen[block.name] = True
 
-    opt._restarts.restart = spy
+    monkeypatch.setattr(restarts, "start_h_a", spy)
     train(opt, case.model, case.batches[5:6], case.loss)
-    assert seen == {"2": "H_a"}
+    assert seen == {"2": True}
 
 
 def test_an_inverse_history_is_emptied():
@@ -82,15 +82,16 @@ def test_an_inverse_history_is_emptied():
 
 
 @pytest.mark.parametrize("factor", ["H_g", "H_a"])
-def test_a_factor_that_breaks_again_and_again_stops_training(factor):
+def test_a_factor_that_breaks_again_and_again_stops_training(factor, monkeypatch):
     case, opt, weight = trained("mlp", 4)
-    original = opt._restarts.restart
+    name = {"H_g": "start_h_g", "H_a": "start_h_a"}[factor]
+    original = getattr(restarts, name)
 
-    def spoil(stack, name, block, anew):
-        original(stack, name, block, anew)
+    def spoil(*args):
+        original(*args)
         opt.state[weight][factor].fill_(torch.nan)
 
-    opt._restarts.restart = spoil
+    monkeypatch.setattr(restarts, name, spoil)
     opt.state[weight][factor].fill_(torch.nan)
     train(opt, case.model, case.batches[4 : 4 + PATIENCE], case.loss)
     with pytest.raises(NumericalError, match=f"layer '2': {factor} .* {PATIENCE} times in a row"):
@@ -126,3 +127,17 @@ def test_one_of_two_groups_alone_is_counted_but_its_layer_begins_anew():
     train(opt, case.model, case.batches[4:6], case.loss)
     assert opt.state[weight]["restarts"].sum() == 0
     assert count(opt, weight, "H_g restarted") == 2
+
+
+def test_a_convolution_waits_for_inputs_that_are_finite():
+    case, opt, weight = trained("cnn", 4)
+    opt.state[weight]["H_a"].mul_(-1.0)
+    train(opt, case.model, case.batches[4:5], case.loss)
+    x, t = case.batches[5]
+    bad = x.clone()
+    bad[0, 0, 0, 0] = torch.nan
+    train(opt, case.model, [(bad, t)], case.loss)
+    assert count(opt, weight, "H_a restarted") == 0
+    train(opt, case.model, case.batches[6:7], case.loss)
+    assert count(opt, weight, "H_a restarted") == 2
+    assert is_positive_definite(opt.state[weight]["H_a"])
