@@ -53,6 +53,8 @@ class Shampoo(Optimizer):
     weight_decay: W shrinks by lr * weight_decay; with decoupled_weight_decay=False
         weight_decay W is added to ∇ instead.
     update_every, refresh_every: steps between updates of H_i, and between roots.
+    refresh_early: new roots at each update of H_i before step `refresh_every` too, as the published
+        code has them for CNNs.
     stagger: share a period's roots out over its steps, so that none is much slower.
     max_axis: length of an axis, >= 1, beyond which it gets no matrix.
     sums: H_i <- H_i + ∇ ∇ᵀ, sums from zero, to which the root adds damping I, as in the original
@@ -99,6 +101,7 @@ class Shampoo(Optimizer):
         update_every: int = 1,
         refresh_every: int = 20,
         *,
+        refresh_early: bool = False,
         stagger: bool = False,
         decoupled_weight_decay: bool = True,
         max_axis: int = 8192,
@@ -115,6 +118,7 @@ class Shampoo(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
             "update_every": update_every,
             "refresh_every": refresh_every,
+            "refresh_early": refresh_early,
             "stagger": stagger,
             "max_axis": max_axis,
             "sums": sums,
@@ -218,13 +222,15 @@ class Shampoo(Optimizer):
 
     def _refresh(self) -> None:
         """New roots where they are due; a failed one is counted and the last good one kept."""
+        harness = self._harness
         jobs = [
             Job(stack, name, f"root_{i + 1}", root_solver(_power(stack)), stack.group["damping"])
-            for stack in self._harness.stacks
+            for stack in harness.stacks
             if stack.started
             for i, name in axes.names(stack, "H").items()
         ]
-        self._harness.refresh(jobs)
+        early = harness.setting("refresh_every") if harness.setting("refresh_early") else 1
+        harness.refresh(jobs, all_until=early)
 
 
 def _power(stack: Stack) -> int:

@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ekfac": {"lr": 0.1, "damping": 0.03, **DECAY, **EVERY},
     "tkfac": {"lr": 0.1, "damping": 0.03, **DECAY, **EVERY},
     "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
-    "shampoo": {"lr": 0.01, "damping": 0.01, **EVERY},
+    "shampoo": {"lr": 0.01, "damping": 0.01, **EVERY, "refresh_early": True},
     "tnt": {"lr": 1e-4, "damping": 0.01, **EVERY},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, **DECAY},
     "exact_fisher": {"lr": 0.1, "damping": 0.1, **DECAY},

@@ -64,7 +64,10 @@ WITH_NORM: dict[str, dict[str, Any]] = {
     "ekfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
     "tkfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
     "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
-    "shampoo": {"lr": 0.01, "damping": 0.01, "weight_decay": 0.1, **EVERY},
+    "shampoo": {
+        **{"lr": 0.01, "damping": 0.01, "weight_decay": 0.1, "refresh_early": True},
+        **EVERY,
+    },
     "tnt": {"lr": 1e-4, "damping": 0.01, "weight_decay": 10.0, **EVERY},
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, "weight_decay": 5e-4},
     "exact_fisher": {"lr": 0.1, "damping": 0.2, "weight_decay": 5e-4},

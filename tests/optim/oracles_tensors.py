@@ -63,11 +63,13 @@ class Shampoo(Oracle):
     rests_when_warm = True
     units_of = staticmethod(parameter_units)
 
-    def __init__(self, model, loss, *, sums=False, join_bias=False, **settings):
+    def __init__(
+        self, model, loss, *, sums=False, join_bias=False, refresh_early=False, **settings
+    ):
         if join_bias:
             self.units_of = joined_units
         super().__init__(model, loss, **settings)
-        self.sums = sums
+        self.sums, self.refresh_early = sums, refresh_early
 
     def statistics(self, seen, score):  # noqa: ARG002
         of, tau, new = seen.gradient(), 0.0 if self.decoupled else self.weight_decay, {}
@@ -88,7 +90,8 @@ class Shampoo(Oracle):
                 self.state[key][i] = self.state[key].get(i, 0.0) + H
 
     def due(self):
-        return self.k % self.refresh_every == 0
+        early = self.refresh_early and self.k < self.refresh_every
+        return early or self.k % self.refresh_every == 0
 
     def dense_curvature(self, own):
         """The power +1/(2k) of each H_i, whose product stands for the curvature."""

@@ -21,6 +21,7 @@ SETTINGS = {
     "rare": {"update_every": 2, "refresh_every": 3, "decay": 0.6},
     "coupled": {"weight_decay": 0.05, "decoupled_weight_decay": False, "momentum": 0.5},
     "decoupled": {"weight_decay": 0.05, "update_every": 3},
+    "early": {"refresh_early": True, "update_every": 2, "refresh_every": 5},
     "sums": {"sums": True, "update_every": 2},
     "joined": {"join_bias": True, "weight_decay": 0.05, "decoupled_weight_decay": False},
 }
