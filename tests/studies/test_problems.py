@@ -334,9 +334,11 @@ def test_what_was_searched(name, optimizer):
     problem = PROBLEMS[name]
     search, recommended = problem.searched[optimizer], problem.optimizers[optimizer]
     assert search.source.startswith(hyper.SOURCES)
-    assert {"lr", "kl_clip"} & search.grid.keys()
+    steps = {"damping"} if optimizer in optimizers.WRAPPED else {"lr", "kl_clip"}
+    assert steps & search.grid.keys()
     known = optimizers.kinds() | {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     plain = optimizer.removeprefix("block_").removesuffix("_l").removesuffix("_limited")
+    plain = plain.removeprefix("layerwise_")
     kind = known[plain]
     for option, values in search.grid.items():
         assert option in inspect.signature(kind).parameters
