@@ -78,14 +78,17 @@ def write_records(folder, labels):
     return records
 
 
-def test_cifar_records(tmp_path, monkeypatch):
+def test_cifar_records(tmp_path, monkeypatch, publish):
     folder = tmp_path / "cifar10"
     folder.mkdir()
     records = write_records(folder, [3, 9])
     monkeypatch.setenv("KRONSCOPE_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=r"batches of \[2\] pictures to train and \[2\] to test"):
+    with pytest.raises(ValueError, match=r"data_batch_1.bin has 6,146 bytes; expected 10,000"):
         data.cifar10()
-    monkeypatch.setattr(data.colour, "CIFAR10_SIZES", [[2], [2]])
+    monkeypatch.setattr(data.colour, "BATCH", 2)
+    monkeypatch.setattr(data.colour, "BATCHES", [["data_batch_1"], ["test_batch"]])
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        publish("CIFAR-10", name, records.tobytes())
     found = data.cifar10()
     assert found.train_targets.tolist() == [3, 9]
     assert found.train_inputs.shape == (2, 3, 32, 32)
@@ -94,12 +97,6 @@ def test_cifar_records(tmp_path, monkeypatch):
     assert found.train_inputs[0, 0, 5, 7].item() == pytest.approx(expected, rel=1e-5)
     write_records(folder, [3, 12])
     with pytest.raises(ValueError, match="label 12; CIFAR-10 has 0 to 9"):
-        data.cifar10()
-    (folder / "data_batch_1.bin").write_bytes(b"\0" * 3000)
-    with pytest.raises(ValueError, match="3000 bytes, not a multiple of 3073"):
-        data.cifar10()
-    (folder / "data_batch_1.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no data_batch_\*.bin"):
         data.cifar10()
 
 
