@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-SMALL = 150  # columns up to which a symmetric product is made in one piece
+PANEL = 128  # columns of a symmetric product that are made in one piece
 FEW = 32  # rows below which mirroring costs more than it saves
 ALIGNED = 16  # entries: rows of matrices that start at multiples of 64 bytes multiply faster
 
@@ -90,27 +90,19 @@ def second_moment(mean: Tensor | None, a: Tensor, seen: int, *, ones: bool) -> T
 def gram_(out: Tensor, a: Tensor, *, beta: float, alpha: float) -> Tensor:
     """Out <- beta out + alpha aᵀ a, in place; a [groups, N, n], out [groups, n, n] symmetric.
 
-    On a CPU a large one is made by halves, of which the upper right is mirrored: little more than
-    half of the arithmetic (PyTorch has no symmetric product). A GPU prefers one call.
+    On a CPU a large one is made in panels of columns down to the diagonal, whose rest is mirrored:
+    little more than half of the arithmetic (PyTorch has no symmetric product). A GPU prefers one
+    call.
     """
-    if a.shape[2] <= SMALL or a.shape[1] < FEW or not free_to_read(a):
+    if a.shape[2] <= PANEL or a.shape[1] < FEW or not free_to_read(a):
         return out.baddbmm_(a.mT, a, beta=beta, alpha=alpha)
     for one, x in zip(out, a, strict=True):
-        _gram_by_halves_(one, x, beta, alpha)
+        for start in range(0, len(one), PANEL):
+            end = min(start + PANEL, len(one))
+            one[:end, start:end].addmm_(x[:, :end].T, x[:, start:end], beta=beta, alpha=alpha)
+            if start:
+                one[start:end, :start] = one[:start, start:end].T
     return out
-
-
-def _gram_by_halves_(out: Tensor, x: Tensor, beta: float, alpha: float) -> None:
-    size = len(out)
-    if size <= SMALL:
-        out.addmm_(x.T, x, beta=beta, alpha=alpha)
-        return
-    half = _rounded_up(size // 2)
-    left, right = x[:, :half], x[:, half:]
-    _gram_by_halves_(out[:half, :half], left, beta, alpha)
-    _gram_by_halves_(out[half:, half:], right, beta, alpha)
-    corner = out[half:, :half].addmm_(right.T, left, beta=beta, alpha=alpha)
-    out[:half, half:] = corner.T
 
 
 def sandwich(left: Tensor, M: Tensor, right: Tensor) -> Tensor:
