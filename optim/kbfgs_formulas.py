@@ -94,7 +94,9 @@ def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> N
             stack.of(block, key).copy_(value[stack.places[block]])
 
 
-def update_h_g_(stack: Stack, gradient: Tensor, mu_2: Split) -> tuple[Tensor, ...]:
+def update_h_g_(
+    stack: Stack, gradient: Tensor, mu_2: Split
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One damped BFGS update of H_g by the averaged pair.
 
     gradient: raw mean gradient ḡ [size, out] of the skip rule. mu_2: a number or [size, 1].

@@ -71,10 +71,9 @@ class MBF(Optimizer):
 
     State of each weight, with n the length of a slice: M, M_inv [n, n], or [slices, n, n] with
     fc_share=False; in a convolution M, M_inv [O, I, kh*kw, kh*kw], without O or both as they share,
-    and M_bias, M_bias_inv [O, 1, 1];
-    momentum [out, in+1]; counts, in the order of `COUNTS`; failures in a row; after an axis of
-    groups in grouped convolutions. float32, or float64 for float64 parameters. The number of steps
-    is param_groups[0]["step"].
+    and M_bias, M_bias_inv [O, 1, 1]; momentum [out, in+1]; counts, in the order of `COUNTS`;
+    failures in a row; after an axis of groups in grouped convolutions. float32, or float64 for
+    float64 parameters. The number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting, unshared blocks over 4 GB, or a layer used in an
     unsupported way, naming it; NumericalError if a block cannot be inverted three times in a row.

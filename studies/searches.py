@@ -51,13 +51,14 @@ class Search(ABC):
     def axes(self) -> dict[str, tuple[float, ...]]:
         """The values of each setting that is tuned. Raises: ValueError where there are none."""
 
-    @abstractmethod
     def points(self) -> list[dict[str, float]]:
-        """All points to train, in order, as {setting: value}."""
+        """All points to train, in order, as {setting: value}: every combination of the values."""
+        axes = self.axes()
+        return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
-    @abstractmethod
-    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:
-        """Whether a training ends after this epoch; others: losses that others had there."""
+    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:  # noqa: ARG002
+        """Whether a training ends after this epoch: none; others: losses that others had there."""
+        return False
 
     @property
     @abstractmethod
@@ -96,11 +97,6 @@ def around(
     )
 
 
-def product(axes: dict[str, tuple[float, ...]]) -> list[dict[str, float]]:
-    """Every combination of the values."""
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
-
-
 @dataclass(frozen=True)
 class Grid(Search):
     """Every combination of the factors, each trained to the end.
@@ -117,14 +113,6 @@ class Grid(Search):
     def axes(self) -> dict[str, tuple[float, ...]]:
         """The recommended values times the factors. Raises: ValueError where there are none."""
         return around(self, self.lr_factors, self.damping_factors)
-
-    def points(self) -> list[dict[str, float]]:
-        """The product of the axes."""
-        return product(self.axes())
-
-    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:  # noqa: ARG002
-        """None does."""
-        return False
 
     @property
     def source(self) -> str:
@@ -146,14 +134,6 @@ class Listed(Search):
     def axes(self) -> dict[str, tuple[float, ...]]:
         """The grid of the problem's `searched`. Raises: ValueError where there is none."""
         return dict(self._searched.grid)
-
-    def points(self) -> list[dict[str, float]]:
-        """The product of the axes."""
-        return product(self.axes())
-
-    def stops(self, epoch: int, loss: float, others: Sequence[float]) -> bool:  # noqa: ARG002
-        """None does."""
-        return False
 
     @property
     def source(self) -> str:

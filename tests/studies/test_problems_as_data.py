@@ -28,7 +28,7 @@ def test_everything_is_there_as_data_for_every_optimizer(name):
         searched = problem.searched[optimizer]
         if searched.source == hyper.OPEN:  # around what is recommended, as `tune grid` does
             assert all(recommended[option] in values for option, values in searched.grid.items())
-            expected = {"kl_clip" if "kl_clip" in recommended else "lr", "damping"}  # if there
+            expected = {"kl_clip" if "kl_clip" in recommended else "lr", "damping"}
             assert set(searched.grid) == expected & set(recommended)
 
 
