@@ -11,6 +11,7 @@ from rich.progress import Progress
 from studies import equal_seconds as study
 from studies import problems, records
 from studies.report import write_report
+from studies.snapshots import loss_row
 
 
 def run(grid, results, resume=None):
@@ -25,7 +26,8 @@ def done(tmp_path_factory):
 
 def test_each_trains_until_the_last_mark(done):
     frame, header = records.read(done), records.read_header(done)
-    assert (header["status"], header["ended"]) == ("finished", {"kfac": "", "adam": ""})
+    assert header["status"] == "finished"
+    assert header["ended"] == {"kfac": {"0": ""}, "adam": {"0": ""}}
     losses = frame[frame["metric"] == "train_loss"]
     for name in study.TINY.optimizers:
         own = losses[losses["optimizer"] == name]
@@ -68,10 +70,38 @@ def test_divergence_is_ranked_last(tmp_path, monkeypatch):
         problems.get("digits-autoencoder-small"), optimizers={"sgd": {"lr": 1e5, "momentum": 0.9}}
     )
     monkeypatch.setattr(problems, "get", lambda _: wild)
-    reason = study.train(tmp_path, dataclasses.replace(study.TINY, optimizers=("sgd",)), "sgd")
+    reason = study.train(tmp_path, study.TINY, "sgd", 3)
     assert reason.startswith("training diverged at step")
     frame = records.read(tmp_path)
     assert len(frame) >= 2  # what was evaluated before is kept
+    assert set(frame["seed"]) == {3}
+
+
+def test_spares_come_in_until_one_gets_to_the_end(tmp_path, monkeypatch):
+    fates, asked = {5: "it diverged", 6: "it diverged; try less", 7: ""}, []
+
+    def train(folder, _grid, name, seed):
+        asked.append((name, seed))
+        fate = fates[seed] if name == "kfac" else ""
+        shared = {"run": folder.name, "study": study.NAME, "problem": study.TINY.problem}
+        place = {"optimizer": name, "seed": seed, "step": 1, "epoch": 0.1, "seconds": 1.0}
+        records.put(folder, name, [{**shared, **place, **loss_row("train_loss", 1.0 + seed)}])
+        return fate
+
+    monkeypatch.setattr(study, "_alone", train)
+    grid = dataclasses.replace(study.TINY, seed=5, spares=1)
+    done = run(grid, tmp_path)
+    assert asked == [("kfac", 5), ("kfac", 6), ("adam", 5)]
+    rows = {row[0]: row[1:4] for row in records.read_header(done)["ranking"]["rows"]}
+    assert rows["kfac"] == ["lr 1, λ 0.3: it diverged", "6", "2 of 2"]
+    assert rows["adam"] == ["lr 0.01", "5", "0 of 1"]
+    asked.clear()
+    run(dataclasses.replace(grid, spares=4), tmp_path, resume=done)
+    assert asked == [("kfac", 7)]
+    header = records.read_header(done)
+    assert header["ended"]["kfac"] == {str(seed): fate for seed, fate in fates.items()}
+    said = "seed 5, or the first up to 9 that did not diverge."
+    assert header["ranking"]["caption"].endswith(said)
 
 
 def curve(name, points):
@@ -86,10 +116,12 @@ def test_the_table_by_hand():
         + curve("sgd", [(0, 9), (1.2, 10), (1.4, np.inf)])
     )
     grid = study.Grid("digits-autoencoder", ("adam", "sgd", "kfac"), seconds=(1, 2))
-    found = study.table(frame, {"adam": "", "sgd": "it diverged; try less", "kfac": ""}, grid)
-    assert found["columns"] == ["optimizer", "settings", "1 s", "2 s", "epochs"]
+    ended = {"adam": {"0": ""}, "sgd": {"0": "it diverged; try less"}}
+    ended["kfac"] = {"0": "it diverged", "1": ""}
+    found = study.table(frame, ended, grid)
+    assert found["columns"] == ["optimizer", "settings", "seed", "diverged", "1 s", "2 s", "epochs"]
     assert found["rows"] == [
-        ["kfac", "lr 1, λ 0.3", "7.500 (2)", "4.000 (1)", "1.00"],
-        ["adam", "lr 0.01", "7.000 (1)", "6.500 (2)", "1.50"],
-        ["sgd", "lr 0.01: it diverged", "10.00 (3)", "∞", "1.00"],
+        ["kfac", "lr 1, λ 0.3", "1", "1 of 2", "7.500 (2)", "4.000 (1)", "1.00"],
+        ["adam", "lr 0.01", "0", "0 of 1", "7.000 (1)", "6.500 (2)", "1.50"],
+        ["sgd", "lr 0.01: it diverged", "0", "1 of 1", "10.00 (3)", "∞", "1.00"],
     ]
