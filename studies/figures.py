@@ -74,8 +74,8 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     names = set(names)
     ours = {name.removesuffix(PUBLISHED) for name in names}
     for i, name in enumerate(sorted(ours - {BOUND, ""})):
-        marker, line = MARKERS[i % len(MARKERS)], LINES[i % len(LINES)]
-        again = i // len(COLOURS)  # a colour comes back with another line
+        again = i // len(COLOURS)  # a colour comes back with another marker and line
+        marker, line = MARKERS[(i + 5 * again) % len(MARKERS)], LINES[i % len(LINES)]
         colour = COLOURS[(i + again) % len(COLOURS)]
         found[name] = {"color": colour, "marker": marker, "linestyle": line, "linewidth": 1.4}
         if (printed := name + PUBLISHED) in names:
@@ -332,6 +332,8 @@ def _finish(
             axes.set_xlabel("seconds of training" if x == "seconds" else x)
         if x == "step" and not _far_apart(axes, rows):
             _whole_steps(axes, rows["step"])
+        if x == "seconds" and rows[x].median() < rows[x].max() / 8:
+            _log_seconds(axes, rows[x])
     return figure
 
 
@@ -349,6 +351,14 @@ def _far_apart(axes: Axes, rows: pd.DataFrame) -> bool:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(0, 1.2 * last)
     return True
+
+
+def _log_seconds(axes: Axes, seconds: pd.Series) -> None:
+    """A logarithm of the seconds, for evaluations dense at first; the start is left out."""
+    axes.set_xscale("log")
+    axes.set_xlim(0.8 * float(seconds[seconds > 0].min()), 1.25 * float(seconds.max()))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(PlainLogFormatter())
 
 
 def _whole_steps(axes: Axes, steps: pd.Series) -> None:

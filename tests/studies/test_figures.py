@@ -74,6 +74,17 @@ def test_published_curves_are_pale_and_have_no_seconds(frame):
     assert "kfac, published" not in legend(rendered(figures.loss_curves(both, "seconds")))
 
 
+def test_evaluations_dense_at_first_have_a_logarithm_of_the_seconds(frame):
+    rows = frame[(frame["metric"] == "train_loss") & (frame["optimizer"] == "kfac")]
+    rows = pd.concat([rows] * 3).assign(step=range(9), epoch=range(9))
+    for seconds, scale in ((np.geomspace(3, 500, 8), "log"), (np.linspace(60, 500, 8), "linear")):
+        drawn = rows.assign(seconds=[0.0, *seconds])
+        (axes,) = rendered(figures.loss_curves(drawn, "seconds")).axes
+        assert axes.get_xscale() == scale
+        assert axes.get_xlim()[1] > 500
+        assert not any("e" in text.get_text() for text in axes.get_xticklabels(which="both"))
+
+
 def test_losses_and_accuracies_by_epoch_and_by_seconds(frame):
     rows = frame[frame["metric"] == "train_loss"].copy()
     rows["metric"] = "train_accuracy"
@@ -151,6 +162,7 @@ def test_looks_depend_on_the_set_of_names_and_differ_without_colour():
     assert looks == figures.looks(reversed(names))
     greys = {(look["marker"], str(look.get("linestyle"))) for look in looks.values()}
     assert len(greys) == 21  # with the best Kronecker
+    assert len({(str(look["color"]), look["marker"]) for look in looks.values()}) == 21
     assert looks["best_kronecker"]["color"] == "black"
 
 
