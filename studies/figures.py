@@ -355,7 +355,7 @@ def _far_apart(axes: Axes, rows: pd.DataFrame) -> bool:
 
 def _log_seconds(axes: Axes, seconds: pd.Series) -> None:
     """A logarithm of the seconds, for evaluations dense at first; the start is left out."""
-    axes.set_xscale("log")
+    axes.set_xscale("log", nonpositive="mask")  # clipped, the start would make a level line
     axes.set_xlim(0.8 * float(seconds[seconds > 0].min()), 1.25 * float(seconds.max()))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(PlainLogFormatter())
