@@ -111,8 +111,8 @@ MNIST: dict[str, dict[str, Any]] = {
     "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
     "exact_fisher": {"lr": 1.0, "damping": 30.0},
     "layerwise_kfac": {"damping": 3.0, "weight_decay": 1e-5},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
+    "hessian_free": {"lr": 0.3, "damping": 10.0},
+    "block_hessian_free": {"lr": 0.3, "damping": 10.0},
     "adam": {"lr": 1e-4, "eps": 1e-4},
     "sgd": {"lr": 3e-3, "momentum": 0.9},
 }
