@@ -116,6 +116,9 @@ def accuracy_curves(frame: pd.DataFrame, x: str = "step") -> Figure:
 
 def _along_training(frame: pd.DataFrame, ending: str, x: str, y: str) -> Figure:
     rows = select(frame[frame["metric"].str.endswith(ending) & frame[x].notna()], block="")
+    later = rows[rows["step"] > 0]  # a logarithm has no place for the start
+    dense_at_first = x == "seconds" and not later.empty and rows[x].median() < rows[x].max() / 8
+    rows = later if dense_at_first else rows
     metrics = sorted(rows["metric"].unique(), reverse=True)  # training before test
     styles = looks(frame["optimizer"])
     shown = {name: styles[name] for name in sorted(rows["optimizer"].unique())}
@@ -126,6 +129,8 @@ def _along_training(frame: pd.DataFrame, ending: str, x: str, y: str) -> Figure:
         for name in shown:
             _line(axes, own[own["optimizer"] == name], shown[name], x)
         _dress(axes, label(metric))
+        if dense_at_first:
+            _log_seconds(axes, rows[x])
     return _finish(figure, shown, rows, x, y)
 
 
@@ -332,8 +337,6 @@ def _finish(
             axes.set_xlabel("seconds of training" if x == "seconds" else x)
         if x == "step" and not _far_apart(axes, rows):
             _whole_steps(axes, rows["step"])
-        if x == "seconds" and rows[x].median() < rows[x].max() / 8:
-            _log_seconds(axes, rows[x])
     return figure
 
 
@@ -354,9 +357,9 @@ def _far_apart(axes: Axes, rows: pd.DataFrame) -> bool:
 
 
 def _log_seconds(axes: Axes, seconds: pd.Series) -> None:
-    """A logarithm of the seconds, for evaluations dense at first; the start is left out."""
-    axes.set_xscale("log", nonpositive="mask")  # clipped, the start would make a level line
-    axes.set_xlim(0.8 * float(seconds[seconds > 0].min()), 1.25 * float(seconds.max()))
+    """A logarithm of the seconds, for evaluations dense at first."""
+    axes.set_xscale("log")
+    axes.set_xlim(0.8 * float(seconds.min()), 1.25 * float(seconds.max()))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(PlainLogFormatter())
 
