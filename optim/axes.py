@@ -121,7 +121,7 @@ def learn(harness: Harness, stack: Stack, live: list[Block], G: Tensor) -> None:
     keep = stack.group["decay"]
     keep, new = (1.0, 1.0) if stack.group.get("sums", False) else (keep, 1 - keep)
     ok = learn_contractions(stack, G, keep, new, live)
-    harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(live)})
+    harness.learned(stack, ok, live)
 
 
 def warm(harness: Harness, found: Iterable[tuple[int, dict[Stack, Tensor]]]) -> None:

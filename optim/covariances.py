@@ -36,6 +36,11 @@ def share(stack: Stack, i: int) -> Tensor:
     return scale(stack[next(iter(held.values()))], stack.shape, len(held), i)
 
 
+def shift(stack: Stack, i: int) -> Tensor:
+    """What the damping of U_i is for H_i, [size]."""
+    return stack.group["damping"] * share(stack, i)
+
+
 def covariance(stack: Stack, i: int) -> Tensor:
     """U_i [size, n_i, n_i], undamped."""
     return stack[axes.names(stack, "H")[i]] / share(stack, i)[:, None, None]

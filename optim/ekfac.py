@@ -277,7 +277,7 @@ class EKFAC(Optimizer):
                 ok = learn_from_gradient(stack, totals, G, decay, ok)
             else:
                 ok = learn_scalings(stack, totals, scale, decay, ok)
-            harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(totals)})
+            harness.learned(stack, ok, totals)
 
     def _refresh(self) -> None:
         """New eigenvectors where they are due; where none are found the last good ones stay."""

@@ -218,7 +218,7 @@ class Eva(Optimizer):
                 learn_(stack["x"], x, weight, ok)
                 learn_(stack["g"], g, weight, ok)
                 harness.start(stack, totals)
-                harness.count(stack, {"updates": ok, "not finite": ~ok & mask})
+                harness.learned(stack, ok, totals)
         harness.ready(live)
 
     def _direction(self, stack: Stack, live: list[Block]) -> Direction:

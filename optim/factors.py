@@ -11,7 +11,7 @@ from torch import Tensor
 from optim import positions
 from optim.capture import Accumulate, Call, Totals
 from optim.layers import Block
-from optim.linalg import finite, gram_, learn_, second_moment
+from optim.linalg import finite_moments, gram_, learn_, second_moment
 from optim.stacks import Stack
 
 BOTH_AT_ONCE = (
@@ -91,9 +91,7 @@ def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Te
     G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
     if "A" not in stack:
         stack.hold(A=stack.zeros(*A.shape[1:]), G=stack.zeros(*G.shape[1:]))
-    ok = finite(A.diagonal(dim1=-2, dim2=-1)) & finite(G.diagonal(dim1=-2, dim2=-1))
-    if len(totals) < len(stack.blocks):
-        ok = ok & stack.mask(totals)
+    ok = finite_moments(stack.mask(totals), A, G)
     weight = new_weight(stack)
     learn_(stack["A"], A, weight, ok)
     learn_(stack["G"], G, weight, ok)

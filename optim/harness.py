@@ -18,7 +18,7 @@ from optim.capture import UNSEEN, Accumulate, Capture, Totals
 from optim.checkpoint import exact_state
 from optim.layers import Block, find_blocks, live_blocks
 from optim.likelihoods import fits, sampled_score
-from optim.linalg import factor_dtype, free_to_read
+from optim.linalg import factor_dtype, free_to_read, known_true
 from optim.loss_watch import LossWatch
 from optim.momentum import Form, plain_step_
 from optim.passes import full_precision
@@ -209,7 +209,13 @@ class Harness:
     def count(self, stack: Stack, flags: dict[str, Tensor]) -> None:
         """Add flags [size] bool to the counters of these names."""
         for name, flag in flags.items():
-            stack["counts"][:, self.counts.index(name)] += flag
+            stack["counts"].select(1, self.counts.index(name)).add_(flag)
+
+    def learned(self, stack: Stack, ok: Tensor, blocks: Iterable[Block]) -> None:
+        """Count which of these blocks' statistics were learned, [size] bool, and which refused."""
+        self.count(stack, {"updates": ok})
+        if not known_true(ok):
+            self.count(stack, {"not finite": ~ok & stack.mask(blocks)})
 
     def ready(self, live: dict[Stack, list[Block]]) -> None:
         """Raise RuntimeError naming a live block that has no state yet."""
@@ -227,7 +233,7 @@ class Harness:
         ok: the answer, if somebody has looked; where it says no for one, all are looked at again.
         """
         ok = momentum.absorb_(stack, live, self.groups, self.form, ok)
-        if not (free_to_read(ok) and bool(ok.all())):
+        if not known_true(ok):
             self.count(stack, {"not finite": ~ok & stack.mask(live)})
         return ok
 
@@ -242,6 +248,8 @@ class Harness:
         anew.
         """
         moved = momentum.move_(stack, live, P, ok, self.groups)
+        if moved is ok:
+            return
         lost = ok & ~moved & stack.mask(live)
         if not (free_to_read(lost) and not bool(lost.any())):
             self.count(stack, {"not finite": lost})

@@ -28,7 +28,7 @@ from optim.kbfgs_formulas import (
     update_h_g_,
 )
 from optim.layers import Block
-from optim.linalg import finite, known_true, learn_, per
+from optim.linalg import finite, finite_moments, known_true, learn_, per
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import parameters_at_rest, random_state, replayed, run, untouched
@@ -281,7 +281,7 @@ class KBFGS(Optimizer):
         stack.see_positions(totals)
         if new or not stack.convolutional:
             A = kbfgs_statistics.input_factors(stack, totals)
-            ok = finite(A.diagonal(dim1=-2, dim2=-1)) & stack.mask(totals)
+            ok = finite_moments(stack.mask(totals), A)
             if new:
                 self._start(stack, new, A.nan_to_num(0.0, 0.0, 0.0).mul_(per(ok, A)).mul_(weight))
             old = [block for block in totals if block not in new]

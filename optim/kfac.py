@@ -262,7 +262,7 @@ class KFAC(Optimizer):
             for stack, totals in harness.collected(live).items():
                 ok = learn_factors(stack, totals, harness.scale)
                 harness.start(stack, totals)
-                harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(totals)})
+                harness.learned(stack, ok, totals)
         harness.ready(live)
 
     def _refresh(self) -> None:

@@ -1,5 +1,7 @@
 """Running means, second moments and damped inverses, all without a host sync until one fails."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ def known_true(ok: Tensor) -> bool:
     return free_to_read(ok) and bool(ok.all())
 
 
+def known_finite(tensor: Tensor) -> bool:
+    """Whether `all_finite`, if that can be known for nothing; else False."""
+    return free_to_read(tensor) and math.isfinite(tensor.sum(dtype=factor_dtype(tensor)))
+
+
 def all_finite(tensor: Tensor) -> Tensor:
     """Whether no entry is NaN or infinite, as a 0-d bool tensor, in one pass.
 
@@ -40,6 +47,17 @@ def is_finite(x: Tensor) -> Tensor:
 def finite(stacked: Tensor) -> Tensor:
     """Which matrices or vectors of a stack [b, ...] are finite throughout, [b] bool."""
     return is_finite(stacked.sum(tuple(range(1, stacked.ndim))))  # no copy of strided ones
+
+
+def finite_moments(mask: Tensor, *moments: Tensor) -> Tensor:
+    """Whose second moments [b, n, n] are all finite, among mask [b] bool; it where known to be.
+
+    Their diagonals tell: no entry is larger than the largest of those.
+    """
+    diagonals = [M.diagonal(dim1=-2, dim2=-1) for M in moments]
+    if all(known_finite(d) for d in diagonals):
+        return mask
+    return torch.stack([mask, *map(finite, diagonals)]).all(0)
 
 
 def per(ok: Tensor, like: Tensor) -> Tensor:

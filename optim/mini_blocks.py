@@ -115,9 +115,9 @@ def learn_rows_(M: Tensor, W: Tensor, b: Tensor | None, decay: float) -> None:
     size, new = W.shape[1], (1 - decay) / len(W)
     gram_(M[None, :size, :size], W[None], beta=decay, alpha=new)
     if b is not None:
-        border = torch.addmv(M[:size, size], W.T, b, beta=decay, alpha=new)
-        M[:size, size] = M[size, :size] = border
-        M[size, size] = decay * M[size, size] + new * (b @ b)
+        border = M[size, :size]
+        M[:size, size] = border.addmv_(W.T, b, beta=decay, alpha=new)
+        M[size, size].mul_(decay).add_(b @ b, alpha=new)
 
 
 def squares_finite(blocks: Iterable[Block], dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from optim.layers import Block
-from optim.linalg import all_finite, factor_dtype, finite, is_finite, known_true, per
+from optim.linalg import (
+    all_finite,
+    factor_dtype,
+    finite,
+    is_finite,
+    known_finite,
+    known_true,
+    per,
+)
 from optim.stacks import Stack
 
 Group = dict[str, Any]
@@ -38,6 +46,9 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 def gradients_finite(stack: Stack, live: Iterable[Block]) -> Tensor:
     """Which matrices have a finite gradient, [size] bool; False for blocks that are not live."""
+    live = list(live)
+    if all(known_finite(gradient_of(p)) for block in live for p in block.parameters):
+        return stack.mask(live)
     out = torch.zeros(stack.size, dtype=torch.bool, device=stack.device)
     for block in live:
         sums = [gradient_of(p).sum(dtype=stack.dtype) for p in block.parameters]
@@ -102,9 +113,10 @@ def move_(stack: Stack, live: Iterable[Block], P: Tensor, ok: Tensor, groups: Gr
 
     Decoupled weight decay, where a group asks for it, comes first: W_bar <- (1 - lr τ) W_bar.
 
-    Returns: which matrices moved, [size] bool.
+    Returns: which matrices moved, [size] bool; `ok` itself where all of P is known to be finite.
     """
-    ok = ok & finite(P)
+    if not known_finite(P):
+        ok = ok & finite(P)
     if not known_true(ok):
         P = P.nan_to_num_(0.0, 0.0, 0.0).mul_(per(ok, P))
     for block in live:

@@ -33,9 +33,9 @@ class Job:
 
     matrix: the factor itself, if the stack does not hold one under that name. beside: by name,
     what a result was made with and goes with: stack[name] takes it where the result is kept.
-    setting: of the optimizer, what the damping was made from together with the factor; the
-        damping itself unless given. only: matrices of the stack to solve for, [size] bool; None is
-        all of the blocks'.
+    damping: may be a function that makes it, called for jobs that are due. setting: of the
+        optimizer, what the damping was made from together with the factor; itself unless given.
+    only: matrices of the stack to solve for, [size] bool; None is all of the blocks'.
     replacing: called with the results held and those about to take their place, so that what is
     expressed in them can follow.
     """
@@ -44,7 +44,7 @@ class Job:
     factor: str
     result: str
     solver: Solver
-    damping: float | Tensor
+    damping: float | Tensor | Callable[[], Tensor]
     blocks: list[Block] = field(default_factory=list)
     matrix: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +72,10 @@ class Job:
     @property
     def damped_by(self) -> float | Tensor:
         """The setting behind the damping."""
-        return self.damping if self.setting is None else self.setting
+        if self.setting is not None:
+            return self.setting
+        assert not callable(self.damping), "a function needs the setting behind it"
+        return self.damping
 
     @property
     def damping_changed(self) -> bool:
@@ -111,10 +114,11 @@ class Job:
     def dampings(self) -> Tensor:
         """One damping for each of the matrices, [b]."""
         M, size = self.matrices(), self.stack.size
-        if isinstance(self.damping, Tensor):
-            own = self.damping.to(M.dtype).expand(size)
+        damping = self.damping() if callable(self.damping) else self.damping
+        if isinstance(damping, Tensor):
+            own = damping.to(M.dtype).expand(size)
             return own.repeat_interleave(len(M) // size)
-        return M.new_full((len(M),), self.damping)
+        return M.new_full((len(M),), damping)
 
     def shaped(self, result: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
         """A solver's results as the stack holds them, [size, ...], and which are good, [size]."""

@@ -223,7 +223,7 @@ class TKFAC(Optimizer):
             for stack, totals in harness.collected(live).items():
                 ok = learn_moments(stack, totals, scale)
                 harness.start(stack, totals)
-                harness.count(stack, {"updates": ok, "not finite": ~ok & stack.mask(totals)})
+                harness.learned(stack, ok, totals)
         harness.ready(live)
         if not harness.is_frozen:
             self._refresh()

@@ -10,7 +10,7 @@ from optim import distributed
 from optim.capture import Totals
 from optim.examples import mean_weight, pieces
 from optim.layers import Block
-from optim.linalg import damped_inverse, finite, gram_, learn_
+from optim.linalg import damped_inverse, finite_moments, gram_, learn_
 from optim.stacks import Stack
 
 TINY = 1e-30  # a trace below it counts as this
@@ -81,9 +81,7 @@ def learn_moments(stack: Stack, totals: dict[Block, Totals], scale: float | None
     L, R = moments(stack, totals, scale)
     if "L" not in stack:
         stack.hold(L=torch.zeros_like(L), R=torch.zeros_like(R))
-    ok = finite(L.diagonal(dim1=-2, dim2=-1)) & finite(R.diagonal(dim1=-2, dim2=-1))
-    if len(totals) < len(stack.blocks):
-        ok = ok & stack.mask(totals)
+    ok = finite_moments(stack.mask(totals), L, R)
     learn_(stack["L"], L, 1 - stack.group["decay"], ok)
     learn_(stack["R"], R, 1 - stack.group["decay"], ok)
     return ok

@@ -5,6 +5,7 @@ Source: Ren, Goldfarb 2021, arXiv:2106.02925, and its published code.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from optim import axes, checks
 from optim.capture import NOT_WARM
-from optim.covariances import CovarianceInverse, covariance, share
+from optim.covariances import CovarianceInverse, covariance, shift
 from optim.harness import Harness
 from optim.likelihoods import LIKELIHOODS
 from optim.momentum import heavy_ball
@@ -255,7 +256,7 @@ class TNT(Optimizer):
                 damping = stack.group["damping"]
                 solver = CovarianceInverse(damping)
                 for i, name in axes.names(stack, "H").items():
-                    shifts = damping * share(stack, i)
+                    shifts = partial(shift, stack, i)
                     result = f"inverse_{i + 1}"
                     jobs.append(Job(stack, name, result, solver, shifts, setting=damping))
         self._harness.refresh(jobs, all_until=self._harness.setting("refresh_every"))
