@@ -298,9 +298,7 @@ class MBF(Optimizer):
         plain = cut.over and cut.slices is mini_blocks.rows and not self._harness.delivers
         if not plain or len(blocks) < len(stack.blocks) or "M" not in stack:
             return False
-        return free_to_read(stack["M"]) and known_true(
-            mini_blocks.squares_finite(blocks, stack.dtype)
-        )
+        return free_to_read(stack["M"]) and mini_blocks.squares_finite(blocks, stack.dtype)
 
     def _example_moments(
         self, stack: Stack, totals: dict[Block, Totals], scale: float
