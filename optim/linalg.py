@@ -53,6 +53,12 @@ def finite_moments(mask: Tensor, *moments: Tensor) -> Tensor:
     """Whose second moments [b, n, n] are all finite, among mask [b] bool; it where known to be.
 
     Their diagonals tell: no entry is larger than the largest of those.
+
+    The second of two is not:
+        >>> M = torch.eye(2).repeat(2, 1, 1)
+        >>> M[1, 0, 0] = torch.inf
+        >>> finite_moments(torch.tensor([True, True]), M).tolist()
+        [True, False]
     """
     diagonals = [M.diagonal(dim1=-2, dim2=-1) for M in moments]
     if all(known_finite(d) for d in diagonals):
