@@ -212,7 +212,7 @@ class Harness:
             stack["counts"].select(1, self.counts.index(name)).add_(flag)
 
     def learned(self, stack: Stack, ok: Tensor, blocks: Iterable[Block]) -> None:
-        """Count which of these blocks' statistics were learned, [size] bool, and which refused."""
+        """Count whose statistics, of these blocks', were learned, ok [size] bool, and whose not."""
         self.count(stack, {"updates": ok})
         if not known_true(ok):
             self.count(stack, {"not finite": ~ok & stack.mask(blocks)})
