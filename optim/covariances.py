@@ -36,11 +36,6 @@ def share(stack: Stack, i: int) -> Tensor:
     return scale(stack[next(iter(held.values()))], stack.shape, len(held), i)
 
 
-def shift(stack: Stack, i: int) -> Tensor:
-    """What the damping of U_i is for H_i, [size]."""
-    return stack.group["damping"] * share(stack, i)
-
-
 def covariance(stack: Stack, i: int) -> Tensor:
     """U_i [size, n_i, n_i], undamped."""
     return stack[axes.names(stack, "H")[i]] / share(stack, i)[:, None, None]
@@ -51,6 +46,10 @@ class CovarianceInverse:
     """(H, share damping) -> (H / share + damping I)⁻¹ without a copy of H / share."""
 
     damping: float
+
+    def shift(self, stack: Stack, i: int) -> Tensor:
+        """What the damping of U_i is for H_i, share damping, [size]."""
+        return self.damping * share(stack, i)
 
     def __call__(self, H: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         """Results [b, n, n], and for which of them it worked, [b] bool."""

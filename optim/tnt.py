@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from optim import axes, checks
 from optim.capture import NOT_WARM
-from optim.covariances import CovarianceInverse, covariance, shift
+from optim.covariances import CovarianceInverse, covariance
 from optim.harness import Harness
 from optim.likelihoods import LIKELIHOODS
 from optim.momentum import heavy_ball
@@ -256,7 +256,7 @@ class TNT(Optimizer):
                 damping = stack.group["damping"]
                 solver = CovarianceInverse(damping)
                 for i, name in axes.names(stack, "H").items():
-                    shifts = partial(shift, stack, i)
+                    shifts = partial(solver.shift, stack, i)
                     result = f"inverse_{i + 1}"
                     jobs.append(Job(stack, name, result, solver, shifts, setting=damping))
         self._harness.refresh(jobs, all_until=self._harness.setting("refresh_every"))
