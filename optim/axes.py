@@ -14,9 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from optim.harness import Harness
 from optim.layers import Block, Variable, find_variables
-from optim.linalg import gram_, is_finite, known_true, per
+from optim.linalg import is_finite, known_true, per
 from optim.operators import Identity, Kronecker, Operator
 from optim.passes import run
+from optim.products import gram_, product
 from optim.stacks import Stack
 from optim.warming import warming
 
@@ -59,9 +60,9 @@ def along(X: Tensor, i: int, A: Tensor) -> Tensor:
         [[[1.0, 2.0], [1.0, 2.0]]]
     """
     if i == X.ndim - 2:
-        return (X.reshape(len(X), -1, X.shape[-1]) @ A).reshape(X.shape)
+        return product(X.reshape(len(X), -1, X.shape[-1]), A).reshape(X.shape)
     moved = X.movedim(i + 1, 1)
-    return (A @ moved.flatten(2)).reshape(moved.shape).movedim(1, i + 1)
+    return product(A, moved.flatten(2)).reshape(moved.shape).movedim(1, i + 1)
 
 
 def learn_contractions(

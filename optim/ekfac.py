@@ -25,11 +25,11 @@ from optim.ekfac_formulas import (
 )
 from optim.factors import factors_of, learn_factors, warm_factors
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.likelihoods import LIKELIHOODS
 from optim.momentum import average
 from optim.operators import KroneckerEigen, Operator, by_group
 from optim.passes import run
-from optim.refresh import Job
 from optim.stacks import Stack
 from optim.warming import warming
 
@@ -284,10 +284,8 @@ class EKFAC(Optimizer):
         harness, jobs = self._harness, []
         for stack in harness.stacks:
             if stack.started:
-                columns, rows = (
-                    partial(carry_columns_, stack["S"]),
-                    partial(carry_rows_, stack["S"]),
-                )
+                S = stack["S"]
+                columns, rows = partial(carry_columns_, S), partial(carry_rows_, S)
                 jobs.append(Job(stack, "A", "U_A", eigenvectors, 0.0, replacing=columns))
                 jobs.append(Job(stack, "G", "U_G", eigenvectors, 0.0, replacing=rows))
         harness.refresh(jobs, all_until=harness.setting("refresh_every") + 1)

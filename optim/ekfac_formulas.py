@@ -11,7 +11,8 @@ from optim.capture import Accumulate, Call, Totals
 from optim.examples import examples_of, mean_weight, pieces
 from optim.factors import factors_of
 from optim.layers import Block
-from optim.linalg import finite, learn_, per
+from optim.linalg import eigh, finite, learn_, per
+from optim.products import product, sandwich
 from optim.stacks import Stack
 
 NEGATIVE = 1e-3  # eigenvalues below -NEGATIVE times the largest are no rounding
@@ -31,7 +32,7 @@ def eigenvectors(M: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     safe = torch.where(per(ok, M) > 0, M, torch.eye(M.shape[-1], dtype=M.dtype, device=M.device))
     try:
         # on CUDA this waits for the device, whose verdict PyTorch reads: on refresh steps only
-        values, U = torch.linalg.eigh(safe)
+        values, U = eigh(safe)
     except torch.linalg.LinAlgError:
         if len(M) == 1:
             return torch.zeros_like(M), torch.zeros_like(ok)
@@ -42,7 +43,7 @@ def eigenvectors(M: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotated(x: Tensor, U: Tensor) -> Tensor:
     """Rows x [groups, p, T, n] times U [groups, n, n]."""
-    return (x.flatten(1, 2) @ U).unflatten(1, x.shape[1:3])
+    return product(x.flatten(1, 2), U).unflatten(1, x.shape[1:3])
 
 
 def squares(a: Tensor, g: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ def squares(a: Tensor, g: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:
     a = rotated(a, U_A) if early_a else a
     g = rotated(g, U_G) if early_g else g
     if positions == 1:
-        return g[:, :, 0].square().mT @ a[:, :, 0].square()
-    V = g.mT @ a
+        return product(g[:, :, 0].square().mT, a[:, :, 0].square())
+    V = product(g.mT, a)
     V = V if early_a else rotated(V, U_A)
     V = V if early_g else rotated(V.mT, U_G).mT
     return V.square_().sum(1)
@@ -70,27 +71,30 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     """
     eye = torch.eye(old.shape[-1], dtype=old.dtype, device=old.device)
     same = (old == new).flatten(1).all(1)
-    return torch.where(same[:, None, None], eye, (new.mT @ old).square_())
+    return torch.where(same[:, None, None], eye, product(new.mT, old).square_())
 
 
-def carry_rows_(S: Tensor, old: Tensor, new: Tensor) -> None:
-    """S [b, out, in+1] <- diagonal of the same map in the basis that has new for old U_G."""
-    S.copy_(overlap(old, new) @ S)
+def carry_rows_(S: Tensor, old: Tensor, new: Tensor, place: slice = slice(None)) -> None:
+    """S [b, out, in+1] <- diagonal of the same map in the basis that has new for old U_G.
+
+    place: which of the b the old and new are of.
+    """
+    S[place] = product(overlap(old, new), S[place])
 
 
-def carry_columns_(S: Tensor, old: Tensor, new: Tensor) -> None:
+def carry_columns_(S: Tensor, old: Tensor, new: Tensor, place: slice = slice(None)) -> None:
     """As above, for U_A."""
-    S.copy_(S @ overlap(old, new).mT)
+    S[place] = product(S[place], overlap(old, new).mT)
 
 
 def values_between(M: Tensor, U: Tensor) -> Tensor:
     """Diagonal of Uᵀ M U, [b, n]: eigenvalues, if the columns of U are eigenvectors."""
-    return ((M @ U).mul_(U)).sum(-2)
+    return product(M, U).mul_(U).sum(-2)
 
 
 def scaled(M: Tensor, U_G: Tensor, U_A: Tensor, values: Tensor) -> Tensor:
     """U_G [(U_Gᵀ M U_A) ∘ values] U_Aᵀ, for M and values [b, out, in+1]."""
-    return U_G @ (U_G.mT @ M @ U_A).mul_(values) @ U_A.mT
+    return sandwich(U_G, sandwich(U_G.mT, M, U_A).mul_(values), U_A.mT)
 
 
 def factors_and_examples_of(likelihood: str) -> Accumulate:
@@ -132,7 +136,7 @@ def learn_from_gradient(
     m = stack.zeros()
     for block, total in totals.items():
         m[stack.places[block]] = total.examples
-    S = (stack["U_G"].mT @ G @ stack["U_A"]).square_().mul_(m[:, None, None])
+    S = sandwich(stack["U_G"].mT, G, stack["U_A"]).square_().mul_(m[:, None, None])
     return _learn(stack, S, 1 - decay, ok)
 
 

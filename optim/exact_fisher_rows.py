@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from optim.jobs import Job
 from optim.layers import Block
 from optim.linalg import finite, known_true, per
-from optim.refresh import Job
 from optim.sample_space import (
     add_combination_,
     damped_cholesky,

@@ -11,7 +11,8 @@ from torch import Tensor
 from optim import positions
 from optim.capture import Accumulate, Call, Totals
 from optim.layers import Block
-from optim.linalg import finite_moments, gram_, learn_, second_moment
+from optim.linalg import finite_moments, learn_
+from optim.products import gram_, second_moment
 from optim.stacks import Stack
 
 BOTH_AT_ONCE = (

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from optim import checks, distributed, momentum
 from optim.capture import UNSEEN, Accumulate, Capture, Totals
 from optim.checkpoint import exact_state
+from optim.jobs import Job, is_due, offsets
 from optim.layers import Block, find_blocks, live_blocks
 from optim.likelihoods import fits, sampled_score
 from optim.linalg import factor_dtype, free_to_read, known_true
 from optim.loss_watch import LossWatch
 from optim.momentum import Form, plain_step_
 from optim.passes import full_precision
-from optim.refresh import Job, Refresher, is_due, offsets
+from optim.refresh import Refresher
 from optim.sampled_gradients import SampledGradients
 from optim.scaling import take_scale
 from optim.stacks import Stack, make_stacks
@@ -275,20 +276,22 @@ class Harness:
         """The jobs that come at this step: all in the first steps, then each once per period.
 
         In the first steps only those whose factor or damping may have changed since the step
-        before; a block without a result is always due. With stagger=True the jobs of a period are
-        shared out over its steps by their cost.
+        before; a block without a result is always due. With stagger=True the work of a period is
+        shared out over its steps by its cost, layer by layer.
         """
         every = self.setting("refresh_every")
-        key = tuple(job.n for job in jobs for _ in range(job.stack.size))
+        shared = self.setting("stagger")
+        if shared:
+            jobs = [part for job in jobs for part in job.shared_out()]
+        key = tuple(job.n for job in jobs for _ in range(len(job.M)))
         if key not in self._offsets:
             costs = [job.cost for job in jobs]
-            shared = self.setting("stagger")
             self._offsets[key] = offsets(costs, every) if shared else [0] * len(jobs)
         chosen = []
         for job, offset in zip(jobs, self._offsets[key], strict=True):
             early = self.step < all_until and (self.updating or job.damping_changed)
             due = early or is_due(self.step, every, offset)
-            job.blocks = job.stack.started if due else job.new
+            job.blocks = job.started if due else job.new
             if job.blocks:
                 chosen.append(job)
         return chosen

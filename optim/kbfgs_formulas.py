@@ -18,8 +18,9 @@ from optim.capture import Totals
 from optim.errors import NumericalError
 from optim.kbfgs_statistics import patch_moments
 from optim.layers import Block
-from optim.linalg import aligned, damped_inverse, sandwich
+from optim.linalg import damped_inverse
 from optim.operators import CompactInverse
+from optim.products import product, sandwich
 from optim.stacks import Stack
 
 SPLITS = ("equal", "sqrtT")
@@ -48,7 +49,7 @@ def applied(stack: Stack) -> Tensor:
     """P = H_g M H_a [size, out, in+1], M the momentum."""
     M, H_g, H_a = stack["momentum"], held_h_g(stack), stack["H_a"]
     if isinstance(H_g, CompactInverse):
-        return torch.bmm(H_g @ M, H_a, out=aligned(M))
+        return product(H_g @ M, H_a)
     return sandwich(H_g, M, H_a)
 
 

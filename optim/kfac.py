@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from optim import checks
 from optim.factors import factors_of, learn_factors, warm_factors
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.levenberg_marquardt import LevenbergMarquardt
 from optim.likelihoods import LIKELIHOODS
-from optim.linalg import damped_inverse, known_true, sandwich
+from optim.linalg import damped_inverse, known_true
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import random_state, run
-from optim.refresh import Job
+from optim.products import sandwich
 from optim.rescaled_step import Batch, RescaledStep, check, check_groups
 from optim.scaling import refuse_scaler
 from optim.stacks import Stack
@@ -304,7 +305,7 @@ class KFAC(Optimizer):
         if factor is None:
             return sandwich(stack["G_inv"], M, stack["A_inv"])
         A, G = (_tried(job) for job in self._jobs(stack, factor))
-        return G @ M @ A
+        return sandwich(G, M, A)
 
     @property
     def rescaling(self) -> dict[str, Tensor]:

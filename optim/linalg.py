@@ -1,13 +1,9 @@
-"""Running means, second moments and damped inverses, all without a host sync until one fails."""
+"""Running means, checks and damped inverses, all without a host sync until one fails."""
 
 import math
 
 import torch
 from torch import Tensor
-
-PANEL = 128  # columns of a symmetric product that are made in one piece
-FEW = 32  # rows below which mirroring costs more than it saves
-ALIGNED = 16  # entries: rows of matrices that start at multiples of 64 bytes multiply faster
 
 
 def factor_dtype(tensor: Tensor) -> torch.dtype:
@@ -90,61 +86,20 @@ def running_mean(mean: Tensor | None, new: Tensor, count: int, seen: int) -> Ten
     return new if mean is None else mean.lerp_(new, count / (seen + count))
 
 
-def second_moment(mean: Tensor | None, a: Tensor, seen: int, *, ones: bool) -> Tensor:
-    """Mean over rows of ã ãᵀ with ã = [a; 1] (or a), joined to that of `seen` earlier rows.
+def eigh(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [b, n], ascending, and eigenvectors, as columns, of symmetric M [b, n, n].
 
-    a [groups, N, in] -> [groups, in+1, in+1] with `ones`, else [groups, in, in]. The 1 is never
-    appended to a: the product goes straight into the corner and the border holds the mean.
+    They are found with one rounding of the largest entry added to the diagonal and taken off
+    again: among many zeros, as units that never fire leave them, LAPACK's iteration in float32
+    often fails to converge.
+
+    Raises: torch.linalg.LinAlgError if it fails all the same, for all of M.
     """
-    groups, count, size = a.shape
-    total, first = seen + count, mean is None
-    if mean is None:
-        mean = a.new_empty(groups, size + ones, size + ones)
-    # beta=0 does not read the empty memory
-    gram_(mean[:, :size, :size], a, beta=0 if first else seen / total, alpha=1 / total)
-    if ones:
-        border = a.mean(1)
-        if not first:
-            border = mean[:, :size, size].lerp(border, count / total)
-        mean[:, :size, size] = mean[:, size, :size] = border
-        mean[:, size, size] = 1.0
-    return mean
-
-
-def gram_(out: Tensor, a: Tensor, *, beta: float, alpha: float) -> Tensor:
-    """Out <- beta out + alpha aᵀ a, in place; a [groups, N, n], out [groups, n, n] symmetric.
-
-    On a CPU a large one is made in panels of columns down to the diagonal, whose rest is mirrored:
-    little more than half of the arithmetic (PyTorch has no symmetric product). A GPU prefers one
-    call.
-    """
-    if a.shape[2] <= PANEL or a.shape[1] < FEW or not free_to_read(a):
-        return out.baddbmm_(a.mT, a, beta=beta, alpha=alpha)
-    for one, x in zip(out, a, strict=True):
-        for start in range(0, len(one), PANEL):
-            end = min(start + PANEL, len(one))
-            one[:end, start:end].addmm_(x[:, :end].T, x[:, start:end], beta=beta, alpha=alpha)
-            if start:
-                one[start:end, :start] = one[:start, start:end].T
-    return out
-
-
-def sandwich(left: Tensor, M: Tensor, right: Tensor) -> Tensor:
-    """The products left M right [b, out, in] of stacks [b, out, out], [b, out, in], [b, in, in]."""
-    return torch.bmm(torch.bmm(left, M, out=aligned(M)), right, out=aligned(M))
-
-
-def aligned(like: Tensor) -> Tensor:
-    """Empty memory of the same shape, its rows `ALIGNED`: a CPU's product is up to a fifth faster.
-
-    Between the rows there are gaps: never part of a state, which is contiguous when loaded.
-    """
-    *many, n = like.shape
-    return like.new_empty(*many, _rounded_up(n))[..., :n]
-
-
-def _rounded_up(n: int) -> int:
-    return -(-n // ALIGNED) * ALIGNED
+    shift = torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    shifted = M.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    values, U = torch.linalg.eigh(shifted)
+    return values - shift, U
 
 
 def damped_inverse(M: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ from optim.axes import warm_gradients
 from optim.capture import Totals
 from optim.examples import empirical_examples
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.layers import Block
 from optim.linalg import finite, free_to_read, known_true, learn_
 from optim.mini_blocks import Cut, cuts_of
 from optim.momentum import gradient_of, heavy_ball
 from optim.operators import Operator
 from optim.passes import run
-from optim.refresh import Job
 from optim.stacks import Stack
 from optim.warming import warming
 

@@ -15,9 +15,10 @@ from optim import distributed, positions
 from optim.capture import Totals
 from optim.examples import mean_weight, pieces
 from optim.layers import Block
-from optim.linalg import aligned, damped_inverse, factor_dtype, gram_, is_finite
+from optim.linalg import damped_inverse, factor_dtype, is_finite
 from optim.momentum import gradient_of
 from optim.operators import BlockDiagonal, ColumnBlocks, Kronecker, Operator
+from optim.products import faster_library, gram_, product
 from optim.stacks import Stack
 from optim.summary import readable
 
@@ -143,7 +144,7 @@ def example_moments(
             add_weighted_(found["M"], cuts[0], a, g)
             continue
         for few_a, few_g in zip(a.split(count, 1), g.split(count, 1), strict=True):
-            V = few_g.mT @ few_a
+            V = product(few_g.mT, few_a)
             for cut in cuts:
                 add_moments_(found[cut.name], cut, V)
     weight = mean_weight(totals, scale)
@@ -175,13 +176,14 @@ def mini_inverse(M: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 def applied(stack: Stack, cuts: list[Cut]) -> Tensor:
     """P [size, out, in+1] whose slices are (M_s + λI)⁻¹ m_s, m the momentum."""
     m = stack["momentum"]
-    P = aligned(m)
+    P = torch.empty_like(m)
     for cut in cuts:
         inverse, v, out = stack[f"{cut.name}_inv"], cut.slices(m), cut.slices(P)
         if cut.over == 0:
             torch.matmul(inverse, v.unsqueeze(-1), out=out.unsqueeze(-1))
         elif v.ndim == 3:
-            torch.bmm(v, inverse, out=out)
+            with faster_library(v, v.numel() * inverse.shape[-1]):
+                torch.bmm(v, inverse, out=out)
         else:
             out.copy_((cut.by_block(v, 1) @ inverse).movedim(-2, 1).reshape(v.shape))
     return P

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from optim.products import faster_library
 from optim.sample_space import add_combination_, projected, solved
 
 
@@ -199,11 +200,15 @@ class CompactInverse:
     def __matmul__(self, other: Tensor) -> Tensor:
         """Apply to [out] or [out, k], of a stack to [b, out, k], in O(p * out * k)."""
         v = other if other.ndim > 1 else other[:, None]
+        with faster_library(v, self.S.numel() * v.shape[-1]):
+            return self._applied(v).reshape(other.shape)
+
+    def _applied(self, v: Tensor) -> Tensor:
         u = torch.linalg.solve_triangular(self.R, self.S @ v, upper=True)
         inner = self.R.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * u
         inner = inner + self.YY @ u - self.Y @ v
         t = torch.linalg.solve_triangular(self.R.mT, inner, upper=False)
-        return (v + self.S.mT @ t - self.Y.mT @ u).reshape(other.shape)
+        return v + self.S.mT @ t - self.Y.mT @ u
 
 
 @dataclass(frozen=True, eq=False)

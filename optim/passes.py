@@ -1,14 +1,17 @@
 """Running the user's closure an extra time without leaving a trace; arithmetic of our own."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from optim.products import CPU, allowed
+
 RandomState = dict[torch.device, Tensor]
+FULL = ("ieee", "none")  # settings of PyTorch that leave float32 as it is
 AGAIN = (
     "This was a further call of the closure in one step, in which parameters "
     "get no gradients: what the closure does with .grad must allow for None, and a penalty of "
@@ -19,10 +22,14 @@ AGAIN = (
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, no autocast and no TF32: factors and steps are made in their own precision."""
+    """Inside, no autocast, no TF32 and no bfloat16 in products of float32.
+
+    Factors and steps are made in their own precision.
+    """
     with torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
-            yield
+            with _full_precision_on_cpu():
+                yield
             return
         products, convolutions = (
             torch.get_float32_matmul_precision(),
@@ -35,6 +42,14 @@ def full_precision(device: torch.device) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(products)
             torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _full_precision_on_cpu() -> ExitStack:
+    stack = ExitStack()
+    for operations in (CPU.matmul, CPU.conv):
+        if operations.fp32_precision not in FULL:
+            stack.enter_context(allowed(operations, "ieee"))
+    return stack
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Inverses and roots of factors: when they are due, in batches of one size, and failures.
+"""Inverses and roots of factors: in batches of one size, kept where they are good, and failures.
 
 A result that fails is tried again in float64; if that fails too, the last good one stays, the
 failure is counted, and training stops with the remedies after several in a row. On a GPU nobody
@@ -6,145 +6,18 @@ waits for the verdict: flags are copied to the host in the background, and the s
 a later step. Several processes share the work out by its cost and tell each other the results.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from optim import distributed
-from optim.distributed import Solver
 from optim.errors import NumericalError
-from optim.layers import Block
+from optim.jobs import SOLVED_WITH, Job
 from optim.linalg import free_to_read, known_true, per
-from optim.stacks import Stack
 
 PATIENCE = 3  # failures in a row before training is stopped
-SOLVED_WITH = "solved_with"  # of a parameter group, and so of state_dict: the last damping used
-
-
-@dataclass(eq=False)
-class Job:
-    """stack[result] <- solver(stack[factor], damping), for each matrix of a stack.
-
-    solver(M [b, n, n], damping [b]) -> results and for which they are good, [b] bool. For results
-    that are several tensors, one may give them side by side in one. A factor [size, ..., n, n] is
-    many small matrices for each one of the stack, which are kept or refused together.
-
-    matrix: the factor itself, if the stack does not hold one under that name. beside: by name,
-    what a result was made with and goes with: stack[name] takes it where the result is kept.
-    damping: may be a function that makes it, called for jobs that are due. setting: of the
-        optimizer, what the damping was made from together with the factor; itself unless given.
-    only: matrices of the stack to solve for, [size] bool; None is all of the blocks'.
-    replacing: called with the results held and those about to take their place, so that what is
-    expressed in them can follow.
-    """
-
-    stack: Stack
-    factor: str
-    result: str
-    solver: Solver
-    damping: float | Tensor | Callable[[], Tensor]
-    blocks: list[Block] = field(default_factory=list)
-    matrix: Tensor | None = None
-    beside: dict[str, Tensor] = field(default_factory=dict)
-    only: Tensor | None = None
-    setting: float | Tensor | None = None
-    replacing: Callable[[Tensor, Tensor], None] | None = None
-
-    @property
-    def M(self) -> Tensor:
-        """The factor."""
-        return self.stack[self.factor] if self.matrix is None else self.matrix
-
-    @property
-    def live(self) -> Tensor:
-        """Which matrices of the stack are to be solved for, [size] bool."""
-        mask = self.stack.mask(self.blocks)
-        return mask if self.only is None else mask & self.only
-
-    @property
-    def new(self) -> list[Block]:
-        """Started blocks that have no result yet."""
-        have = self.stack.solved.get(self.result, set())
-        return [block for block in self.stack.started if block not in have]
-
-    @property
-    def damped_by(self) -> float | Tensor:
-        """The setting behind the damping."""
-        if self.setting is not None:
-            return self.setting
-        assert not callable(self.damping), "a function needs the setting behind it"
-        return self.damping
-
-    @property
-    def damping_changed(self) -> bool:
-        """Whether the setting may not be that of the last results; tensors are not looked at."""
-        now = self.damped_by
-        return isinstance(now, Tensor) or self.stack.group.get(SOLVED_WITH) != now
-
-    @property
-    def failures(self) -> Tensor:
-        """How often in a row each matrix failed, [size]; part of the layers' state."""
-        name = f"{self.factor}_failures"
-        if name not in self.stack:
-            self.stack.hold(**{name: self.stack.zeros(dtype=torch.int64)})
-        return self.stack[name]
-
-    @property
-    def n(self) -> int:
-        """Size of each matrix."""
-        return self.M.shape[-1]
-
-    @property
-    def key(self) -> tuple:
-        """Jobs with the same key are solved together."""
-        M = self.M
-        return self.solver, self.n, M.dtype, M.device
-
-    @property
-    def cost(self) -> float:
-        """Arithmetic of a solution, up to a factor."""
-        return float(self.M.numel() * self.n)
-
-    def matrices(self) -> Tensor:
-        """The factor as [b, n, n]."""
-        return self.M.flatten(0, -3)
-
-    def dampings(self) -> Tensor:
-        """One damping for each of the matrices, [b]."""
-        M, size = self.matrices(), self.stack.size
-        damping = self.damping() if callable(self.damping) else self.damping
-        if isinstance(damping, Tensor):
-            own = damping.to(M.dtype).expand(size)
-            return own.repeat_interleave(len(M) // size)
-        return M.new_full((len(M),), damping)
-
-    def shaped(self, result: Tensor, ok: Tensor) -> tuple[Tensor, Tensor]:
-        """A solver's results as the stack holds them, [size, ...], and which are good, [size]."""
-        many = self.M.shape[:-2]
-        return result.unflatten(0, many), ok.reshape(self.stack.size, -1).all(1)
-
-
-def is_due(step: int, every: int, offset: int = 0) -> bool:
-    """Whether something done every so many steps comes at this one."""
-    return (step - offset) % every == 0
-
-
-def offsets(costs: Sequence[float], every: int) -> list[int]:
-    """Steps of a period at which jobs come, so that no step has much more to do than another.
-
-    The dearest first, each to the step with least to do.
-
-    Two dear jobs and two cheap ones over two steps:
-        >>> offsets([8, 1, 8, 1], 2)
-        [0, 0, 1, 1]
-    """
-    loads, chosen = [0.0] * every, [0] * len(costs)
-    for j in sorted(range(len(costs)), key=lambda j: -costs[j]):
-        chosen[j] = loads.index(min(loads))
-        loads[chosen[j]] += costs[j]
-    return chosen
 
 
 @dataclass(eq=False)
@@ -227,32 +100,27 @@ class Refresher:
         _keep(job, result.to(job.stack.dtype), good & failed)
         failures, lost = job.failures, failed & ~good
         failures.copy_(torch.where(lost, failures + 1, failures * ~verdict.live))
-        job.stack["counts"][:, self.count] += lost
-        had_none = job.stack[job.result].flatten(1).abs().sum(1) == 0
+        job.stack["counts"][job.place, self.count] += lost
+        had_none = job.stack[job.result][job.place].flatten(1).abs().sum(1) == 0
         stop = (failures >= PATIENCE) | (lost & had_none)
         if bool(stop.any()):
             self._give_up(job, stop)
 
     def _give_up(self, job: Job, stop: Tensor) -> None:
-        names = [b.name for b in job.stack.blocks if bool(stop[job.stack.places[b]].any())]
-        times = int(job.failures.max())
+        name, times = job.name_of(stop), int(job.failures.max())
         raise NumericalError(
-            f"layer '{names[0]}': {job.factor} could not be inverted, {times} times in a row; "
+            f"layer '{name}': {job.factor} could not be inverted, {times} times in a row; "
             f"{self.hint}"
         )
 
 
 def _keep(job: Job, result: Tensor, ok: Tensor) -> None:
     """stack[result] <- result where ok, and what goes with it, in place: views stay live."""
-    stack = job.stack
     for name, new in {job.result: result, **job.beside}.items():
-        if name not in stack:
-            # row by row, as a loaded one is: products of the other layout round differently
-            stack.hold(**{name: torch.zeros_like(new, memory_format=torch.contiguous_format)})
-        held = stack[name]
+        held = job.place_for(name, new)
         kept = new if known_true(ok) else torch.where(per(ok, held) > 0, new, held)
         if name == job.result and job.replacing is not None:
-            job.replacing(held, kept)
+            job.replacing(held, kept, job.place)
         held.copy_(kept)
 
 

@@ -5,7 +5,8 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
-from optim.linalg import finite, free_to_read, gram_, known_true, per
+from optim.linalg import eigh, finite, free_to_read, known_true, per
+from optim.products import gram_
 
 INDEFINITE = 1e-3  # share of the largest eigenvalue; what is more negative is not rounding
 TOLERANCE, GROWTH, LIMIT = 1e-6, 1.2, 100  # of the published iteration
@@ -70,7 +71,7 @@ def newton_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
 
 def root(M: Tensor, p: int) -> Tensor:
     """M^(1/p) [b, n, n]; eigenvalues of the size of rounding are zero, for roots magnify them."""
-    values, U = torch.linalg.eigh(M)
+    values, U = eigh(M)
     rounding = M.shape[-1] * torch.finfo(M.dtype).eps * values[:, -1:]
     powers = torch.where(values > rounding, values, 0.0) ** (1 / p)
     return (U * powers[:, None]) @ U.mT
@@ -79,11 +80,12 @@ def root(M: Tensor, p: int) -> Tensor:
 def _eigh(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues [b, n] ascending, eigenvectors [b, n, n], and for which they were found."""
     try:
-        values, U = torch.linalg.eigh(M)
+        values, U = eigh(M)
     except torch.linalg.LinAlgError:
         if len(M) > 1:
-            values, U, found = zip(*[_eigh(one[None]) for one in M], strict=True)
-            return torch.cat(values), torch.cat(U), torch.cat(found)
+            each = zip(*[_eigh(one[None]) for one in M], strict=True)
+            values, U, found = (torch.cat(part) for part in each)
+            return values, U, found
         return M[:, 0], M, M.new_zeros(1, dtype=torch.bool)
     return values, U, M.new_ones(len(M), dtype=torch.bool)
 

@@ -12,7 +12,8 @@ from optim import distributed
 from optim.capture import Totals
 from optim.examples import mean_weight, pieces
 from optim.layers import Block
-from optim.linalg import finite, gram_
+from optim.linalg import finite
+from optim.products import faster_library, gram_, product
 from optim.stacks import Stack
 
 PIECE = 2**24  # entries of the V_n held at once
@@ -50,7 +51,7 @@ def compressed(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     (*sm, T, out), size = g.shape, x.shape[-1]
     if min(out, size) >= T:
         return g, x
-    n, V = min(out, size), g.mT @ x
+    n, V = min(out, size), product(g.mT, x)
     eye = torch.eye(n, dtype=x.dtype, device=x.device).expand(*sm, n, n)
     return (eye, V) if out == n else (V.mT, eye)
 
@@ -71,16 +72,15 @@ def gram(g: Tensor, x: Tensor) -> Tensor:
         return torch.cat([_products(g, x, n, at_once) for n in range(0, m, at_once)], 1)
     K = x.new_zeros(s, m, m)
     for part in g.split(max(1, PIECE // (s * m * size)), -1):
-        V = (part.mT @ x).flatten(2)
-        K.baddbmm_(V, V.mT)
+        gram_(K, product(part.mT, x).flatten(2).mT, beta=1.0, alpha=1.0)
     return K
 
 
 def _products(g: Tensor, x: Tensor, n: int, count: int) -> Tensor:
     """`count` rows of the Gram matrix from number n on: Σ_t Σ_u (x_nt · x_ku) (g_nt · g_ku)."""
     m, T = g.shape[1:3]
-    K = x[:, n : n + count].flatten(1, 2) @ x.flatten(1, 2).mT
-    K.mul_(g[:, n : n + count].flatten(1, 2) @ g.flatten(1, 2).mT)
+    K = product(x[:, n : n + count].flatten(1, 2), x.flatten(1, 2).mT)
+    K.mul_(product(g[:, n : n + count].flatten(1, 2), g.flatten(1, 2).mT))
     return K if T == 1 else K.unflatten(2, (m, T)).unflatten(1, (-1, T)).sum((2, 4))
 
 
@@ -88,14 +88,15 @@ def projected(g: Tensor, x: Tensor, M: Tensor) -> Tensor:
     """t_n = ⟨V_n, M⟩ [s, m] = Σ_t g_ntᵀ M x̃_nt, for M [s, out, in+1]."""
     a, b = x.flatten(1, 2), g.flatten(1, 2)
     wide = M.shape[1] <= M.shape[2]
-    t = ((a @ M.mT).mul_(b) if wide else (b @ M).mul_(a)).sum(-1)
+    t = (product(a, M.mT).mul_(b) if wide else product(b, M).mul_(a)).sum(-1)
     return t.unflatten(1, g.shape[1:3]).sum(-1)
 
 
 def add_combination_(M: Tensor, g: Tensor, x: Tensor, weights: Tensor) -> Tensor:
     """M + Σ_n weights_n V_n, in place; M [s, out, in+1], weights [s, m]."""
     weighted = (g * weights[..., None, None]).flatten(1, 2)
-    return M.baddbmm_(weighted.mT, x.flatten(1, 2))
+    with faster_library(M, weighted.numel() * M.shape[2]):
+        return M.baddbmm_(weighted.mT, x.flatten(1, 2))
 
 
 def damped_cholesky(K: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

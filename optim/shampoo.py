@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from optim import axes, checks
 from optim.distributed import Solver
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.momentum import heavy_ball
 from optim.operators import Operator
 from optim.passes import run
-from optim.refresh import Job
 from optim.roots import inverse_root, root
 from optim.stacks import Stack
 

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from optim import checks
 from optim.examples import examples_of
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.likelihoods import LIKELIHOODS
-from optim.linalg import sandwich
 from optim.momentum import average
 from optim.operators import Kronecker, Operator, by_group
 from optim.passes import run
-from optim.refresh import Job
+from optim.products import sandwich
 from optim.stacks import Stack
 from optim.tkfac_formulas import balanced_inverse, learn_moments, trace, warm_moments
 from optim.warming import warming

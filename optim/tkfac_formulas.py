@@ -10,7 +10,8 @@ from optim import distributed
 from optim.capture import Totals
 from optim.examples import mean_weight, pieces
 from optim.layers import Block
-from optim.linalg import damped_inverse, finite_moments, gram_, learn_
+from optim.linalg import damped_inverse, finite_moments, learn_
+from optim.products import gram_, product
 from optim.stacks import Stack
 
 TINY = 1e-30  # a trace below it counts as this
@@ -29,10 +30,10 @@ def add_moments_(L: Tensor, R: Tensor, a: Tensor, g: Tensor) -> None:
             gram_(out, weighted.flatten(1, 2), beta=1.0, alpha=1.0)
     elif positions < min(a.shape[3], g.shape[3]):
         for out, rows, others in ((L, g, a), (R, a, g)):
-            mixed = (others @ others.mT) @ rows
+            mixed = product(product(others, others.mT), rows)
             out.baddbmm_(rows.flatten(1, 2).mT, mixed.flatten(1, 2))
     else:
-        V = g.mT @ a
+        V = product(g.mT, a)
         gram_(L, V.mT.flatten(1, 2), beta=1.0, alpha=1.0)
         gram_(R, V.flatten(1, 2), beta=1.0, alpha=1.0)
 

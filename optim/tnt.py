@@ -16,11 +16,11 @@ from optim import axes, checks
 from optim.capture import NOT_WARM
 from optim.covariances import CovarianceInverse, covariance
 from optim.harness import Harness
+from optim.jobs import Job
 from optim.likelihoods import LIKELIHOODS
 from optim.momentum import heavy_ball
 from optim.operators import Operator
 from optim.passes import run
-from optim.refresh import Job
 from optim.sampled_gradients import UNSEEN, add_gradient
 from optim.stacks import Stack
 from optim.warming import warming

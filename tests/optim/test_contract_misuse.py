@@ -271,13 +271,14 @@ def test_outputs_that_no_label_can_be_drawn_for(method):
             return self.layer(x).mean() if self.shape == () else self.layer(x)[:, 0]
 
     model = Flat((-1,))
-    method(model, likelihood="categorical")
+    opt = method(model, likelihood="categorical")  # hooks live as long as it does
     with pytest.raises(ValueError, match=r"needs an output \[batch, classes, ...\].*got \[12\]"):
         model(X)
     model = Flat(())
-    method(model, likelihood="gaussian")
+    opt = method(model, likelihood="gaussian")
     with pytest.raises(ValueError, match="returned a single number"):
         model(X)
+    del opt
 
 
 def test_hessian_free_of_classes_without_a_class_dimension():

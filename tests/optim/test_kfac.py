@@ -9,7 +9,7 @@ from torch import nn
 
 from optim import KFAC
 from optim.likelihoods import LIKELIHOODS, sampled_score
-from optim.linalg import second_moment
+from optim.products import second_moment
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 autoencoder = CASES["autoencoder"]
