@@ -33,7 +33,7 @@ def product(A: Tensor, B: Tensor) -> Tensor:
         >>> product(torch.ones(1, 1, 2), torch.tensor([[[1.0], [2.0]]])).tolist()
         [[[3.0]]]
     """
-    with faster_library(A, A.numel() * B.shape[2]):
+    with faster_library(A, A.numel() * B.shape[-1]):
         return torch.bmm(A, B) if A.ndim == 3 else torch.matmul(A, B)
 
 
