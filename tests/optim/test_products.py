@@ -1,5 +1,6 @@
 """Products of matrices: by either library of PyTorch's, against float64; which library is taken."""
 
+import copy
 import runpy
 from pathlib import Path
 
@@ -142,11 +143,16 @@ def network():
     return model, torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def binary(count):
+    """Batches of 160 pictures of zeros and ones."""
+    return [(wide(160, 150) > 0).float() for _ in range(count)]
+
+
 def trained(kind):
     """Losses of three steps, and the way of the parameters."""
     model, start = network()
     opt = MAKE[kind](model)
-    losses = CASES["train"](opt, model, [(wide(160, 150) > 0).float() for _ in range(3)])
+    losses = CASES["train"](opt, model, binary(3))
     return losses, torch.cat([p.detach().flatten() for p in model.parameters()]) - start
 
 
@@ -166,3 +172,21 @@ def test_optimizers_do_the_same_by_either_library(kind, library, monkeypatch):
     assert others == pytest.approx(losses, rel=1e-4)
     norm = torch.linalg.vector_norm
     assert norm(other_way - way) < 1e-2 * norm(way)  # damped inverses magnify rounding
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_resume_is_bit_exact_by_the_faster_library(kind, library):
+    """In other memory than before: sums are made in the same order."""
+    library(True)
+    model, _ = network()
+    settings = {"refresh_every": 2} if CASES["takes"](kind, "refresh_every") else {}
+    opt, data = MAKE[kind](model, **settings), binary(5)
+    CASES["train"](opt, model, data[:2])
+    other, _ = network()
+    again = MAKE[kind](other, **settings)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for each, net in ((opt, model), (again, other)):
+        CASES["train"](each, net, data[2:])
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
