@@ -13,10 +13,14 @@ from torch import nn
 from optim import passes, products
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))
-MAKE, CLOSURE = CASES["MAKE"], CASES["CLOSURE"]
+MAKE = CASES["MAKE"]
 MATMUL, CONV = products.CPU.matmul, products.CPU.conv
 sides = st.integers(1, 300)
+with products.allowed(MATMUL, "bf16"):
+    IN_FLOAT32 = products.keeps_float32(torch.mm)
+onednn_in_float32 = pytest.mark.skipif(not IN_FLOAT32, reason="bfloat16 is used on this processor")
 either = pytest.mark.parametrize("faster", [False, True], ids=["usual", "onednn"])
+by_both = pytest.mark.parametrize("faster", [False, pytest.param(True, marks=onednn_in_float32)])
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def close_to(found, exact):
     return bool(norm(found.double() - exact) <= 2e-6 * norm(exact))
 
 
-@pytest.mark.parametrize("faster", [False, True])
+@by_both
 @given(stack=st.integers(1, 3), m=sides, k=sides, n=sides, turned=st.booleans())
 def test_products_are_exact_to_float32(faster, stack, m, k, n, turned):
     torch.manual_seed(m + k + n)
@@ -45,7 +49,7 @@ def test_products_are_exact_to_float32(faster, stack, m, k, n, turned):
         assert close_to(products.product(A, B), A.double() @ B.double())
 
 
-@pytest.mark.parametrize("faster", [False, True])
+@by_both
 @given(groups=st.integers(1, 2), rows=st.integers(1, 200), n=sides, beta=st.sampled_from([0, 0.9]))
 def test_symmetric_products_are_exact_to_float32(faster, groups, rows, n, beta):
     torch.manual_seed(rows + n)
@@ -109,10 +113,15 @@ def chosen(monkeypatch, capabilities):
 
 
 def test_which_processors_it_is_faster_on(monkeypatch):
-    assert chosen(monkeypatch, ZEN)
-    assert not any(chosen(monkeypatch, each) for each in OTHERS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # of the user: no judgement on oneDNN
+    def kept(_):
+        assert not torch.is_autocast_enabled("cpu")  # the user's would be no judgement on oneDNN
+        assert MATMUL.fp32_precision == "bf16"
+        return True
+
+    monkeypatch.setattr(products, "keeps_float32", kept)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         assert chosen(monkeypatch, ZEN)
+        assert not any(chosen(monkeypatch, each) for each in OTHERS)
 
 
 def test_a_library_that_does_not_keep_float32_is_not_taken(monkeypatch):
@@ -160,6 +169,7 @@ def trained(kind):
 LARGE = sorted(set(MAKE) - {"eva", "mbf-unshared"})
 
 
+@onednn_in_float32
 @pytest.mark.parametrize("kind", LARGE)
 def test_optimizers_do_the_same_by_either_library(kind, library, monkeypatch):
     library(False)
@@ -174,6 +184,7 @@ def test_optimizers_do_the_same_by_either_library(kind, library, monkeypatch):
     assert norm(other_way - way) < 1e-2 * norm(way)  # damped inverses magnify rounding
 
 
+@onednn_in_float32
 @pytest.mark.parametrize("kind", LARGE)
 def test_resume_is_bit_exact_by_the_faster_library(kind, library):
     """In other memory than before: sums are made in the same order."""
