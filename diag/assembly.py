@@ -8,14 +8,13 @@ from torch import Tensor
 
 from diag.blocks import Block, Member
 from diag.capture import Layer, layers
-from diag.memory import empty
 from diag.parameter_roots import parameter_roots
 from diag.patches import by_position, patches, per_group
 from diag.positions import columns_of, joined_positions
 from diag.problem import Problem
 from diag.root_mean import RootMean
 from diag.sample_mean import SampleMean
-from diag.stacks import Diagonals, Outer, Packed, Stack, pack
+from diag.stacks import Diagonals, Outer, Packed, Stack, empty, pack
 from diag.sweep import Chunk, Returned, count, sweep
 
 

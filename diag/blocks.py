@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 
@@ -114,3 +114,39 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.name} (d = {self.d:,})"
+
+
+def owner(parameter: str) -> str:
+    """Name of the module that a parameter belongs to; "" for the model itself."""
+    return parameter.rpartition(".")[0]
+
+
+def units(layer: Block, module: nn.Module) -> list[Block]:
+    """One block per output neuron of a Linear layer, per kernel slice of a convolution.
+
+    A convolution's biases are units of one entry each. A layer without [W, b] stays whole.
+    """
+    member = layer.members[0]
+    if not member.w_bar:
+        return [layer]
+    out, width = member.matrix_shape
+    if isinstance(module, nn.Linear):
+        return [_part(layer, f"[{j}]", (j, j + 1), None) for j in range(out)]
+    kernel = math.prod(module.kernel_size)  # type: ignore[arg-type]
+    bias = member.parameters[-1].endswith("bias")
+    starts = range(0, width - bias, kernel)
+    slices = [(f"{i}", (start, start + kernel)) for i, start in enumerate(starts)]
+    slices += [("bias", (width - 1, width))] * bias
+    return [
+        _part(layer, f"[{o},{name}]", (o, o + 1), columns)
+        for o in range(out)
+        for name, columns in slices
+    ]
+
+
+def _part(
+    layer: Block, suffix: str, rows: tuple[int, int], columns: tuple[int, int] | None
+) -> Block:
+    m = layer.members[0]
+    part = Member(m.module, m.parameters, m.shapes, True, rows, columns)
+    return Block(layer.name + suffix, (part,))

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor
 
-from diag.operators import Operator, dense
+from diag.operators import Diagonal, Operator, dense, keep, like
 from diag.operators.forms import to_dense
 
 
@@ -69,4 +70,17 @@ def _(operator: Product) -> Tensor:
         lambda found, factor: found @ dense(factor),
         operator.factors[1:],
         dense(operator.factors[0]),
+    )
+
+
+def identity_like(operator: Operator) -> Diagonal:
+    """I [d, d] in the operator's dtype and on its device; <C, I> = tr C. Kept with the operator.
+
+    >>> identity_like(torch.zeros(2, 2)).diagonal.tolist()
+    [1.0, 1.0]
+    """
+    return keep(
+        operator,
+        "identity",
+        lambda: Diagonal(torch.ones(operator.shape[0]).to(like(operator))),
     )

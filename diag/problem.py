@@ -1,6 +1,5 @@
 """Problem: a model, a loss and a batch, checked once and never touched again."""
 
-import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diag import checks
-from diag.blocks import Block, Member
+from diag.blocks import Block, Member, owner, units
 from diag.copies import first_line, hook_free_copy, left_out, work_on_copies
 from diag.functional import call
 
@@ -190,7 +189,7 @@ class Problem:
 
     def _unknown(self, name: str) -> Block:
         modules, stem = dict(self.model.named_modules()), name.partition("[")[0]
-        own = [n for n, _ in self.model.named_parameters() if n == stem or _owner(n) == stem]
+        own = [n for n, _ in self.model.named_parameters() if n == stem or owner(n) == stem]
         if stem in modules and own and not set(own) & set(self.trainable):
             raise ValueError(
                 f"layer '{stem}' is frozen: {', '.join(own)} have requires_grad=False; "
@@ -207,14 +206,14 @@ class Problem:
         owners: dict[str, list[str]] = {}
         for name in self.trainable:
             if self._used(name):
-                owners.setdefault(_owner(name), []).append(name)
+                owners.setdefault(owner(name), []).append(name)
         return {o: Block(o, (self._member(o, names),)) for o, names in owners.items()}
 
     def _units(self, layer: Block) -> list[Block]:
-        return _units(layer, self.model.get_submodule(layer.members[0].module))
+        return units(layer, self.model.get_submodule(layer.members[0].module))
 
     def _tensor(self, name: str) -> Block:
-        return Block(name, (self._member(_owner(name), [name]),))
+        return Block(name, (self._member(owner(name), [name]),))
 
     def _member(self, module: str, names: Sequence[str]) -> Member:
         linear = isinstance(self.model.get_submodule(module), W_BAR_LAYERS)
@@ -250,41 +249,6 @@ class Problem:
             del self._kept[old]
             excess -= freed
         return found
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _units(layer: Block, module: nn.Module) -> list[Block]:
-    """One block per output neuron of a Linear layer, per kernel slice of a convolution.
-
-    A convolution's biases are units of one entry each. A layer without [W, b] stays whole.
-    """
-    member = layer.members[0]
-    if not member.w_bar:
-        return [layer]
-    out, width = member.matrix_shape
-    if isinstance(module, nn.Linear):
-        return [_part(layer, f"[{j}]", (j, j + 1), None) for j in range(out)]
-    kernel = math.prod(module.kernel_size)  # type: ignore[arg-type]
-    bias = member.parameters[-1].endswith("bias")
-    starts = range(0, width - bias, kernel)
-    slices = [(f"{i}", (start, start + kernel)) for i, start in enumerate(starts)]
-    slices += [("bias", (width - 1, width))] * bias
-    return [
-        _part(layer, f"[{o},{name}]", (o, o + 1), columns)
-        for o in range(out)
-        for name, columns in slices
-    ]
-
-
-def _part(
-    layer: Block, suffix: str, rows: tuple[int, int], columns: tuple[int, int] | None
-) -> Block:
-    m = layer.members[0]
-    part = Member(m.module, m.parameters, m.shapes, True, rows, columns)
-    return Block(layer.name + suffix, (part,))
 
 
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

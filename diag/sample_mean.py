@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diag.memory import empty
 from diag.operators import (
     BlockDiagonal,
     Damped,
@@ -42,6 +41,7 @@ from diag.stacks import (
     Stack,
     centred,
     cross_gram,
+    empty,
     pack,
     positions,
     unpack,

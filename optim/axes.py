@@ -4,8 +4,8 @@ What Shampoo and TNT share: both average the contractions of a gradient with its
 but one, H_i [n_i, n_i], and multiply the momentum by a function of H_i along axis i.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial, reduce
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ from optim.harness import Harness
 from optim.layers import Block, Variable, find_variables
 from optim.linalg import is_finite, known_true, per
 from optim.operators import Identity, Kronecker, Operator
-from optim.passes import run
 from optim.products import gram_, product
 from optim.stacks import Stack
-from optim.warming import warming
 
 NOT_WARM = "got no gradient in warm_up; each closure must run the whole model, and backward"
 
@@ -133,25 +131,3 @@ def warm(harness: Harness, found: Iterable[tuple[int, dict[Stack, Tensor]]]) -> 
                 harness.start(stack, stack.blocks)
                 ok = learn_contractions(stack, G, 1 - 1 / batch, 1 / batch, stack.blocks)
                 harness.count(stack, {"not finite": ~ok})
-
-
-def warm_gradients(
-    harness: Harness, closures: Iterable[Callable[[], Any]], *, decay: bool
-) -> Iterator[tuple[int, dict[Stack, Tensor]]]:
-    """For each closure (1, 2, ...) the gradients it leaves, with coupled weight decay or without.
-
-    Raises: RuntimeError after the first step; ValueError for a parameter without a gradient.
-    """
-    fresh = (partial(_afresh, harness.model, closure) for closure in closures)
-    for batch, _ in warming(harness, fresh, None, eager=False):
-        live = harness.live()
-        for stack in harness.stacks:
-            for block in stack.blocks:
-                if block not in live.get(stack, []):
-                    raise ValueError(f"parameter '{block.name}' {NOT_WARM}")
-        yield batch, {s: harness.gradient(s, s.blocks, decay=decay) for s in live}
-
-
-def _afresh(model: nn.Module, closure: Callable[[], Any]) -> Any:
-    model.zero_grad()
-    return run(closure)

@@ -337,3 +337,15 @@ class Capture:
             total.rows += call.rows
         # the graph may outlive the step (a kept loss), the batch should not
         call.counted, call.x, call.g, call.version = True, call.x.new_empty(0), None, None
+
+
+BOTH_AT_ONCE = (
+    "two backwards through one forward; gradients of the data's labels are needed whole for each "
+    "example, so add the losses first"
+)
+
+
+def once(call: Call) -> None:
+    """Raise ValueError at a second backward through the same forward."""
+    if call.counted:
+        raise ValueError(f"layer '{call.block.name}': {BOTH_AT_ONCE}")

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from optim import checks
 from optim.capture import Totals
-from optim.exact_fisher_rows import factorization, make_room, room, woodbury
+from optim.exact_fisher_rows import example_rows, factorization, make_room, room, woodbury
 from optim.examples import examples_of
 from optim.harness import Harness
 from optim.layers import Block
@@ -23,7 +23,6 @@ from optim.likelihoods import LIKELIHOODS
 from optim.momentum import average
 from optim.operators import ExampleSum, Operator, Woodbury
 from optim.passes import run
-from optim.sample_space import example_rows
 from optim.stacks import Stack
 from optim.warming import warming
 

@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from optim import distributed
+from optim.capture import Totals
+from optim.examples import mean_weight, pieces
 from optim.jobs import Job
 from optim.layers import Block
 from optim.linalg import finite, known_true, per
 from optim.sample_space import (
     add_combination_,
+    compressed,
     damped_cholesky,
     gram,
-    over_groups,
     padded,
     projected,
     solved,
@@ -65,3 +68,26 @@ def factorization(stack: Stack, rows: dict[Block, tuple[Tensor, Tensor]]) -> tup
     beside = {"g": g, "x": x, "damping": torch.full_like(K[:, 0, 0], damping)}
     job = Job(stack, "K", "L", damped_cholesky, damping, list(rows), K, beside, only)
     return job, ok
+
+
+def example_rows(block: Block, totals: Totals, scale: float | None) -> tuple[Tensor, Tensor]:
+    """g, x of all examples, g scaled so that F = Σ_n vec V_n (vec V_n)ᵀ is the mean over them.
+
+    scale: what the loss of the data's labels was multiplied with; None for sampled ones.
+
+    Raises: ValueError if calls in one forward saw batches of different sizes.
+    """
+    weight = mean_weight(totals, scale) ** 0.5
+    parts = [compressed(g * weight, x) for x, g in pieces(block, totals)]
+    T = max(g.shape[2] for g, _ in parts)
+    g = torch.cat([padded(g, g.shape[1], T) for g, _ in parts], 1)
+    x = torch.cat([padded(x, x.shape[1], T) for _, x in parts], 1)
+    return distributed.gathered(g), distributed.gathered(x)
+
+
+def over_groups(stack: Stack, values: Tensor) -> Tensor:
+    """Each layer's sum over the groups of its convolution, at all of its groups; [size, ...]."""
+    if len(stack.blocks) == stack.size:
+        return values
+    parts = [values[place] for place in stack.places.values()]
+    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from optim import positions
-from optim.capture import Accumulate, Call, Totals
-from optim.factors import once
+from optim.capture import Accumulate, Call, Totals, once
 from optim.layers import Block
 
 

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from optim import positions
-from optim.capture import Accumulate, Call, Totals
+from optim.capture import Accumulate, Call, Totals, once
 from optim.layers import Block
 from optim.linalg import finite_moments, learn_
 from optim.products import gram_, second_moment
 from optim.stacks import Stack
-
-BOTH_AT_ONCE = (
-    "two backwards through one forward; gradients of the data's labels are needed whole for each "
-    "example, so add the losses first"
-)
 
 
 def add_input_moment(totals: Totals, call: Call) -> None:
@@ -57,12 +52,6 @@ def empirical_factors(totals: Totals, call: Call, delivered: Tensor) -> None:
     g = call.gradients(delivered).flatten(1, 2)
     GG = totals.means.setdefault("GG", g.new_zeros(len(g), g.shape[2], g.shape[2]))
     gram_(GG, g, beta=1.0, alpha=1.0)
-
-
-def once(call: Call) -> None:
-    """Raise ValueError at a second backward through the same forward."""
-    if call.counted:
-        raise ValueError(f"layer '{call.block.name}': {BOTH_AT_ONCE}")
 
 
 def factors_of(likelihood: str) -> Accumulate:

@@ -204,3 +204,32 @@ def live_blocks(blocks: Iterable[Any]) -> list[Any]:
         if all(grads):
             live.append(block)
     return live
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Parameters that share a step size: those one module owns itself, weight and bias."""
+
+    name: str
+    parameters: list[Tensor]
+
+
+def layers_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[Layer]:
+    """One Layer for each module that owns some of these parameters; a shared one counts once.
+
+    Raises: ValueError if a parameter is not the model's.
+    """
+    left = dict.fromkeys(parameters)
+    layers = []
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if p in left]
+        for p in own:
+            del left[p]
+        if own:
+            layers.append(Layer(name, own))
+    if left:
+        raise ValueError(
+            f"{len(left)} parameters of the optimizer are not in {type(model).__name__}; give the "
+            "model whose parameters the optimizer trains"
+        )
+    return layers

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from optim import checks, distributed
 from optim.checkpoint import exact_state
-from optim.hessian_products import Directions, Layer, ProductsOfBackward, layers_of
+from optim.hessian_products import Directions, ProductsOfBackward
+from optim.layers import Layer, layers_of
 from optim.linalg import all_finite, factor_dtype
 from optim.passes import random_state, replayed, run, untouched
 from optim.scaling import refuse_scaler

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optim import checks, mini_blocks
-from optim.axes import warm_gradients
 from optim.capture import Totals
 from optim.examples import empirical_examples
 from optim.harness import Harness
@@ -25,7 +24,7 @@ from optim.momentum import gradient_of, heavy_ball
 from optim.operators import Operator
 from optim.passes import run
 from optim.stacks import Stack
-from optim.warming import warming
+from optim.warming import warm_gradients, warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 ESTIMATORS = ("minibatch", "per_example")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from optim.hessian_products import layers_of
+from optim.layers import layers_of
 
 Names = Sequence[Sequence[str]]
 Blocks = Names | Callable[[nn.Module], Names] | None

@@ -8,30 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optim import distributed
-from optim.capture import Totals
-from optim.examples import mean_weight, pieces
-from optim.layers import Block
 from optim.linalg import finite
 from optim.products import faster_library, gram_, product
-from optim.stacks import Stack
 
 PIECE = 2**24  # entries of the V_n held at once
-
-
-def example_rows(block: Block, totals: Totals, scale: float | None) -> tuple[Tensor, Tensor]:
-    """g, x of all examples, g scaled so that F = Σ_n vec V_n (vec V_n)ᵀ is the mean over them.
-
-    scale: what the loss of the data's labels was multiplied with; None for sampled ones.
-
-    Raises: ValueError if calls in one forward saw batches of different sizes.
-    """
-    weight = mean_weight(totals, scale) ** 0.5
-    parts = [compressed(g * weight, x) for x, g in pieces(block, totals)]
-    T = max(g.shape[2] for g, _ in parts)
-    g = torch.cat([padded(g, g.shape[1], T) for g, _ in parts], 1)
-    x = torch.cat([padded(x, x.shape[1], T) for _, x in parts], 1)
-    return distributed.gathered(g), distributed.gathered(x)
 
 
 def padded(rows: Tensor, m: int, T: int) -> Tensor:
@@ -110,11 +90,3 @@ def damped_cholesky(K: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
 def solved(L: Tensor, t: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ t, [s, m]."""
     return torch.cholesky_solve(t[..., None], L)[..., 0]
-
-
-def over_groups(stack: Stack, values: Tensor) -> Tensor:
-    """Each layer's sum over the groups of its convolution, at all of its groups; [size, ...]."""
-    if len(stack.blocks) == stack.size:
-        return values
-    parts = [values[place] for place in stack.places.values()]
-    return torch.cat([part.sum(0, keepdim=True).expand_as(part) for part in parts])

@@ -22,6 +22,7 @@ from optim.operators import Operator
 from optim.passes import run
 from optim.roots import inverse_root, root
 from optim.stacks import Stack
+from optim.warming import warm_gradients
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 
@@ -165,7 +166,7 @@ class Shampoo(Optimizer):
         if harness.setting("sums"):
             raise ValueError("sums=True starts from zero: leave warm_up out, or take averages")
         with torch.no_grad():
-            axes.warm(harness, axes.warm_gradients(harness, closures, decay=True))
+            axes.warm(harness, warm_gradients(harness, closures, decay=True))
             with harness.exact():
                 self._refresh()
 

@@ -23,7 +23,7 @@ from optim.operators import Operator
 from optim.passes import run
 from optim.sampled_gradients import UNSEEN, add_gradient
 from optim.stacks import Stack
-from optim.warming import warming
+from optim.warming import warm_gradients, warming
 
 COUNTS = ("updates", "refreshes", "failed inverses", "not finite")
 
@@ -242,7 +242,7 @@ class TNT(Optimizer):
         """The same for each closure, (1, 2, ...)."""
         harness = self._harness
         if harness.labels is None:
-            yield from axes.warm_gradients(harness, closures, decay=False)
+            yield from warm_gradients(harness, closures, decay=False)
             return
         everything = {stack: stack.blocks for stack in harness.stacks}
         for batch, _ in warming(harness, closures, add_gradient, eager=True):

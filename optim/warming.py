@@ -1,9 +1,10 @@
 """The pass over the data before the first step, from which running statistics start."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim.capture import NOT_WARM, Accumulate, Totals
 from optim.errors import NumericalError
@@ -70,3 +71,25 @@ def _refuse_not_finite(
         gradients = [p.grad for p in block.parameters if p.grad is not None]
         if not all(bool(all_finite(g)) for g in gradients):
             raise NumericalError(WARM_NOT_FINITE.format(batch, block.name, "a gradient"))
+
+
+def warm_gradients(
+    harness: Harness, closures: Iterable[Callable[[], Any]], *, decay: bool
+) -> Iterator[tuple[int, dict[Stack, Tensor]]]:
+    """For each closure (1, 2, ...) the gradients it leaves, with coupled weight decay or without.
+
+    Raises: RuntimeError after the first step; ValueError for a parameter without a gradient.
+    """
+    fresh = (partial(_afresh, harness.model, closure) for closure in closures)
+    for batch, _ in warming(harness, fresh, None, eager=False):
+        live = harness.live()
+        for stack in harness.stacks:
+            for block in stack.blocks:
+                if block not in live.get(stack, []):
+                    raise ValueError(f"parameter '{block.name}' {NOT_WARM}")
+        yield batch, {s: harness.gradient(s, s.blocks, decay=decay) for s in live}
+
+
+def _afresh(model: nn.Module, closure: Callable[[], Any]) -> Any:
+    model.zero_grad()
+    return run(closure)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from studies import measuring, snapshots
-from studies.training import Settings, State
+from studies._new_state import State
+from studies.training import Settings
 
 # what costs little next to the training: no factorisation of a block
 METRICS = ("relative_error", "relative_error_best_scale", "cosine")

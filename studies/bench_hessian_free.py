@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from optim import HessianFree
 from studies import problems
-from studies.bench_products import counter
-from studies.bench_step import YARDSTICK, prepared, threads
+from studies.bench_step import YARDSTICK, counter, prepared, threads
 from studies.problems import TrainingProblem
 
 FEW, MANY = 2, 12  # iterations

@@ -25,7 +25,7 @@ from diag.problem import Block
 from diag.rank_curve import best_kronecker_curve
 from diag.registry import approximation, metric
 from studies import data, networks, problems, training
-from studies.bench_products import counter
+from studies.bench_step import counter
 
 EPOCHS = 3
 BUILT = ("kfac", "mini_block", "diagonal")

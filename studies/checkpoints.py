@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from studies.training import State
+    from studies._new_state import State
 
 PARTS = ("model", "optimizer", "averaged", "scheduler", "step", "seconds", "first")
 EXPECTED = "a checkpoint that `kronscope train` wrote"

@@ -18,8 +18,7 @@ from rich.progress import Progress
 
 from studies import problems, records, trials
 from studies.running import running
-from studies.stability import share, span
-from studies.summaries import number
+from studies.summaries import number, share, span
 from studies.trials import Trial
 
 NAME = "cures"

@@ -18,7 +18,7 @@ from diag.operators import Taken, like
 from diag.preconditioned import NotPositiveDefiniteError
 from diag.sharpness import NotFiniteError, sharpest, side_by_side
 from studies import training
-from studies.snapshots import loss_row
+from studies.records import loss_row
 
 TRUTHS = ("hessian", "ggn")
 ENOUGH = 0.05  # relative residual; the value's own error is far below it

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from studies import comparison, problems, records, training
 from studies.optimizers import ONE_SOLVE_A_STEP
 from studies.pools import shared_pool
+from studies.records import loss_row
 from studies.running import running
-from studies.snapshots import loss_row
 from studies.summaries import number
 
 NAME = "equal_seconds"

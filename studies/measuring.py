@@ -10,8 +10,8 @@ import numpy as np
 from diag import Estimate, Operator, Problem, dense, exact, live
 from diag.problem import Block
 from diag.registry import Metric, approximation, metric
+from studies._new_state import State
 from studies.records import difference_name, reduce_matrix
-from studies.training import State
 
 UNDAMPED = "_undamped"
 

@@ -18,7 +18,8 @@ import numpy as np
 from rich.progress import Progress
 
 from studies import comparison, hyper, problems, published, records, trials
-from studies.optimizers import ONE_SOLVE_A_STEP, OPTIMIZERS
+from studies._new_grids import axes
+from studies.optimizers import ONE_SOLVE_A_STEP
 from studies.running import running
 from studies.trials import Trial
 
@@ -100,19 +101,6 @@ def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     epochs = grid.trial_budget(optimizer)
     own = [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
     return [dataclasses.replace(trial, device=grid.device) for trial in own]
-
-
-def axes(
-    problem: str, optimizer: str, lr_factors: Sequence[float], damping_factors: Sequence[float]
-) -> dict[str, tuple[float, ...]]:
-    """What is tuned: {setting: its values}, as `hyper.around` gives them.
-
-    Raises: ValueError for an unknown problem or optimizer.
-    """
-    recommended = problems.get(problem).optimizers.get(optimizer, {})
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"no optimizer '{optimizer}'; known: {sorted(OPTIMIZERS)}")
-    return hyper.around(recommended, lr_factors, damping_factors)
 
 
 def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from studies.snapshots import loss_row
+from studies.records import loss_row
 from studies.summaries import PUBLISHED
 
 EPOCHS = (1, 2, 5, 10, 20, 50, 100)

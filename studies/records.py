@@ -13,6 +13,7 @@ whole files only, and what it had already measured stays readable.
 
 import io
 import json
+import math
 import os
 import secrets
 import tempfile
@@ -205,3 +206,19 @@ def reduce_matrix(matrix: np.ndarray, pixels: int = 240) -> np.ndarray:
     high = rows.max(1).reshape(side, side, step).max(2)
     low = rows.min(1).reshape(side, side, step).min(2)
     return np.where(high >= -low, high, low)
+
+
+def loss_row(name: str, value: float) -> dict[str, Any]:
+    """A row about the whole model."""
+    return {
+        "block": "",
+        "size": 0,
+        "truth": "",
+        "approximation": "",
+        "damping": math.nan,
+        "metric": name,
+        "value": value,
+        "low": math.nan,
+        "high": math.nan,
+        "n": 0,
+    }

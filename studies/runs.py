@@ -17,7 +17,7 @@ from rich.table import Table
 
 from studies import checkpoints, checks, measuring, problems, provenance, records, training
 from studies.alongside import Alongside
-from studies.snapshots import loss_row
+from studies.records import loss_row
 
 NAME = "train"
 CHECKPOINT = "checkpoint.pt"

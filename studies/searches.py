@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from studies import comparison, hyper, optimizers_compared, problems, trials
+from studies import comparison, hyper, problems, trials
+from studies._new_grids import axes
 from studies.trials import Trial
 
 ETA = 3  # halving keeps a third: in theory 1/e is best (arXiv:1603.06560, section 2.6)
@@ -88,7 +89,7 @@ def around(
     Raises: ValueError where nothing is recommended; the message says of which optimizers it is.
     """
     factors = lr_factors, damping_factors
-    if found := optimizers_compared.axes(search.problem, search.optimizer, *factors):
+    if found := axes(search.problem, search.optimizer, *factors):
         return found
     known = sorted(problems.get(search.problem).optimizers)
     raise ValueError(

@@ -27,8 +27,8 @@ from studies.edge import Searches, see
 from studies.layer_health import Pairs
 from studies.optimizers import HESSIAN_FREE, OPTIMIZERS, WRAPPED
 from studies.pools import shared_pool
+from studies.records import loss_row
 from studies.running import running
-from studies.snapshots import loss_row
 
 NAME = "sharpness_along_training"
 HEAVY_BALL = ("eva", "mbf", "shampoo", "tnt")  # M <- β M + ∇; the others average it

@@ -6,7 +6,6 @@ thread each, which suits matrices of this size better than one process with all 
 """
 
 import io
-import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass, field
@@ -18,9 +17,11 @@ from torch import Tensor
 
 from diag import Operator, Problem
 from studies import measuring, problems
+from studies._new_state import State
 from studies.data import Data
 from studies.pools import shared_pool
-from studies.training import Settings, State
+from studies.records import loss_row
+from studies.training import Settings
 
 Lives = dict[str, dict[str, Operator]]  # by approximation and block
 
@@ -133,19 +134,3 @@ def rebuild(setting: problems.TrainingProblem, snapshot: Snapshot) -> Problem:
     rows = slice(snapshot.plan.examples)
     inputs, targets = data.train_inputs[rows], data.train_targets[rows]
     return Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
-
-
-def loss_row(name: str, value: float) -> dict[str, Any]:
-    """A row about the whole model."""
-    return {
-        "block": "",
-        "size": 0,
-        "truth": "",
-        "approximation": "",
-        "damping": math.nan,
-        "metric": name,
-        "value": value,
-        "low": math.nan,
-        "high": math.nan,
-        "n": 0,
-    }

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.progress import Progress
-from scipy.stats import binomtest
 
 from studies import comparison, optimizers_compared, problems, records, trials
 from studies.running import running
-from studies.summaries import number
+from studies.summaries import number, share, span
 from studies.trials import Trial
 
 NAME = "stability"
@@ -127,25 +126,6 @@ def table(found: pd.DataFrame, grid: Grid) -> dict[str, Any]:
     )
     columns = ["optimizer", "settings", "diverged", "at step", "train loss"]
     return {"caption": caption, "columns": columns, "rows": rows}
-
-
-def share(count: int, of: int) -> str:
-    """A fraction with its 95 % Wilson interval in print.
-
-    >>> share(13, 20)
-    '13 of 20 (43–82 %)'
-    """
-    low, high = binomtest(count, of).proportion_ci(method="wilson")
-    return f"{count} of {of} ({100 * low:.0f}–{100 * high:.0f} %)"
-
-
-def span(steps: Sequence[int]) -> str:
-    """Median and range in print.
-
-    >>> span([22, 25, 54]), span([])
-    ('25 (22–54)', '–')
-    """
-    return f"{np.median(steps):g} ({min(steps)}–{max(steps)})" if steps else "–"
 
 
 def _record(grid: Grid, folder: Path, points: dict[str, list[list[Trial]]]) -> list[str]:

@@ -1,10 +1,11 @@
 """What the records say, in words and tables: names in print, medians, verdicts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 LABELS = {  # where blanks for underscores are not enough
     "relative_error": "relative Frobenius error",
@@ -108,3 +109,22 @@ def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
         said += f"; the step nearest to the exact one is {cosines.idxmax()}'s"
         said += f" (median cosine {cosines.max():.3f})"
     return said + "."
+
+
+def share(count: int, of: int) -> str:
+    """A fraction with its 95 % Wilson interval in print.
+
+    >>> share(13, 20)
+    '13 of 20 (43–82 %)'
+    """
+    low, high = binomtest(count, of).proportion_ci(method="wilson")
+    return f"{count} of {of} ({100 * low:.0f}–{100 * high:.0f} %)"
+
+
+def span(steps: Sequence[int]) -> str:
+    """Median and range in print.
+
+    >>> span([22, 25, 54]), span([])
+    ('25 (22–54)', '–')
+    """
+    return f"{np.median(steps):g} ({min(steps)}–{max(steps)})" if steps else "–"

@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from studies import problems, records, training
 from studies.pools import shared_pool
-from studies.snapshots import loss_row
+from studies.records import loss_row
 
 FOLDER = "trials"
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from diag.assembly import by_rows
 from diag.blocks import Block
+from diag.exact import truth
 from diag.positions import Positions, layer_positions
 from diag.problem import Problem
 from diag.sample_mean import SampleMean
-from diag.samples import sample_truth
 
 Terms = SampleMean | Positions
 
@@ -95,3 +95,28 @@ def projected_diagonal(terms: Terms, U: Tensor, W: Tensor) -> Tensor:
 def _chunks(terms: Positions, floats_each: int) -> Iterator[tuple[Tensor, Tensor]]:
     some = max(1, CHUNK // floats_each)
     return zip(terms.a.split(some), terms.b.split(some), strict=True)
+
+
+def layer_terms(problem: Problem, block: Block, of: str = "ggn") -> tuple[Tensor, Tensor]:
+    """The terms of a layer's exact block: a [n, in+1] and C [n, out, out].
+
+    Raises: ValueError for a block that is not a Linear layer with one row per example.
+    """
+    terms = sample_truth(problem, block, of, "layer_terms")
+    return terms.a, terms.C
+
+
+def sample_truth(problem: Problem, block: Block, of: str, asked_by: str) -> SampleMean:
+    """The truth named `of` as a SampleMean, for methods that need its terms.
+
+    Raises: ValueError naming the block, the method and the reason where there are no such terms.
+    """
+    found = truth(problem, block, of)
+    if not isinstance(found, SampleMean):
+        kinds = [type(problem.model.get_submodule(m.module)).__name__ for m in block.members]
+        raise ValueError(
+            f"{asked_by} needs a Linear layer called once with one row per example; block "
+            f"'{block.name}' is {' + '.join(kinds)} without such rows; diagonal, layer_blocks and "
+            f"the exact truths work for every block"
+        )
+    return found

@@ -2,11 +2,11 @@
 
 import math
 
+from diag.compositions import identity_like
 from diag.estimate import Estimate
 from diag.intervals import from_replicates, norms
 from diag.operators import Operator, trace
 from diag.registry import metric
-from diag.traces import identity_like
 
 
 @metric(

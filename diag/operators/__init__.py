@@ -7,7 +7,6 @@ All matrices act on row-major vectors of W_bar = [W, b].
 """
 
 from diag.operators.forms import BUDGET, dense, diagonal, trace
-from diag.operators.like import like
 from diag.operators.products import frobenius_norm, inner, inner_rule
 from diag.operators.scipy_interface import to_scipy
 from diag.operators.solving import Inverse, dense_inverse, inverse, keep, solve, solver
@@ -20,6 +19,7 @@ from diag.operators.structures import (
     KroneckerSum,
     LowRank,
     Operator,
+    like,
 )
 from diag.operators.taken import Taken
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.operators.like import like
 from diag.operators.structures import (
     BlockDiagonal,
     Damped,
@@ -16,6 +15,7 @@ from diag.operators.structures import (
     KroneckerSum,
     LowRank,
     Operator,
+    like,
 )
 
 BUDGET = 4 * 2**30  # bytes; the largest dense matrix `dense` builds unless told otherwise

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diag.operators.eigen import KroneckerEigen, Spectral
 from diag.operators.forms import dense, to_dense
-from diag.operators.like import like
 from diag.operators.solving import Inverse, solver, solver_rule
 from diag.operators.structures import (
     BlockDiagonal,
@@ -21,6 +20,7 @@ from diag.operators.structures import (
     KroneckerSum,
     LowRank,
     Operator,
+    like,
 )
 from diag.operators.taken import Taken
 

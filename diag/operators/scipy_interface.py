@@ -5,8 +5,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from diag.operators.like import like
-from diag.operators.structures import Operator
+from diag.operators.structures import Operator, like
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 

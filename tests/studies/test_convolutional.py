@@ -9,8 +9,7 @@ from torch import nn
 
 from studies import data, networks, optimizers, problems, runs, training
 from studies.data import colour
-from studies.records import frame_of
-from studies.snapshots import loss_row
+from studies.records import frame_of, loss_row
 
 SMALL = problems.get("cifar10-subset-cnn-small")
 WHOLE = problems.get("cifar10-subset-cnn")

@@ -10,8 +10,8 @@ from rich.progress import Progress
 
 from studies import equal_seconds as study
 from studies import problems, records
+from studies.records import loss_row
 from studies.report import write_report
-from studies.snapshots import loss_row
 
 
 def run(grid, results, resume=None):
