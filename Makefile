@@ -15,8 +15,10 @@ test: install ## all tests, on all cores (ARGS are given to pytest)
 lint: install ## format check, lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	mkdir -p build/links/kronscope && ln -sfn $(CURDIR)/kronscope/__init__.py build/links/kronscope/
+	for folder in diag optim studies app; do ln -sfn $(CURDIR)/$$folder build/links/kronscope/; done
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	cd build/links && PYTHONPATH=$(CURDIR) ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
 install: $(STAMP)
 

@@ -19,7 +19,8 @@ import streamlit as st
 from matplotlib.figure import Figure
 from pyarrow import parquet
 
-from studies import records, summaries
+from kronscope.studies.reports import summaries
+from kronscope.studies.results import records
 
 Option = TypeVar("Option", str, int, float)
 Stamp = tuple[int, ...]

@@ -6,9 +6,9 @@ truth = exact.ggn(problem, block)
 relative_error(truth, approximations.kfac(problem, block))
 """
 
-from diag import approximations, exact, live, metrics
-from diag.estimate import Estimate
-from diag.operators import (
+from . import approximations, cross_fit, exact, live, metrics, off_diagonal, randomized, spectra
+from .estimate import Estimate
+from .operators import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -26,8 +26,9 @@ from diag.operators import (
     to_scipy,
     trace,
 )
-from diag.problem import Block, Problem
-from diag.sample_solves import NotSolvedError
+from .problem.blocks import Block
+from .problem.problem import Problem
+from .truths.solving import NotSolvedError
 
 __all__ = [
     "Block",
@@ -44,6 +45,7 @@ __all__ = [
     "Operator",
     "Problem",
     "approximations",
+    "cross_fit",
     "dense",
     "diagonal",
     "exact",
@@ -51,7 +53,10 @@ __all__ = [
     "inner",
     "live",
     "metrics",
+    "off_diagonal",
+    "randomized",
     "solve",
+    "spectra",
     "to_scipy",
     "trace",
 ]

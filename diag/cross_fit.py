@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diag.blocks import Block
-from diag.copies import hook_free_copy
-from diag.estimate import Estimate
-from diag.exact import truth
-from diag.moments import Moments, pooled, unbiased_moments
-from diag.operators import Operator
-from diag.population import error_estimate
-from diag.problem import Problem
-from diag.studentised import Variances
+from .estimate import Estimate
+from .exact import truth
+from .operators import Operator
+from .problem.blocks import Block
+from .problem.copies import hook_free_copy
+from .problem.problem import Problem
+from .statistics.bootstrap_t import Variances
+from .statistics.moments import Moments, pooled, unbiased_moments
+from .statistics.population import error_estimate
 
 Method = Callable[[Problem, Block], Operator]
 
@@ -45,7 +45,7 @@ def cross_fit(
 
     The GGN block of a linear model does not depend on the targets, and here not on the inputs:
         >>> from torch import nn, ones, randn
-        >>> from diag.approximations import kfac
+        >>> from kronscope.diag.approximations import kfac
         >>> problem = Problem(nn.Linear(2, 2), nn.MSELoss(), ones(8, 2), randn(8, 2))
         >>> cross_fit(problem, problem.block(""), kfac).value < 1e-7
         True

@@ -11,8 +11,8 @@ class Estimate:
     `value` is exact for the batch the problem holds. The interval is for the value typical of
     batches of the same size from the same source, the approximation held fixed; for metrics named
     `population_*` it is for the population's value. (Batches of one size differ from the population
-    on average: their norms contain the sampling noise.) What simulations found of the 95 % is said
-    in `diag.intervals` and with the metric. Where nothing is known of the single examples (a truth
+    on average: their norms contain the sampling noise.) What simulations found of the 95 % stands
+    in `statistics.intervals` and with the metric. Where nothing is known of the examples (a truth
     given as one dense matrix) low and high are NaN: no interval is claimed.
     """
 

@@ -12,16 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diag import crosscheck
-from diag.assembly import assembled, by_rows, layer_inputs, size_in_bytes
-from diag.blocks import Block
-from diag.curvatures import block_products, dense_block, layer_curvature
-from diag.matrix_free import MatrixFree
-from diag.operators import Dense, Operator
-from diag.output_roots import output_roots
-from diag.problem import Problem
-from diag.sample_mean import SampleMean
-from diag.stacks import Diagonals, Outer, Packed
+from .backpack import quantities
+from .backward.loss_roots import output_roots
+from .backward.products import block_products, dense_block, layer_curvature
+from .operators import Dense, Operator
+from .operators.batched import Diagonals, Outer, Packed
+from .problem.blocks import Block
+from .problem.problem import Problem
+from .truths.assembly import assembled, by_rows, layer_inputs, size_in_bytes
+from .truths.kronecker_terms import SampleMean
+from .truths.matrix_free import MatrixFree
 
 BACKENDS = ("torch.func", "backpack")
 DENSE_UP_TO = 5000  # parameters; above, a block without per-example terms stays matrix-free
@@ -36,7 +36,7 @@ def hessian(problem: Problem, block: Block) -> Operator:
 
     Squared error of one linear unit, mean of 2 a aᵀ over a = [1, 1] and [3, 1]:
         >>> from torch import nn, tensor, zeros
-        >>> from diag.operators import dense
+        >>> from kronscope.diag.operators import dense
         >>> problem = Problem(nn.Sequential(nn.Linear(1, 1)), nn.MSELoss(),
         ...                   tensor([[1.0], [3.0]]), zeros(2, 1))
         >>> dense(hessian(problem, problem.block("0"))).tolist()
@@ -56,7 +56,7 @@ def ggn(problem: Problem, block: Block, backend: str = "torch.func") -> Operator
     Source: Schraudolph 2002, section 3.
     """
     if by_backpack(backend):
-        return crosscheck.ggn(problem, block)
+        return quantities.ggn(problem, block)
     return _truth(problem, block, "ggn")
 
 
@@ -90,7 +90,7 @@ def fisher_mc(
     backend or a module BackPACK does not support.
     """
     if by_backpack(backend):
-        return crosscheck.fisher_mc(problem, block, samples, generator)
+        return quantities.fisher_mc(problem, block, samples, generator)
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     if generator is None:
@@ -108,7 +108,7 @@ def empirical_fisher(problem: Problem, block: Block, backend: str = "torch.func"
     Source: Kunstner et al. 2019 (arXiv:1905.12558), equation 3.
     """
     if by_backpack(backend):
-        return crosscheck.empirical_fisher(problem, block)
+        return quantities.empirical_fisher(problem, block)
     return _truth(problem, block, "empirical_fisher")
 
 

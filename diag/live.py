@@ -16,16 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diag.operators import (
-    BlockDiagonal,
-    Dense,
-    Diagonal,
-    Kronecker,
-    Operator,
-    Taken,
-    inverse,
-)
-from diag.problem import Block, Problem
+from .operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, Taken, inverse
+from .problem.blocks import Block
+from .problem.problem import Problem
 
 
 class Live(Protocol):
@@ -93,7 +86,7 @@ def taken(optimizer: Directed, problem: Problem, weight_decay: float = 0.0) -> d
 
     problem: the batch whose gradient d was made from, with the model as it was BEFORE the step; as
     a Problem has a copy of the model, make it then. Curvature from part of the batch is that of
-    `diag.cross_fit.restricted(problem, rows)`.
+    `kronscope.diag.cross_fit.restricted(problem, rows)`.
     weight_decay: τ of an L2 term in the optimizer's gradient, g + τθ; its curvature is τ more of
     damping. Decoupled decay is no part of the direction: 0.
 

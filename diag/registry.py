@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from diag.pairs import of_one_size_and_dtype
+from .operators.pairing import of_one_size_and_dtype
 
 E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,7 +87,7 @@ class _Metrics(Registry[Metric]):
     ) -> Callable[[F], F]:
         """Register the decorated function (truth, operator, ...) -> Estimate.
 
-        What is registered and returned asks it of a pair that fits: see `diag.pairs`.
+        What is registered and returned asks it of a pair that fits: see `diag.operators.pairing`.
         """
 
         def register(function: F) -> F:

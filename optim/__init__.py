@@ -1,26 +1,26 @@
 """Block-structured second-order optimizers for the standard PyTorch training loops."""
 
-from optim.conjugate_gradients import RelativeProgress
-from optim.damping import Damping
-from optim.ekfac import EKFAC
-from optim.errors import NumericalError
-from optim.eva import Eva
-from optim.exact_fisher import ExactFisher
-from optim.hessian_free import HessianFree
-from optim.hessian_free_options import (
+from .core.damping_schedule import Damping
+from .core.errors import NumericalError
+from .core.levenberg_marquardt import LevenbergMarquardt
+from .methods.ekfac.ekfac import EKFAC
+from .methods.eva.eva import Eva
+from .methods.exact_fisher.exact_fisher import ExactFisher
+from .methods.hessian_free.conjugate_gradients import RelativeProgress
+from .methods.hessian_free.hessian_free import HessianFree
+from .methods.hessian_free.options import (
     AdaptiveDamping,
     Backtracking,
     DiagonalPreconditioner,
     LineSearch,
 )
-from optim.kbfgs import KBFGS
-from optim.kfac import KFAC
-from optim.layerwise_step import LayerwiseStep
-from optim.levenberg_marquardt import LevenbergMarquardt
-from optim.mbf import MBF
-from optim.shampoo import Shampoo
-from optim.tkfac import TKFAC
-from optim.tnt import TNT
+from .methods.kbfgs.kbfgs import KBFGS
+from .methods.kfac.kfac import KFAC
+from .methods.layerwise.layerwise_step import LayerwiseStep
+from .methods.mbf.mbf import MBF
+from .methods.shampoo.shampoo import Shampoo
+from .methods.tkfac.tkfac import TKFAC
+from .methods.tnt.tnt import TNT
 
 __all__ = [
     "EKFAC",

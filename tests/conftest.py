@@ -4,8 +4,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from studies import error_along_training
-from studies.report import write_report
+from kronscope.studies.experiments import error_along_training
+from kronscope.studies.reports.report import write_report
 
 
 @pytest.fixture(autouse=True)

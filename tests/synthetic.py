@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from studies import records
+from kronscope.studies.results import records
 
 SIZES = {"0": 3120, "2": 1176, "4": 200, "6": 224, "8": 1200, "10": 3136}
 BASE = {"kfac": 0.42, "diagonal": 0.86, "mini_block": 0.66, "best_kronecker": 0.31}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from diag.exact import TRUTHS
-from diag.registry import Approximation, Metric, approximation, metric
+from kronscope.diag.exact import TRUTHS
+from kronscope.diag.registry import Approximation, Metric, approximation, metric
 
 HERE = Path(__file__)
 DOCS = HERE.parents[1] / "docs"

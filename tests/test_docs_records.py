@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from studies import records, report
+from kronscope.studies.reports import report
+from kronscope.studies.results import records
 
 RUNS = sorted((Path(__file__).parents[1] / "docs" / "records").iterdir())
 

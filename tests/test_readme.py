@@ -28,7 +28,7 @@ def test_the_commands_of_the_readme_exist():
     assert len(commands) >= 6
     for command in commands:
         found = subprocess.run(
-            [sys.executable, "-m", "studies.cli", command, "--help"],
+            [sys.executable, "-m", "kronscope.studies.cli.main", command, "--help"],
             cwd=ROOT,
             capture_output=True,
             text=True,

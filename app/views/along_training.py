@@ -2,8 +2,8 @@
 
 import streamlit as st
 
-from app import common
-from studies import figures, summaries
+from kronscope.app import common
+from kronscope.studies.reports import figures, summaries
 
 st.title("Along training")
 run = common.open_run()

@@ -3,8 +3,9 @@
 import pandas as pd
 import streamlit as st
 
-from app import common
-from studies import figures, records, summaries
+from kronscope.app import common
+from kronscope.studies.reports import figures, summaries
+from kronscope.studies.results import records
 
 st.title("Block inspector")
 run = common.open_run()

@@ -2,8 +2,10 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from diag.registry import approximation as registry
+from ..registry import Approximation
+from ..registry import approximation as registry
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -11,4 +13,8 @@ for _module in iter_modules(__path__):
 # the files carry the names of their functions: after the loop the function is what is meant
 globals().update({name: entry.function for name, entry in registry.items()})
 
-__all__ = ["registry", *registry]
+__all__ = ["Approximation", "registry", *registry]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"no approximation '{name}'; known: {sorted(registry)}")

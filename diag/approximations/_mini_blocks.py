@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from diag.blocks import Block, Member
-from diag.exact import truth
-from diag.operators import Operator, dense
-from diag.problem import Problem
-from diag.root_mean import RootMean
+from ..exact import truth
+from ..operators import Operator, dense
+from ..problem.blocks import Block, Member
+from ..problem.problem import Problem
+from ..truths.low_rank_terms import RootMean
 
 MBF = "Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), section 3"
 

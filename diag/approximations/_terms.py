@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diag.assembly import by_rows
-from diag.blocks import Block
-from diag.exact import truth
-from diag.positions import Positions, layer_positions
-from diag.problem import Problem
-from diag.sample_mean import SampleMean
+from ..backward.positions import Positions, layer_positions
+from ..exact import truth
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..truths.assembly import by_rows
+from ..truths.kronecker_terms import SampleMean
 
 Terms = SampleMean | Positions
 

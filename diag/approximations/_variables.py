@@ -11,11 +11,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from diag.approximations._terms import partial_traces, roots
-from diag.blocks import Block
-from diag.operators import KroneckerSum
-from diag.positions import Positions
-from diag.problem import Problem
+from ..backward.positions import Positions
+from ..operators import KroneckerSum
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ._terms import partial_traces, roots
 
 LABELLED = ("empirical_fisher", "fisher_mc")  # truths whose roots are gradients with labels
 

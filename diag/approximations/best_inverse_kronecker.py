@@ -2,12 +2,12 @@
 
 import torch
 
-from diag.blocks import Block
-from diag.exact import truth
-from diag.kronecker import leading_kronecker
-from diag.operators import BUDGET, Damped, Dense, Kronecker, dense
-from diag.problem import Problem
-from diag.registry import approximation
+from ..exact import truth
+from ..operators import BUDGET, Damped, Dense, Kronecker, dense
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..spectra.kronecker_svd import leading_kronecker
 
 
 @approximation(

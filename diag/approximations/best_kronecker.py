@@ -1,11 +1,11 @@
 """The best Kronecker approximations there are, the yardstick for all others."""
 
-from diag.blocks import Block
-from diag.exact import truth
-from diag.kronecker import leading_kronecker
-from diag.operators import KroneckerSum
-from diag.problem import Problem
-from diag.registry import approximation
+from ..exact import truth
+from ..operators import KroneckerSum
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..spectra.kronecker_svd import leading_kronecker
 
 
 @approximation(

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diag.blocks import Block
-from diag.exact import truth
-from diag.kronecker import leading_kronecker
-from diag.operators import Kronecker, Operator, dense
-from diag.problem import Problem
-from diag.registry import approximation
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
+from ..exact import truth
+from ..operators import Kronecker, Operator, dense
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..spectra.kronecker_svd import leading_kronecker
+from ..truths.kronecker_terms import SampleMean
+from ..truths.low_rank_terms import RootMean
 
 STARTS = 3  # leading Kronecker terms whose positive and negative parts are tried as starts
 ROUNDS = 2000

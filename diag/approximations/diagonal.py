@@ -1,17 +1,17 @@
 """The diagonal of the exact block, of each kind of curvature that is used as one."""
 
-from diag import crosscheck
-from diag.blocks import Block
-from diag.exact import by_backpack, truth
-from diag.operators import Diagonal
-from diag.operators import diagonal as diagonal_of
-from diag.problem import Problem
-from diag.registry import approximation
+from ..backpack import quantities
+from ..exact import by_backpack, truth
+from ..operators import Diagonal
+from ..operators import diagonal as diagonal_of
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
 
 BY_BACKPACK = {
-    "hessian": crosscheck.diag_hessian,
-    "ggn": crosscheck.diag_ggn,
-    "fisher_mc": crosscheck.diag_fisher_mc,
+    "hessian": quantities.diag_hessian,
+    "ggn": quantities.diag_ggn,
+    "fisher_mc": quantities.diag_fisher_mc,
 }
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from diag.approximations._terms import kfac_factors, projected_diagonal, terms
-from diag.blocks import Block
-from diag.operators.eigen import KroneckerEigen
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators.eigen import KroneckerEigen
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._terms import kfac_factors, projected_diagonal, terms
 
 
 @approximation(

@@ -2,12 +2,12 @@
 
 import torch
 
-from diag.approximations._terms import roots
-from diag.approximations._variables import LABELLED
-from diag.blocks import Block
-from diag.operators import Damped, Kronecker
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import Damped, Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._terms import roots
+from ._variables import LABELLED
 
 
 @approximation(

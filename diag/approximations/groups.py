@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from diag.blocks import Block, Member
-from diag.exact import truth
-from diag.operators import BlockDiagonal, dense
-from diag.problem import Problem
-from diag.registry import approximation
+from ..exact import truth
+from ..operators import BlockDiagonal, dense
+from ..problem.blocks import Block, Member
+from ..problem.problem import Problem
+from ..registry import approximation
 
 Names = Sequence[Sequence[str]]
 Parts = Names | Callable[[nn.Module], Names] | None

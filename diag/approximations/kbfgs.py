@@ -1,10 +1,10 @@
 """K-BFGS: a layer's Hessian block from the updates of Kronecker-factored BFGS."""
 
-from diag.blocks import Block
-from diag.kbfgs_replay import Replay, replay_state
-from diag.operators import Kronecker, inverse
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import Kronecker, inverse
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._kbfgs.replay import Replay, replay_state
 
 
 @approximation(
@@ -32,7 +32,7 @@ def kbfgs(
 
     The damping is inside (√λ in H_a⁻¹, the pairs' dampings in H_g⁻¹): damped metrics take it with
     approximation_damping=0, as they do a live preconditioner's inverse. The state itself, with
-    what each damping did, is `diag.kbfgs_replay.replay_state`; trial step and seed are set there.
+    what each damping did, is `replay.replay_state`; trial step and seed are set there.
 
     Raises: ValueError for an `of` other than "hessian", which is all that the pairs tell of, for a
     block that is not one whole layer called once (a grouped convolution is not), for settings

@@ -1,13 +1,13 @@
 """KFAC: a layer's curvature as one Kronecker product; in two versions for shared weights."""
 
-from diag import crosscheck
-from diag.approximations._terms import kfac_factors, terms
-from diag.blocks import Block
-from diag.exact import by_backpack
-from diag.operators import Kronecker
-from diag.positions import Positions
-from diag.problem import Problem
-from diag.registry import approximation
+from ..backpack import quantities
+from ..backward.positions import Positions
+from ..exact import by_backpack
+from ..operators import Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._terms import kfac_factors, terms
 
 
 @approximation(
@@ -41,7 +41,7 @@ def kfac(problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.
     if by_backpack(backend):
         if of != "fisher_mc":
             raise ValueError(f"BackPACK's KFAC is of='fisher_mc', not '{of}'; kflr is of the ggn")
-        return crosscheck.kfac(problem, block)
+        return quantities.kfac(problem, block)
     return Kronecker(*kfac_factors(terms(problem, block, of, "kfac")))
 
 

@@ -1,10 +1,10 @@
 """KFLR: a layer's Gauss-Newton block as one Kronecker product, by BackPACK."""
 
-from diag import crosscheck
-from diag.blocks import Block
-from diag.operators import Kronecker
-from diag.problem import Problem
-from diag.registry import approximation
+from ..backpack import quantities
+from ..operators import Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
 
 
 @approximation(
@@ -30,5 +30,5 @@ def kflr(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or a module,
     loss or setting that BackPACK does not support (docs/backpack.md lists them).
     """
-    crosscheck.check_target(problem, "kflr", of)
-    return crosscheck.kflr(problem, block)
+    quantities.check_target(problem, "kflr", of)
+    return quantities.kflr(problem, block)

@@ -1,10 +1,10 @@
 """KFRA: KFLR with the output factor averaged at every module, by BackPACK."""
 
-from diag import crosscheck
-from diag.blocks import Block
-from diag.operators import Kronecker
-from diag.problem import Problem
-from diag.registry import approximation
+from ..backpack import quantities
+from ..operators import Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
 
 
 @approximation(
@@ -31,5 +31,5 @@ def kfra(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or a module,
     loss or setting that BackPACK does not support (docs/backpack.md lists them).
     """
-    crosscheck.check_target(problem, "kfra", of)
-    return crosscheck.kfra(problem, block)
+    quantities.check_target(problem, "kfra", of)
+    return quantities.kfra(problem, block)

@@ -1,10 +1,10 @@
 """Block-diagonal over the layers of a group."""
 
-from diag.blocks import Block
-from diag.exact import truth
-from diag.operators import BlockDiagonal, dense
-from diag.problem import Problem
-from diag.registry import approximation
+from ..exact import truth
+from ..operators import BlockDiagonal, dense
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
 
 
 @approximation(

@@ -5,13 +5,13 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from diag.blocks import Block
-from diag.exact import truth
-from diag.operators import LowRank, Operator, dense, like, to_scipy
-from diag.operators.eigen import Spectral
-from diag.problem import Problem
-from diag.registry import approximation
-from diag.root_mean import RootMean
+from ..exact import truth
+from ..operators import LowRank, Operator, dense, like, to_scipy
+from ..operators.eigen import Spectral
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..truths.low_rank_terms import RootMean
 
 DENSE_UP_TO = 1500  # rows up to which all eigenvectors are found: seconds, and the surest way
 

@@ -1,12 +1,12 @@
 """Mini-blocks by output neuron."""
 
-from diag.approximations._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
-from diag.blocks import Block
-from diag.operators import BlockDiagonal
-from diag.problem import Problem
-from diag.registry import approximation
-from diag.sample_mean import SampleMean, output_blocks
-from diag.stacks import Diagonals
+from ..operators import BlockDiagonal
+from ..operators.batched import Diagonals
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..truths.kronecker_terms import SampleMean, output_blocks
+from ._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
 
 HELD_UP_TO = 2**22  # entries of all blocks together
 

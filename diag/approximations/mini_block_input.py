@@ -1,11 +1,11 @@
 """Mini-blocks by input neuron."""
 
-from diag.approximations._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
-from diag.blocks import Block
-from diag.operators import BlockDiagonal
-from diag.problem import Problem
-from diag.registry import approximation
-from diag.sample_mean import SampleMean
+from ..operators import BlockDiagonal
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ..truths.kronecker_terms import SampleMean
+from ._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
 
 
 @approximation(

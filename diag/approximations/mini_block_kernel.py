@@ -1,16 +1,10 @@
 """Mini-blocks of a convolution by kernel slice."""
 
-from diag.approximations._mini_blocks import (
-    MBF,
-    kernel_shape,
-    matrix_truth,
-    mean_sub_blocks,
-    places,
-)
-from diag.blocks import Block
-from diag.operators import BlockDiagonal
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import BlockDiagonal
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._mini_blocks import MBF, kernel_shape, matrix_truth, mean_sub_blocks, places
 
 
 @approximation("mini_block_kernel", of="ggn", kind="curvature", reference=MBF)

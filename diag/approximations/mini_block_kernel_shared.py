@@ -2,17 +2,11 @@
 
 import torch
 
-from diag.approximations._mini_blocks import (
-    MBF,
-    kernel_shape,
-    matrix_truth,
-    mean_sub_blocks,
-    places,
-)
-from diag.blocks import Block
-from diag.operators import Kronecker
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._mini_blocks import MBF, kernel_shape, matrix_truth, mean_sub_blocks, places
 
 
 @approximation("mini_block_kernel_shared", of="ggn", kind="curvature", reference=MBF)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from diag.approximations._variables import per_variable, power, variables
-from diag.blocks import Block
-from diag.operators import KroneckerSum
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import KroneckerSum
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._variables import per_variable, power, variables
 
 
 @approximation(

@@ -1,10 +1,10 @@
 """TKFAC: a Kronecker product that keeps the trace."""
 
-from diag.approximations._terms import partial_traces, terms
-from diag.blocks import Block
-from diag.operators import Kronecker
-from diag.problem import Problem
-from diag.registry import approximation
+from ..operators import Kronecker
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import approximation
+from ._terms import partial_traces, terms
 
 RELATIVE = 1e-12  # of a factor's norm: a trace below it is rounding, and nothing to divide by
 

@@ -2,8 +2,10 @@
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from diag.registry import metric as registry
+from ..registry import Metric
+from ..registry import metric as registry
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -11,4 +13,8 @@ for _module in iter_modules(__path__):
 # the files carry the names of their functions: after the loop the function is what is meant
 globals().update({name: entry.function for name, entry in registry.items()})
 
-__all__ = ["registry", *registry]
+__all__ = ["Metric", "registry", *registry]
+
+
+def __getattr__(name: str) -> Any:
+    raise AttributeError(f"no metric '{name}'; known: {sorted(registry)}")

@@ -1,12 +1,12 @@
 """Matrix cosine."""
 
-from diag.estimate import Estimate
-from diag.matrix_free import MatrixFree
-from diag.moments import batch_moments
-from diag.operators import Operator
-from diag.population import cosine_estimate
-from diag.probed import probed_cosine
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..randomized.frobenius import probed_cosine
+from ..registry import metric
+from ..statistics.moments import batch_moments
+from ..statistics.population import cosine_estimate
+from ..truths.matrix_free import MatrixFree
 
 
 @metric(

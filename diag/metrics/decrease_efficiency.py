@@ -4,13 +4,13 @@ import math
 
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.influence import of_form, within
-from diag.intervals import from_influence
-from diag.operators import Operator
-from diag.registry import metric
-from diag.sampled import Sampled
-from diag.steps import steps
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.influence import of_form, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
+from ._steps import steps
 
 
 @metric(

@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from diag.eigenspaces import leading, leading_space, leading_vectors
-from diag.estimate import Estimate
-from diag.influence import of_form, within
-from diag.intervals import from_influence
-from diag.operators import Operator, dense
-from diag.registry import metric
-from diag.sampled import Sampled
-from diag.spectrum import DENSE_UP_TO
+from ..estimate import Estimate
+from ..operators import Operator, dense
+from ..registry import metric
+from ..spectra.eigenspaces import leading, leading_space, leading_vectors
+from ..spectra.extreme_eigenpairs import DENSE_UP_TO
+from ..statistics.influence import of_form, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import bootstrap_counts, from_replicates, norms
-from diag.metrics.noise_floor import noise_floor
-from diag.operators import Operator, keep
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Operator, keep
+from ..registry import metric
+from ..statistics.intervals import bootstrap_counts, from_replicates, norms
+from ..truths.per_example import Sampled
+from .noise_floor import noise_floor
 
 
 @metric(

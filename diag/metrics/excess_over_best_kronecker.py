@@ -2,12 +2,12 @@
 
 import math
 
-from diag.estimate import Estimate
-from diag.intervals import from_replicates, norms
-from diag.kronecker import leading_kronecker
-from diag.metrics.relative_error_best_scale import best_scale_error
-from diag.operators import Kronecker, Operator, keep
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Kronecker, Operator, keep
+from ..registry import metric
+from ..spectra.kronecker_svd import leading_kronecker
+from ..statistics.intervals import from_replicates, norms
+from .relative_error_best_scale import best_scale_error
 
 
 @metric(

@@ -2,19 +2,14 @@
 
 import math
 
-from diag.compositions import Difference, Product
-from diag.estimate import Estimate
-from diag.influence import of_inner, within
-from diag.intervals import from_influence
-from diag.operators import Dense, Operator, dense
-from diag.pencils import (
-    inverse_moment,
-    inverses,
-    trace_with_inverse,
-    within_reach,
-)
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Dense, Operator, dense
+from ..operators.compositions import Difference, Product
+from ..registry import metric
+from ..spectra.pencils import inverse_moment, inverses, trace_with_inverse, within_reach
+from ..statistics.influence import of_inner, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

@@ -4,12 +4,12 @@ import math
 
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.influence import of_form, within
-from diag.intervals import from_influence
-from diag.operators import Damped, Operator, solver
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Damped, Operator, solver
+from ..registry import metric
+from ..statistics.influence import of_form, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import from_replicates
-from diag.operators import Operator
-from diag.registry import metric
-from diag.sampled import Sampled
-from diag.splits import random_splits, split_floors
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.intervals import from_replicates
+from ..statistics.splits import random_splits, split_floors
+from ..truths.per_example import Sampled
 
 SPLITS = 400
 
@@ -36,7 +36,7 @@ def noise_floor(
     from one split.
 
     approximation is not used; it is there so that all metrics are called alike.
-    weights: [s, N], other splits than halves, by `diag.splits.random_splits` or `index_split`; each
+    weights: [s, N], other splits than halves, by `splits.random_splits` or `index_split`; each
     ‖C₁ − C₂‖ is scaled by its sizes, (N/N₁ + N/N₂)^-½.
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """

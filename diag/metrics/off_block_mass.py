@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import from_replicates, norm_deviations
-from diag.operators import Operator
-from diag.partitions import check_partition, outside_gram, outside_square, partition_of
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.intervals import from_replicates, norm_deviations
+from ._partitions import check_partition, outside_gram, outside_square, partition_of
 
 
 @metric(

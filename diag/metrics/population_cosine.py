@@ -1,9 +1,9 @@
 """Matrix cosine with the population's block."""
 
-from diag.estimate import Estimate
-from diag.operators import Operator
-from diag.population import unbiased_cosine_estimate
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.population import unbiased_cosine_estimate
 
 
 @metric(

@@ -1,10 +1,10 @@
 """Relative Frobenius error against the population's block."""
 
-from diag.estimate import Estimate
-from diag.moments import unbiased_moments
-from diag.operators import Operator
-from diag.population import error_estimate
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.moments import unbiased_moments
+from ..statistics.population import error_estimate
 
 
 @metric(
@@ -23,7 +23,7 @@ def population_error(truth: Operator, approximation: Operator) -> Estimate:
     best: reported also where the numerator comes out negative, as it does in about half of all
     batches if B = E C exactly. ∞ where the batch cannot tell E C from zero (U <= 0), NaN if the
     numerator is not positive either.
-    For B built from the same batch: `diag.cross_fit.cross_fit`.
+    For B built from the same batch: `kronscope.diag.cross_fit.cross_fit`.
     Interval: bootstrap-t of the ratio by inverted tests; open (∞) where E C may be zero. Covers in
     0.93 to 0.98 of batches of 30 to 300, in more at B = E C and where it is open. Two examples give
     none.

@@ -1,10 +1,10 @@
 """Norm of the population's block."""
 
-from diag.estimate import Estimate
-from diag.moments import check_terms
-from diag.operators import Operator
-from diag.population import norm_estimate
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..statistics.moments import check_terms
+from ..statistics.population import norm_estimate
 
 
 @metric(

@@ -4,12 +4,17 @@ import math
 
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import from_influence
-from diag.operators import Operator
-from diag.preconditioned import NotPositiveDefiniteError, Pair, preconditioned_extremes, square_root
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..spectra.preconditioned import (
+    NotPositiveDefiniteError,
+    Pair,
+    preconditioned_extremes,
+    square_root,
+)
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

@@ -1,10 +1,10 @@
 """Share of the preconditioned spectrum that lies near one."""
 
-from diag.estimate import Estimate
-from diag.operators import Operator
-from diag.pencils import share_between, within_reach
-from diag.preconditioned import NotPositiveDefiniteError
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..registry import metric
+from ..spectra.pencils import share_between, within_reach
+from ..spectra.preconditioned import NotPositiveDefiniteError
 
 NEAR = (0.5, 2.0)  # within a factor of two of the curvature B was meant to remove
 

@@ -2,14 +2,14 @@
 
 import math
 
-from diag.estimate import Estimate
-from diag.influence import of_form
-from diag.intervals import from_influence
-from diag.operators import Operator, solver
-from diag.preconditioned import NotPositiveDefiniteError
-from diag.registry import metric
-from diag.sampled import Sampled
-from diag.sharpness import sharpest
+from ..estimate import Estimate
+from ..operators import Operator, solver
+from ..registry import metric
+from ..spectra.preconditioned import NotPositiveDefiniteError
+from ..spectra.sharpness import sharpest
+from ..statistics.influence import of_form
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 TOLERANCE = 1e-6  # of the residual, relative: the value's own error is of second order
 
@@ -31,7 +31,7 @@ def preconditioned_sharpness(
     """Greatest eigenvalue of (B + μI)⁻¹ C, which limits the learning rate.
 
     Steps θ <- θ − lr (B + μI)⁻¹ g diverge on the quadratic model where lr times it exceeds 2, with
-    averaged momentum `diag.sharpness.stability_limit`. 1 where B + μI is no less than C in any
+    averaged momentum `sharpness.stability_limit`. 1 where B + μI is no less than C in any
     direction and equal in one. The truth is not damped: its damping is no part of the loss.
     damping: μ unless approximation_damping is given; that is 0 for the inverse of a live
     preconditioner, which has its damping inside.

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import Norms
-from diag.matrix_free import MatrixFree
-from diag.moments import batch_moments
-from diag.operators import Operator
-from diag.population import best_scale_estimate
-from diag.probed import probed_best_scale_error
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator
+from ..randomized.frobenius import probed_best_scale_error
+from ..registry import metric
+from ..statistics.intervals import Norms
+from ..statistics.moments import batch_moments
+from ..statistics.population import best_scale_estimate
+from ..truths.matrix_free import MatrixFree
 
 NEAR = 0.9  # squared cosine above which 1 − cos² would cancel
 

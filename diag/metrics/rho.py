@@ -1,13 +1,14 @@
 """Actual over predicted decrease of the loss."""
 
-from diag.estimate import Estimate
-from diag.influence import centred
-from diag.intervals import from_influence
-from diag.operators import Damped, Operator, solve
-from diag.problem import Block, Problem
-from diag.registry import metric
-from diag.sampled import Sampled
-from diag.steps import example_decreases, example_slopes
+from ..estimate import Estimate
+from ..operators import Damped, Operator, solve
+from ..problem.blocks import Block
+from ..problem.problem import Problem
+from ..registry import metric
+from ..statistics.influence import centred
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
+from ._steps import example_decreases, example_slopes
 
 
 @metric(

@@ -4,14 +4,14 @@ import math
 
 from torch import Tensor
 
-from diag.compositions import Difference
-from diag.eigenspaces import Eigenpair, dominant
-from diag.estimate import Estimate
-from diag.influence import of_form, within
-from diag.intervals import from_influence
-from diag.operators import Operator
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Operator
+from ..operators.compositions import Difference
+from ..registry import metric
+from ..spectra.eigenspaces import Eigenpair, dominant
+from ..statistics.influence import of_form, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

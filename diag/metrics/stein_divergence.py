@@ -2,14 +2,14 @@
 
 import math
 
-from diag.compositions import Difference
-from diag.estimate import Estimate
-from diag.influence import of_inner, within
-from diag.intervals import from_influence
-from diag.operators import Operator
-from diag.pencils import inner_with, inverse_moment, inverses, log_determinant, within_reach
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Operator
+from ..operators.compositions import Difference
+from ..registry import metric
+from ..spectra.pencils import inner_with, inverse_moment, inverses, log_determinant, within_reach
+from ..statistics.influence import of_inner, within
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from diag.estimate import Estimate
-from diag.intervals import from_influence
-from diag.operators import Damped, Operator, solve, solver
-from diag.registry import metric
-from diag.sampled import Sampled
+from ..estimate import Estimate
+from ..operators import Damped, Operator, solve, solver
+from ..registry import metric
+from ..statistics.intervals import from_influence
+from ..truths.per_example import Sampled
 
 
 @metric(
@@ -30,7 +30,7 @@ def step_cosine(
     approximation_damping: added to B, the same λ unless given; 0 for the inverse of a live
     preconditioner, which has its damping inside.
     Interval: first order, from each example's influence on the exact step; g and B held fixed.
-    How often it holds what it is for: `diag.intervals.from_influence`.
+    How often it holds what it is for: `kronscope.diag.statistics.intervals.from_influence`.
 
     Raises: torch.linalg.LinAlgError for a singular damped matrix.
     """

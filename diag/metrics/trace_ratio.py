@@ -2,11 +2,11 @@
 
 import math
 
-from diag.compositions import identity_like
-from diag.estimate import Estimate
-from diag.intervals import from_replicates, norms
-from diag.operators import Operator, trace
-from diag.registry import metric
+from ..estimate import Estimate
+from ..operators import Operator, trace
+from ..operators.compositions import identity_like
+from ..registry import metric
+from ..statistics.intervals import from_replicates, norms
 
 
 @metric(

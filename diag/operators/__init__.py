@@ -6,11 +6,12 @@ not know is handled densely, within a memory budget, never by another formula.
 All matrices act on row-major vectors of W_bar = [W, b].
 """
 
-from diag.operators.forms import BUDGET, dense, diagonal, trace
-from diag.operators.products import frobenius_norm, inner, inner_rule
-from diag.operators.scipy_interface import to_scipy
-from diag.operators.solving import Inverse, dense_inverse, inverse, keep, solve, solver
-from diag.operators.structures import (
+from .forms import BUDGET, dense, diagonal, trace
+from .products import frobenius_norm, inner, inner_rule
+from .scipy_interface import to_scipy
+from .single_step import Taken
+from .solving import Inverse, dense_inverse, inverse, keep, solve, solver
+from .structures import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -21,7 +22,6 @@ from diag.operators.structures import (
     Operator,
     like,
 )
-from diag.operators.taken import Taken
 
 __all__ = [
     "BUDGET",

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diag.operators.forms import diagonal, to_dense
-from diag.operators.products import inner_rule
-from diag.operators.solving import _solver, damped_eigenvalues
-from diag.operators.structures import Kronecker, KroneckerSum, by_columns
+from .forms import diagonal, to_dense
+from .products import inner_rule
+from .solving import _solver, damped_eigenvalues
+from .structures import Kronecker, KroneckerSum, by_columns
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.operators.structures import (
+from .structures import (
     BlockDiagonal,
     Damped,
     Dense,

@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.operators.forms import dense, diagonal
-from diag.operators.structures import (
-    BlockDiagonal,
-    Diagonal,
-    Kronecker,
-    KroneckerSum,
-    LowRank,
-    Operator,
-)
+from .forms import dense, diagonal
+from .structures import BlockDiagonal, Diagonal, Kronecker, KroneckerSum, LowRank, Operator
 
 # (type, type) -> function; `inner_rule` adds to it, `inner` looks a pair up either way round
 _INNER: dict[tuple[type, type], Callable[[Any, Any], Tensor]] = {}

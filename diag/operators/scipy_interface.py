@@ -5,7 +5,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from diag.operators.structures import Operator, like
+from .structures import Operator, like
 
 DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -19,7 +19,7 @@ def to_scipy(operator: Operator) -> LinearOperator:
     Raises: TypeError for a dtype other than float32 and float64, which SciPy's solvers lack, and
     for complex vectors.
 
-    >>> from diag.operators.structures import Diagonal
+    >>> from kronscope.diag.operators.structures import Diagonal
     >>> to_scipy(Diagonal(torch.tensor([2.0, 3.0]))) @ np.ones(2)
     array([2., 3.])
     """

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diag.operators.forms import dense, to_dense
-from diag.operators.structures import (
+from .forms import dense, to_dense
+from .structures import (
     BlockDiagonal,
     Damped,
     Dense,

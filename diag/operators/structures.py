@@ -173,7 +173,7 @@ def like(operator: Operator) -> Tensor:
 
     Raises: TypeError when it holds none.
 
-    >>> from diag.operators.structures import Damped, Diagonal
+    >>> from kronscope.diag.operators.structures import Damped, Diagonal
     >>> like(Damped(Diagonal(torch.ones(3, dtype=torch.float32)), 0.1)).dtype
     torch.float32
     """

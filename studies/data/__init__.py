@@ -4,8 +4,8 @@ Some are made: CURVES by its recipe, FACES out of Olivetti's faces, and pictures
 need some where there are no files.
 """
 
-from studies.data.augmentation import crop_and_flip
-from studies.data.colour import (
+from .augmentation import crop_and_flip
+from .colour import (
     CIFAR100_MEAN,
     CIFAR100_STD,
     CIFAR_MEAN,
@@ -19,8 +19,8 @@ from studies.data.colour import (
     made_up_pictures,
     svhn,
 )
-from studies.data.curve import curves, few_curves
-from studies.data.digit import (
+from .curve import curves, few_curves
+from .digit import (
     digits,
     digits_classes,
     digits_sequences,
@@ -32,10 +32,10 @@ from studies.data.digit import (
     mnist_sequences,
     pooled_sequences,
 )
-from studies.data.face import faces, olivetti
-from studies.data.reader import read_cifar, read_idx, read_matlab
-from studies.data.source import without_downloads
-from studies.data.tensors import Data, labelled, reconstruction, standardised
+from .face import faces, olivetti
+from .reader import read_cifar, read_idx, read_matlab
+from .source import without_downloads
+from .tensors import Data, labelled, reconstruction, standardised
 
 __all__ = [
     "CIFAR100_MEAN",

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studies.data import checksums
-from studies.data.reader import read_cifar, read_matlab
-from studies.data.source import data_folder, missing, openml
-from studies.data.tensors import Data
+from . import checksums
+from .reader import read_cifar, read_matlab
+from .source import data_folder, missing, openml
+from .tensors import Data
 
 Batch = tuple[np.ndarray, np.ndarray]  # pictures [n, 3, 32, 32] and labels [n]
 Batches = list[Batch]

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from studies.data.cache import Arrays, cached
-from studies.data.tensors import Data, reconstruction
+from .cache import Arrays, cached
+from .tensors import Data, reconstruction
 
 TRAIN, TEST, SIDE = 20_000, 10_000, 28
 MARGIN, HALF_WIDTH = 3.0, 1.0  # in pixels: of the points from the edge; of the stroke

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.data import checksums
-from studies.data.reader import read_idx
-from studies.data.source import data_folder, openml
-from studies.data.tensors import Data, labelled, reconstruction, standardised
+from . import checksums
+from .reader import read_idx
+from .source import data_folder, openml
+from .tensors import Data, labelled, reconstruction, standardised
 
 IDX_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
     "images": {

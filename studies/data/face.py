@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from studies.data import checksums
-from studies.data.cache import Arrays, cached
-from studies.data.reader import read_matlab
-from studies.data.source import data_folder, fetched
-from studies.data.tensors import Data, standardised
+from . import checksums
+from .cache import Arrays, cached
+from .reader import read_matlab
+from .source import data_folder, fetched
+from .tensors import Data, standardised
 
 PICTURES, SIDE = 400, 64  # ten of each of 40 people, one person after the other
 OF_A_PICTURE, PATCH = 414, 25

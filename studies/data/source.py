@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.data import cache
-from studies.data.download import downloads
+from . import cache
+from .download import downloads
 
 FULL = ENOSPC, EDQUOT  # what the system says of a disk that is
 _DOWNLOADS = ContextVar("downloads", default=True)

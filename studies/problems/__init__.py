@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Generator, Tensor, nn
 
-from studies import hyper
-from studies.data import Data
-from studies.hyper import Schedule, Searched
+from ..data import Data
+from . import _hyper
+from ._hyper import Schedule, Searched
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Augment = Callable[[Tensor, Generator], Tensor]
@@ -21,7 +21,7 @@ class TrainingProblem:
     """A model, its data and the settings it is trained with.
 
     likelihood: of which the loss is the negative logarithm. optimizers: recommended hyper-
-    parameters by optimizer name, as data; `studies.optimizers` knows the names. sources: where
+    parameters by optimizer name, as data; `training.optimizers` knows the names. sources: where
     those come from; of optimizers that are not named there they are ours. searched: the values that
     `kronscope tune searched` tries, and whose they are, by optimizer: of what the papers tuned as
     far as that is known, else ours, which `register` adds. initialisation: how the model begins, in
@@ -50,7 +50,7 @@ class TrainingProblem:
     schedule: dict[str, Schedule] = field(default_factory=dict)
     searched: dict[str, Searched] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    initialisation: str = hyper.PYTORCH
+    initialisation: str = _hyper.PYTORCH
 
     def epochs_of(self, optimizer: str) -> int:
         """How long to train with this optimizer: as its schedule says, else `epochs`."""
@@ -63,10 +63,10 @@ PROBLEMS: dict[str, TrainingProblem] = {}
 def register(problem: TrainingProblem) -> TrainingProblem:
     """Add a problem to the registry under its name.
 
-    Where nothing is said of an optimizer's search, it is `hyper.ours`. What the problem has for
+    Where nothing is said of an optimizer's search, it is `_hyper.ours`. What the problem has for
     kbfgs goes for kbfgs_limited too, which is to be judged at the same settings.
     """
-    found = {name: hyper.ours(own) for name, own in problem.optimizers.items()}
+    found = {name: _hyper.ours(own) for name, own in problem.optimizers.items()}
     problem = replace(problem, searched=found | problem.searched)
     limited = {
         name: own | {"kbfgs_limited": own["kbfgs"]}

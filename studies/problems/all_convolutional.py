@@ -5,10 +5,10 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data, hyper
-from studies.networks import all_cnn
-from studies.problems import TrainingProblem, register
-from studies.problems.convolutional import MADE_UP
+from .. import data
+from . import TrainingProblem, _hyper, register
+from ._networks import all_cnn
+from .convolutional import MADE_UP
 
 EVERY = {"update_every": 10, "refresh_every": 100}  # the curvature papers' periods
 DECAY = {"weight_decay": 5e-4}  # arXiv:2102.06737, in its published code
@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.03, "momentum": 0.9, **DECAY},
 }
 SPRINGENBERG = "recalled: arXiv:1412.6806"
-EVA = f"{hyper.EVA_CODE}; weight decay ours"
+EVA = f"{_hyper.EVA_CODE}; weight decay ours"
 
 whole: dict[str, Any] = {
     "loss": cross_entropy,
@@ -42,7 +42,7 @@ whole: dict[str, Any] = {
     "augment": partial(
         data.crop_and_flip, padding=5, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)
     ),
-    "initialisation": hyper.KAIMING,
+    "initialisation": _hyper.KAIMING,
 }
 small: dict[str, Any] = whole | {
     "data": partial(data.made_up_pictures, 200, 100, size=16),
@@ -50,7 +50,7 @@ small: dict[str, Any] = whole | {
     "epochs": 5,
     "optimizers": MADE_UP,
     "augment": partial(data.crop_and_flip, padding=1),
-    "schedule": {"sgd": hyper.Schedule(5, (3, 4))},
+    "schedule": {"sgd": _hyper.Schedule(5, (3, 4))},
 }
 
 register(
@@ -59,8 +59,8 @@ register(
         summary="CIFAR-10, cropped and mirrored; All-CNN-C, nine convolutions, ReLU; K-BFGS paper",
         model=all_cnn,
         optimizers=SETTINGS,
-        schedule=hyper.CIFAR_SCHEDULES,
-        searched=hyper.CONVOLUTIONAL,
+        schedule=_hyper.CIFAR_SCHEDULES,
+        searched=_hyper.CONVOLUTIONAL,
         sources={"eva": EVA},
         **whole,
     )
@@ -82,10 +82,10 @@ register(
         model=lambda: all_cnn(dropout=(0.2, 0.5)),
         # 350 epochs, rate and weight decay as Springenberg et al. had them
         optimizers=SETTINGS | {"sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.001}},
-        schedule=hyper.CIFAR_SCHEDULES
-        | {"sgd": hyper.Schedule(350, (200, 250, 300), source=SPRINGENBERG)},
-        searched=hyper.CONVOLUTIONAL
-        | {"sgd": hyper.Searched({"lr": (0.01, 0.05, 0.1, 0.25)}, SPRINGENBERG)},
+        schedule=_hyper.CIFAR_SCHEDULES
+        | {"sgd": _hyper.Schedule(350, (200, 250, 300), source=SPRINGENBERG)},
+        searched=_hyper.CONVOLUTIONAL
+        | {"sgd": _hyper.Searched({"lr": (0.01, 0.05, 0.1, 0.25)}, SPRINGENBERG)},
         sources={"eva": EVA, "sgd": SPRINGENBERG},
         **whole,
     )

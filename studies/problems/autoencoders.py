@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from studies import data, hyper
-from studies.problems import TrainingProblem, register
+from .. import data
+from . import TrainingProblem, _hyper, register
 
 
 def summed_logistic_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -129,16 +129,16 @@ register(
         epochs=20,
         measure_damping=0.3,
         optimizers=MNIST,
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
         sources={
-            "kbfgs": hyper.KBFGS_DEMO,
-            "kbfgs_l": f"{hyper.TENGRAD_CODE}; weight decay as in the demo of arXiv:2006.08877",
-            "kfac": hyper.KBFGS_DEMO,
-            "shampoo": hyper.TNT_DEMO,
-            "tnt": hyper.TNT_DEMO,
-            "eva": hyper.EVA_CODE,
-            "adam": f"{hyper.TNT_DEMO}, whose Adam squares the momentum",
-            "sgd": hyper.TNT_DEMO,
+            "kbfgs": _hyper.KBFGS_DEMO,
+            "kbfgs_l": f"{_hyper.TENGRAD_CODE}; weight decay as in the demo of arXiv:2006.08877",
+            "kfac": _hyper.KBFGS_DEMO,
+            "shampoo": _hyper.TNT_DEMO,
+            "tnt": _hyper.TNT_DEMO,
+            "eva": _hyper.EVA_CODE,
+            "adam": f"{_hyper.TNT_DEMO}, whose Adam squares the momentum",
+            "sgd": _hyper.TNT_DEMO,
         },
     )
 )
@@ -155,7 +155,7 @@ register(
         epochs=10,
         measure_damping=0.1,
         optimizers=DIGITS | {"tkfac": {"lr": 0.03, "damping": 0.01}},
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data, hyper
-from studies.networks import pooled_cnn, strided_cnn
-from studies.problems import TrainingProblem, register
+from .. import data
+from . import TrainingProblem, _hyper, register
+from ._networks import pooled_cnn, strided_cnn
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "kbfgs": {"lr": 0.3, "damping": 0.3},
@@ -78,13 +78,13 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         searched={
-            "kbfgs_l": hyper.Searched(
+            "kbfgs_l": _hyper.Searched(
                 {
-                    "lr": hyper.half_decades(1e-3, 0.3),
-                    "damping": hyper.half_decades(1e-3, 0.3),
+                    "lr": _hyper.half_decades(1e-3, 0.3),
+                    "damping": _hyper.half_decades(1e-3, 0.3),
                     "weight_decay": (1e-3, 3e-3, 0.01, 0.03),
                 },
-                f"{hyper.TENGRAD_CODE}, a network of its own on Fashion-MNIST",
+                f"{_hyper.TENGRAD_CODE}, a network of its own on Fashion-MNIST",
             )
         },
     )

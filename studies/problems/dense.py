@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from studies import data
-from studies.problems import TrainingProblem, register
+from .. import data
+from . import TrainingProblem, register
 
 
 def tanh_network(sizes: Sequence[int]) -> nn.Sequential:

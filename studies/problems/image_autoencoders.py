@@ -5,15 +5,9 @@ Nothing published is known of their best hyper-parameters; those here are ours, 
 
 from torch import nn
 
-from studies import data, hyper
-from studies.problems import TrainingProblem, register
-from studies.problems.autoencoders import (
-    DIGITS,
-    MNIST,
-    autoencoder,
-    summed_logistic_loss,
-    summed_squared_error,
-)
+from .. import data
+from . import TrainingProblem, _hyper, register
+from .autoencoders import DIGITS, MNIST, autoencoder, summed_logistic_loss, summed_squared_error
 
 register(
     TrainingProblem(
@@ -27,7 +21,7 @@ register(
         epochs=20,
         measure_damping=0.3,
         optimizers=MNIST,
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 
@@ -43,7 +37,7 @@ register(
         epochs=10,
         measure_damping=0.1,
         optimizers=DIGITS,
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 
@@ -67,7 +61,7 @@ register(
         epochs=60,
         measure_damping=0.3,
         optimizers=CURVES,
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 
@@ -83,7 +77,7 @@ register(
         epochs=10,
         measure_damping=0.3,
         optimizers=CURVES | {"adam": {"lr": 0.003}},
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 
@@ -101,7 +95,7 @@ register(
         epochs=20,
         measure_damping=0.3,
         optimizers=MNIST,
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )
 
@@ -117,6 +111,6 @@ register(
         epochs=10,
         measure_damping=0.3,
         optimizers=DIGITS | {"kfac": {"lr": 1.0, "damping": 1.0}},
-        searched=hyper.AUTOENCODERS,
+        searched=_hyper.AUTOENCODERS,
     )
 )

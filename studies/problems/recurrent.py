@@ -4,9 +4,9 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data, hyper
-from studies.problems import TrainingProblem, register
-from studies.recurrent import SequenceClassifier
+from .. import data
+from . import TrainingProblem, _hyper, register
+from ._lstm import SequenceClassifier
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.03},
@@ -30,7 +30,7 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=LAYERS,
-        initialisation=hyper.LSTM,
+        initialisation=_hyper.LSTM,
     )
 )
 
@@ -47,6 +47,6 @@ register(
         measure_damping=0.1,
         optimizers=SETTINGS,
         partition=LAYERS,
-        initialisation=hyper.LSTM,
+        initialisation=_hyper.LSTM,
     )
 )

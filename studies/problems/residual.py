@@ -5,10 +5,10 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data, hyper
-from studies.networks import norm_free_resnet, resnet, resnet32
-from studies.problems import TrainingProblem, register
-from studies.problems.convolutional import MADE_UP
+from .. import data
+from . import TrainingProblem, _hyper, register
+from ._networks import norm_free_resnet, resnet, resnet32
+from .convolutional import MADE_UP
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.003},
@@ -33,7 +33,7 @@ register(
         optimizers=SETTINGS,
         partition=BLOCKS,
         averaging=0.99,
-        initialisation=hyper.NORM_FREE,
+        initialisation=_hyper.NORM_FREE,
     )
 )
 
@@ -51,7 +51,7 @@ register(
         optimizers=SETTINGS,
         partition=BLOCKS,
         averaging=0.9,
-        initialisation=hyper.NORM_FREE,
+        initialisation=_hyper.NORM_FREE,
     )
 )
 
@@ -90,15 +90,15 @@ register(
         epochs=100,
         measure_damping=0.1,
         optimizers=WITH_NORM,
-        initialisation=hyper.KAIMING,
+        initialisation=_hyper.KAIMING,
         augment=partial(data.crop_and_flip, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)),
-        schedule=hyper.CIFAR_SCHEDULES,
-        searched=hyper.CONVOLUTIONAL,
+        schedule=_hyper.CIFAR_SCHEDULES,
+        searched=_hyper.CONVOLUTIONAL,
         sources={
-            "shampoo": hyper.TNT_DEMO,
-            "tnt": hyper.TNT_DEMO,
-            "eva": f"{hyper.EVA_CODE}; weight decay ours",
-            "sgd": f"{hyper.TNT_DEMO}, where a weight decay of 0.01 multiplied the parameters; "
+            "shampoo": _hyper.TNT_DEMO,
+            "tnt": _hyper.TNT_DEMO,
+            "eva": f"{_hyper.EVA_CODE}; weight decay ours",
+            "sgd": f"{_hyper.TNT_DEMO}, where a weight decay of 0.01 multiplied the parameters; "
             "this one, of the loss, is a tenth of it, as momentum sums ten gradients",
         },
     )
@@ -116,8 +116,8 @@ register(
         epochs=5,
         measure_damping=0.1,
         optimizers=MADE_UP,
-        initialisation=hyper.KAIMING,
+        initialisation=_hyper.KAIMING,
         augment=partial(data.crop_and_flip, padding=1),
-        schedule={"sgd": hyper.Schedule(5, (3, 4))},
+        schedule={"sgd": _hyper.Schedule(5, (3, 4))},
     )
 )

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from studies import data, hyper
-from studies.networks import VGG11, VGG16, vgg
-from studies.problems import TrainingProblem, register
-from studies.problems.convolutional import MADE_UP
-from studies.problems.residual import WITH_NORM
+from .. import data
+from . import TrainingProblem, _hyper, register
+from ._networks import VGG11, VGG16, vgg
+from .convolutional import MADE_UP
+from .residual import WITH_NORM
 
 # without norm the scale of the weights matters: less decay, and rates at which it starts
 WITHOUT_NORM: dict[str, dict[str, Any]] = WITH_NORM | {
@@ -21,7 +21,7 @@ WITHOUT_NORM: dict[str, dict[str, Any]] = WITH_NORM | {
     "adam": {"lr": 1e-4},
     "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
 }
-EVA = f"{hyper.EVA_CODE}; weight decay ours"
+EVA = f"{_hyper.EVA_CODE}; weight decay ours"
 
 shared: dict[str, Any] = {
     "loss": cross_entropy,
@@ -29,9 +29,9 @@ shared: dict[str, Any] = {
     "batch_size": 128,
     "epochs": 100,
     "measure_damping": 0.1,
-    "schedule": hyper.CIFAR_SCHEDULES,
-    "searched": hyper.CONVOLUTIONAL,
-    "initialisation": hyper.VGG,
+    "schedule": _hyper.CIFAR_SCHEDULES,
+    "searched": _hyper.CONVOLUTIONAL,
+    "initialisation": _hyper.VGG,
 }
 cifar100: dict[str, Any] = shared | {
     "data": data.cifar100,
@@ -42,7 +42,7 @@ small: dict[str, Any] = shared | {
     "batch_size": 50,
     "epochs": 5,
     "optimizers": MADE_UP,
-    "schedule": {"sgd": hyper.Schedule(5, (3, 4))},
+    "schedule": {"sgd": _hyper.Schedule(5, (3, 4))},
     "searched": {},
 }
 
@@ -53,9 +53,9 @@ register(
         model=lambda: vgg(VGG16, classes=100),
         optimizers=WITH_NORM,
         sources={
-            "kbfgs_l": f"{hyper.TENGRAD_CODE}, on CIFAR-10, where momentum sums the steps: lr 0.03 "
-            "there is 0.3 here; update_every ours",
-            "exact_fisher": f"{hyper.TENGRAD_CODE}, on CIFAR-10, empirical Fisher; the weight "
+            "kbfgs_l": f"{_hyper.TENGRAD_CODE}, on CIFAR-10, where momentum sums the steps: lr "
+            "0.03 there is 0.3 here; update_every ours",
+            "exact_fisher": f"{_hyper.TENGRAD_CODE}, on CIFAR-10, empirical Fisher; the weight "
             "decay ours",
             "eva": EVA,
         },

@@ -10,7 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from streamlit.testing.v1 import AppTest
 
-from studies import figures, records
+from kronscope.studies.reports import figures
+from kronscope.studies.results import records
 
 APP = Path(__file__).parents[2] / "app"
 SYNTHETIC = runpy.run_path(str(APP.parent / "tests" / "synthetic.py"))

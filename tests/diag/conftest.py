@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diag import Problem
+from kronscope.diag import Problem
 
 
 def mlp(sizes: list[int], activation: type[nn.Module] | None, bias: bool = True) -> nn.Sequential:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import diag.approximations
-from diag import Problem, approximations, dense, exact, metrics
-from diag.registry import approximation
+from kronscope import diag
+from kronscope.diag import Problem, approximations, dense, exact, metrics
+from kronscope.diag.registry import approximation
 
 FOLDER = Path(diag.approximations.__file__).parent
 GGN_ONLY = ("kflr", "kfra")  # by BackPACK, which has no Hessian of this kind

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Problem, approximations, dense, exact, metrics
-from diag.likelihoods import likelihood_of
-from diag.registry import approximation
+from kronscope.diag import Problem, approximations, dense, exact, metrics
+from kronscope.diag.backward.likelihoods import likelihood_of
+from kronscope.diag.registry import approximation
 
 
 def four_layers():

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Dense, Problem, approximations, dense, exact, metrics
-from diag.approximations.low_rank import low_rank
-from diag.operators import (
+from kronscope.diag import Dense, Problem, approximations, dense, exact, metrics
+from kronscope.diag.approximations.low_rank import low_rank
+from kronscope.diag.operators import (
     BlockDiagonal,
     Damped,
     Diagonal,
@@ -24,8 +24,8 @@ from diag.operators import (
     solve,
     trace,
 )
-from diag.operators.eigen import KroneckerEigen, Spectral
-from diag.sample_mean import SampleMean
+from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 
 def symmetric(*shape):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from diag import Problem, approximations, dense, exact, metrics, solve, trace
-from diag.registry import approximation
+from kronscope.diag import Problem, approximations, dense, exact, metrics, solve, trace
+from kronscope.diag.registry import approximation
 
 N = 4
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import KroneckerSum, Problem, approximations, dense, exact
-from diag.approximations.best_kronecker_psd import (
+from kronscope.diag import KroneckerSum, Problem, approximations, dense, exact
+from kronscope.diag.approximations.best_kronecker_psd import (
     alternate,
     best_kronecker_psd,
     contractions,
     projected,
 )
-from diag.operators import BUDGET, Damped
+from kronscope.diag.operators import BUDGET, Damped
 
 
 def indefinite(seed=0, n=6, sizes=(3, 4, 2)):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev
 
-from diag import KroneckerSum, Problem, approximations, dense, exact, trace
-from diag.approximations._variables import power
+from kronscope.diag import KroneckerSum, Problem, approximations, dense, exact, trace
+from kronscope.diag.approximations._variables import power
 
 
 class MeanOverTime(nn.Module):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, approximations, crosscheck, dense, diagonal, exact, metrics
-from diag.sampled import Sampled
+from kronscope.diag import Problem, approximations, dense, diagonal, exact, metrics
+from kronscope.diag.backpack import quantities as crosscheck
+from kronscope.diag.truths.per_example import Sampled
 
 # 1e-9 of the largest entry: float64 rounding of two engines, with room for sums of some thousands
 CLOSE = 1e-9

@@ -10,8 +10,9 @@ from backpack import backpack, extend, extensions
 from backpack.context import CTX
 from torch import nn
 
-from diag import Problem, crosscheck, dense, exact
-from diag.copies import hook_free_copy
+from kronscope.diag import Problem, dense, exact
+from kronscope.diag.backpack import quantities as crosscheck
+from kronscope.diag.problem.copies import hook_free_copy
 
 LOSS = nn.CrossEntropyLoss()
 

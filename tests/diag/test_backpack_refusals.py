@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import diag.crosscheck
-from diag import Problem, approximations, crosscheck, dense, exact
-from diag.backpack_support import UnsupportedError
+from kronscope.diag import Problem, approximations, dense, exact
+from kronscope.diag.backpack import quantities as crosscheck
+from kronscope.diag.backpack.support import UnsupportedError
 
 INSTEAD = r"use backend='torch\.func'"
 LOSS = nn.CrossEntropyLoss()
@@ -177,7 +177,7 @@ def test_a_model_that_is_misread_without_a_word():
     ],
 )
 def test_the_guard_sees_one_part_in_a_million(monkeypatch, compute, field):
-    run = diag.crosscheck.run
+    run = crosscheck.run
 
     def slightly_off(*arguments):
         found = run(*arguments)
@@ -186,7 +186,7 @@ def test_the_guard_sees_one_part_in_a_million(monkeypatch, compute, field):
 
     problem = problem_of(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     compute(problem, problem.block("0"))
-    monkeypatch.setattr(diag.crosscheck, "run", slightly_off)
+    monkeypatch.setattr(crosscheck, "run", slightly_off)
     refused(problem, "0", f"differs from torch.func's by .*{INSTEAD}", compute)
 
 

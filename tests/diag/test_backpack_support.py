@@ -16,7 +16,8 @@ import torch
 from backpack import backpack as running
 from backpack import extend
 
-from diag import Problem, crosscheck, dense
+from kronscope.diag import Problem, dense
+from kronscope.diag.backpack import quantities as crosscheck
 
 HERE = Path(__file__)
 PAGE = HERE.parents[2] / "docs" / "backpack.md"

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from diag import Problem, approximations, dense, exact, metrics
-from diag.crosscheck import diag_ggn
+from kronscope.diag import Problem, approximations, dense, exact, metrics
+from kronscope.diag.backpack.quantities import diag_ggn
 
 OF = [*exact.TRUTHS]
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Dense, Problem, approximations, dense, exact
-from diag.metrics import (
+from kronscope.diag import Dense, Problem, approximations, dense, exact
+from kronscope.diag.metrics import (
     cosine,
     noise_floor,
     population_cosine,
@@ -26,8 +26,8 @@ from diag.metrics import (
     relative_error_best_scale,
     step_cosine,
 )
-from diag.moments import noise, unbiased_moments
-from diag.sample_mean import SampleMean
+from kronscope.diag.statistics.moments import noise, unbiased_moments
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 POPULATION, DRAWS = 5000, 1000
 SIZES = {"ggn": 30, "hessian": 100}

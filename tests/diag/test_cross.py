@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, dense, exact
-from diag.blocks import Block
-from diag.cross import block_norms, cross, off_block_share
-from diag.curvatures import dense_block
+from kronscope.diag import Problem, dense, exact
+from kronscope.diag.backward.products import dense_block
+from kronscope.diag.off_diagonal import block_norms, cross, off_block_share
+from kronscope.diag.problem.blocks import Block
 
 
 @pytest.fixture

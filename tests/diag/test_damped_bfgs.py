@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diag.damped_bfgs import MU_1, damp_always, damp_first, damp_second, damp_twice, updated
+from kronscope.diag.approximations._kbfgs.formulas import (
+    MU_1,
+    damp_always,
+    damp_first,
+    damp_second,
+    damp_twice,
+    updated,
+)
 
 MU_2 = st.sampled_from([0.1, 0.55, 1.0, 1.73])
 SEEDS = st.integers(0, 10_000)

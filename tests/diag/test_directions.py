@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import optim
-from diag import Block, Dense, Problem, approximations, dense, exact, live, metrics
-from diag.cross_fit import restricted
-from diag.operators import BlockDiagonal, Damped, Diagonal, Taken, diagonal, inner, solve
+from kronscope import optim
+from kronscope.diag import Block, Dense, Problem, approximations, dense, exact, live, metrics
+from kronscope.diag.cross_fit import restricted
+from kronscope.diag.operators import BlockDiagonal, Damped, Diagonal, Taken, diagonal, inner, solve
 
 CASES = runpy.run_path(str(Path(__file__).parents[1] / "optim" / "models.py"))["CASES"]
 LOSSES = {

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diag import approximations, exact, metrics
-from diag.estimators import (
+from kronscope.diag import approximations, exact, metrics
+from kronscope.diag.operators import (
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    dense,
+)
+from kronscope.diag.randomized.estimators import (
     frobenius_norm_estimate,
     frobenius_squared,
     hutch_pp_trace,
@@ -19,8 +28,14 @@ from diag.estimators import (
     relative_error_estimate,
     xtrace,
 )
-from diag.operators import BlockDiagonal, Damped, Dense, Diagonal, Kronecker, LowRank, dense
-from diag.probes import ProbeEstimate, gaussian, over_probes, probe_blocks, rademacher, rooted
+from kronscope.diag.randomized.probes import (
+    ProbeEstimate,
+    gaussian,
+    over_probes,
+    probe_blocks,
+    rademacher,
+    rooted,
+)
 
 SEEDS = 400
 TRACES = (hutchinson_trace, hutch_pp_trace, xtrace)
@@ -258,7 +273,7 @@ def test_float32_operators(estimator):
 def test_chunks_do_not_matter(estimator, monkeypatch):
     C = symmetric(10)
     whole = estimator(C, 9)
-    monkeypatch.setattr("diag.probes.CHUNK_BYTES", 8 * 10 * 4)
+    monkeypatch.setattr("kronscope.diag.randomized.probes.CHUNK_BYTES", 8 * 10 * 4)
     sizes = [z.shape[1] for z in probe_blocks(C, 9, None)]
     assert sizes == [4, 4, 1]
     parts = estimator(C, 9)

@@ -5,11 +5,11 @@ import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import nn
 
-from diag import Problem, dense, exact, frobenius_norm, inner
-from diag.curvatures import dense_block
-from diag.kronecker import kronecker_singular_values
-from diag.operators import Dense, Kronecker
-from diag.sample_mean import SampleMean
+from kronscope.diag import Problem, dense, exact, frobenius_norm, inner
+from kronscope.diag.backward.products import dense_block
+from kronscope.diag.operators import Dense, Kronecker
+from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 ACTIVATIONS = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.ReLU]
 

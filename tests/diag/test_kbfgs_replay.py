@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from diag import Kronecker, Problem, approximations, dense, exact, metrics
-from diag.kbfgs_passes import seen_layers, trial
-from diag.kbfgs_replay import COUNTS, Replay, replay_state, replayed
-from diag.operators import inverse
+from kronscope import optim
+from kronscope.diag import Kronecker, Problem, approximations, dense, exact, metrics
+from kronscope.diag.approximations._kbfgs.passes import seen_layers, trial
+from kronscope.diag.approximations._kbfgs.replay import COUNTS, Replay, replay_state, replayed
+from kronscope.diag.operators import inverse
 
 # -- the whole replay, once more, one example and one position after the other ------------------
 

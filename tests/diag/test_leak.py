@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, approximations, exact, metrics
-from diag.intervals import REPLICATES
+from kronscope.diag import Problem, approximations, exact, metrics
+from kronscope.diag.statistics.intervals import REPLICATES
 
 WARM_UP, MEASUREMENTS, TRACED = 30, 200, 40
 N, INPUTS, OUTPUTS = 24, 5, 3

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import l1_loss
 
-from diag import Problem, dense, exact
-from diag.likelihoods import LIKELIHOODS
+from kronscope.diag import Problem, dense, exact
+from kronscope.diag.backward.likelihoods import LIKELIHOODS
 
 
 def net(c, silent=False):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import optim
-from diag import Diagonal, Kronecker, approximations, dense, live
-from diag.operators import BlockDiagonal, Dense
+from kronscope import optim
+from kronscope.diag import Diagonal, Kronecker, approximations, dense, live
+from kronscope.diag.operators import BlockDiagonal, Dense
 
 
 class Maps:

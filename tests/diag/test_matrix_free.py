@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from diag import Dense, Diagonal, Kronecker, metrics, probed
-from diag.matrix_free import MatrixFree
+from kronscope.diag import Dense, Diagonal, Kronecker, metrics
+from kronscope.diag.randomized import frobenius as probed
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 D = 24
 

@@ -8,11 +8,12 @@ import scipy.linalg
 import torch
 from torch import nn
 
-import diag.metrics
-from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics, preconditioned
-from diag.intervals import half_split_norms
-from diag.registry import approximation, metric
-from diag.sample_mean import SampleMean
+from kronscope import diag
+from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
+from kronscope.diag.registry import approximation, metric
+from kronscope.diag.spectra import preconditioned
+from kronscope.diag.statistics.intervals import half_split_norms
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 FOLDER = Path(diag.metrics.__file__).parent
 LAMBDA = 0.05

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-import diag.metrics
-from diag import Damped, Dense, Estimate, Inverse, LowRank, Problem, dense, exact
-from diag.operators import inverse
-from diag.registry import approximation, metric
-from diag.root_mean import RootMean
+from kronscope import diag
+from kronscope.diag import Damped, Dense, Estimate, Inverse, LowRank, Problem, dense, exact
+from kronscope.diag.operators import inverse
+from kronscope.diag.registry import approximation, metric
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 LAMBDA = 0.05
 APPROXIMATIONS = ("kfac", "diagonal", "mini_block", "mini_block_shared", "best_kronecker")

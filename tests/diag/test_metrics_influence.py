@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Dense, Diagonal, Problem, approximations, dense, exact
-from diag.intervals import Z
-from diag.registry import metric
-from diag.root_mean import RootMean
+from kronscope.diag import Dense, Diagonal, Problem, approximations, dense, exact
+from kronscope.diag.registry import metric
+from kronscope.diag.statistics.intervals import Z
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 LAMBDA, STEP = 0.05, 1e-5
 FIRST_ORDER = (

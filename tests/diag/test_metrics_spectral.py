@@ -6,25 +6,24 @@ import pytest
 import scipy.linalg
 import torch
 
-from diag import (
+from kronscope.diag import (
     BlockDiagonal,
     Dense,
     Diagonal,
     Kronecker,
     approximations,
     dense,
-    eigenspaces,
     exact,
     metrics,
-    pencils,
 )
-from diag.eigenspaces import dominant
-from diag.operators import inverse
-from diag.pencils import count_below
-from diag.registry import approximation
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
-from diag.stacks import Outer
+from kronscope.diag.operators import inverse
+from kronscope.diag.operators.batched import Outer
+from kronscope.diag.registry import approximation
+from kronscope.diag.spectra import eigenspaces, pencils
+from kronscope.diag.spectra.eigenspaces import dominant
+from kronscope.diag.spectra.pencils import count_below
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 LAMBDA = 0.05
 NAMES = ("kfac", "diagonal", "mini_block", "mini_block_input", "mini_block_shared")

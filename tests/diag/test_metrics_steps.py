@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Dense, Diagonal, Problem, approximations, dense, exact, metrics
-from diag.intervals import Z
-from diag.matrix_free import MatrixFree
-from diag.operators import inverse, solve
-from diag.registry import approximation
-from diag.steps import example_decreases, example_losses, example_slopes
+from kronscope.diag import Dense, Diagonal, Problem, approximations, dense, exact, metrics
+from kronscope.diag.metrics._steps import example_decreases, example_losses, example_slopes
+from kronscope.diag.operators import inverse, solve
+from kronscope.diag.registry import approximation
+from kronscope.diag.statistics.intervals import Z
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 LAMBDA = 0.05
 NAMES = ("kfac", "diagonal", "mini_block", "mini_block_shared")

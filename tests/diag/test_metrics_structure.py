@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diag import (
+from kronscope.diag import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -16,18 +16,18 @@ from diag import (
     Kronecker,
     approximations,
     dense,
-    eigenspaces,
     exact,
     metrics,
 )
-from diag.eigenspaces import leading_space, leading_vectors
-from diag.intervals import bootstrap_counts
-from diag.metrics.error_over_noise import _factors
-from diag.partitions import check_partition, outside_gram, partition_of
-from diag.registry import approximation
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
-from diag.stacks import Diagonals, Outer
+from kronscope.diag.metrics._partitions import check_partition, outside_gram, partition_of
+from kronscope.diag.metrics.error_over_noise import _factors
+from kronscope.diag.operators.batched import Diagonals, Outer
+from kronscope.diag.registry import approximation
+from kronscope.diag.spectra import eigenspaces
+from kronscope.diag.spectra.eigenspaces import leading_space, leading_vectors
+from kronscope.diag.statistics.intervals import bootstrap_counts
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 NAMES = ("kfac", "diagonal", "mini_block", "mini_block_input", "mini_block_shared")
 
@@ -114,7 +114,7 @@ def test_eigenspace_overlap_by_products_and_columns(monkeypatch):
     thin = metrics.eigenspace_overlap(Dense(dense(truth)), Dense(B), k=4).value
     assert metrics.eigenspace_overlap(truth, Dense(B), k=4).value == pytest.approx(thin, abs=1e-9)
     monkeypatch.setattr(eigenspaces, "DENSE_UP_TO", 0)
-    monkeypatch.setattr("diag.spectrum.DENSE_UP_TO", 0)
+    monkeypatch.setattr("kronscope.diag.spectra.extreme_eigenpairs.DENSE_UP_TO", 0)
     found = metrics.eigenspace_overlap(Products(C), Products(B), k=4)
     # vectors of Lanczos err by the root of the precision over the gap
     assert found.value == pytest.approx(expected, abs=1e-5)

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Problem, approximations, dense, exact, metrics, solve
-from diag.operators import Damped
-from diag.registry import approximation
+from kronscope.diag import Problem, approximations, dense, exact, metrics, solve
+from kronscope.diag.operators import Damped
+from kronscope.diag.registry import approximation
 
 ANY = ("mini_block", "mini_block_shared", "mini_block_input", "mini_block_input_shared")
 KERNEL = ("mini_block_kernel", "mini_block_kernel_shared")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diag.operators import (
+from kronscope.diag.operators import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -20,8 +20,9 @@ from diag.operators import (
     solve,
     trace,
 )
-from diag.preconditioned import square_root
-from diag.sample_mean import SampleMean, pack, unpack
+from kronscope.diag.operators.batched import pack, unpack
+from kronscope.diag.spectra.preconditioned import square_root
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 
 def spd(k: int) -> torch.Tensor:

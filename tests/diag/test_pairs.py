@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from diag import (
+from kronscope import optim
+from kronscope.diag import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -26,12 +26,12 @@ from diag import (
     metrics,
     solve,
 )
-from diag.operators import Taken, like
-from diag.operators.eigen import KroneckerEigen, Spectral
-from diag.operators.parts import Converted, convert, tensors, versions
-from diag.pairs import keep_pair
-from diag.partitions import partition_of
-from diag.registry import metric
+from kronscope.diag.metrics._partitions import partition_of
+from kronscope.diag.operators import Taken, like
+from kronscope.diag.operators.dtypes import Converted, convert, tensors, versions
+from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
+from kronscope.diag.operators.pairing import keep_pair
+from kronscope.diag.registry import metric
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 LAMBDA = 0.2

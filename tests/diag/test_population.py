@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
-from diag.intervals import bootstrap_counts
-from diag.metrics import population_cosine, population_error, population_norm
-from diag.moments import (
+from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
+from kronscope.diag.metrics import population_cosine, population_error, population_norm
+from kronscope.diag.statistics.intervals import bootstrap_counts
+from kronscope.diag.statistics.moments import (
     batch_moments,
     noise,
     pooled,
@@ -20,8 +20,8 @@ from diag.moments import (
     unbiased_square,
     unbiased_squares,
 )
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 
 def rows_of_a_layer(n, o, i):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, approximations, exact, metrics
+from kronscope.diag import Problem, approximations, exact, metrics
 
 
 def data(n=6):

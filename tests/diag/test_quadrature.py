@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diag import exact, quadrature
-from diag.operators import Damped, Dense, Diagonal, LowRank, dense
-from diag.quadrature import lanczos, spectral_density, spectral_sum
-from diag.spectrum import top_eigenpairs
+from kronscope.diag import exact
+from kronscope.diag.operators import Damped, Dense, Diagonal, LowRank, dense
+from kronscope.diag.randomized import lanczos_quadrature as quadrature
+from kronscope.diag.randomized.lanczos_quadrature import lanczos, spectral_density, spectral_sum
+from kronscope.diag.spectra.extreme_eigenpairs import top_eigenpairs
 
 
 def symmetric(k: int) -> Tensor:
@@ -39,7 +40,7 @@ def test_lanczos_is_a_projection(monkeypatch):
         expected = torch.linalg.eigvalsh(Q.T @ matrix @ Q)
         torch.testing.assert_close(torch.linalg.eigvalsh(T), expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(torch.triu(part, 2), torch.zeros_like(part))
-    monkeypatch.setattr("diag.probes.CHUNK_BYTES", 1)
+    monkeypatch.setattr("kronscope.diag.randomized.probes.CHUNK_BYTES", 1)
     torch.testing.assert_close(lanczos(matrix, starts, 5), part)
 
 
@@ -162,7 +163,7 @@ def test_quadrature_is_seeded_and_leaves_the_global_generator_alone():
 def test_probes_do_not_depend_on_the_chunks(monkeypatch):
     matrix = symmetric(10)
     whole = spectral_sum(matrix, torch.exp, probes=7)
-    monkeypatch.setattr("diag.probes.CHUNK_BYTES", 8 * 10 * 11 * 3)
+    monkeypatch.setattr("kronscope.diag.randomized.probes.CHUNK_BYTES", 8 * 10 * 11 * 3)
     assert spectral_sum(matrix, torch.exp, probes=7).value == pytest.approx(whole.value, rel=1e-12)
 
 

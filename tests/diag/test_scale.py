@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diag import (
+from kronscope.diag import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -19,10 +19,18 @@ from diag import (
     diagonal,
     inner,
 )
-from diag.operators.eigen import KroneckerEigen, Spectral
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
-from diag.stacks import Diagonals, Outer, Packed, cross_gram, difference, pack, unpack
+from kronscope.diag.operators.batched import (
+    Diagonals,
+    Outer,
+    Packed,
+    cross_gram,
+    difference,
+    pack,
+    unpack,
+)
+from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 N, O, I = 6, 3, 4  # noqa: E741
 
@@ -101,7 +109,7 @@ def test_packing_and_unpacking(seed, k, lead):
 
 def test_large_stacks_in_parts(monkeypatch):
     """Grams some columns at a time, squared blocks some rows, products some examples."""
-    monkeypatch.setattr("diag.stacks.COLUMNS", 5)
+    monkeypatch.setattr("kronscope.diag.operators.batched.COLUMNS", 5)
     roots = torch.randn(200, 12, 3)  # 200 x 12 x 12 squares do not fit 2^22 all at once
     M = roots.mT @ roots
     expected = M.flatten(1) @ M.flatten(1).T
@@ -177,6 +185,6 @@ def test_sample_mean_against_every_structure(mean):
 
 @pytest.mark.parametrize("at_once", [2**24, 1])
 def test_root_mean_against_every_structure(monkeypatch, at_once):
-    monkeypatch.setattr("diag.root_mean.AT_ONCE", at_once)
+    monkeypatch.setattr("kronscope.diag.truths.low_rank_terms.AT_ONCE", at_once)
     V = torch.randn(N, 2, 12)
     check_against_terms(RootMean(V), torch.einsum("nki,nkj->nij", V, V))

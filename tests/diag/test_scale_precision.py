@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
-from diag.kronecker import kronecker_singular_values
-from diag.rank_curve import best_kronecker_curve
-from diag.registry import metric
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
+from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
+from kronscope.diag.registry import metric
+from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
+from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
 
 TRUTHS = ("ggn", "fisher", "empirical_fisher", "hessian")
 
@@ -41,7 +41,10 @@ def problem_of(network, **keywords):
 def test_grams_by_position_and_through_parameters(network_of_all, monkeypatch, of):
     grams = []
     for by_position in (True, False):
-        monkeypatch.setattr("diag.root_mean.cheaper_by_position", lambda _, way=by_position: way)
+        monkeypatch.setattr(
+            "kronscope.diag.truths.low_rank_terms.cheaper_by_position",
+            lambda _, way=by_position: way,
+        )
         problem = problem_of(network_of_all)  # a new one: truths are kept
         truth = exact.truth(problem, problem.block("0"), of)
         assert isinstance(truth, RootMean)
@@ -158,14 +161,14 @@ def test_an_approximation_near_a_float32_truth_but_for_its_scale(network_of_all,
 
 
 def test_a_truth_too_large_to_copy_keeps_the_digits_it_has(network_of_all, monkeypatch):
-    monkeypatch.setattr("diag.intervals.BUDGET", 8 * 100)
+    monkeypatch.setattr("kronscope.diag.statistics.intervals.BUDGET", 8 * 100)
     problem = problem_of(network_of_all, dtype=torch.float32)
     truth = exact.ggn(problem, problem.block("0"))
     near = Dense(dense(truth) * 1.01)
     assert metrics.relative_error(truth, near).value == pytest.approx(0.01, rel=1e-2)
     double = exact.ggn(problem_of(network_of_all), problem.block("0"))
     near, matrices = Dense(dense(double) * (1 + 1e-5)), []
-    monkeypatch.setattr("diag.intervals.dense", matrices.append)
+    monkeypatch.setattr("kronscope.diag.statistics.intervals.dense", matrices.append)
     with pytest.warns(UserWarning, match="known to about 1e-08 at best; entry by entry"):
         found = metrics.relative_error(double, near).value
     assert found == pytest.approx(1e-5, rel=1e-4)  # squares of 1e-10 among roundings of 1e-16
@@ -177,7 +180,7 @@ def test_two_means_over_the_same_inputs_are_subtracted_term_by_term(monkeypatch)
     moved = torch.randn_like(C) * 1e-5
     truth, near = SampleMean(a, C), SampleMean(a, C + moved + moved.mT)
     expected = ((dense(truth).double() - dense(near).double()).norm() / dense(truth).norm()).item()
-    monkeypatch.setattr("diag.intervals.dense", None)
+    monkeypatch.setattr("kronscope.diag.statistics.intervals.dense", None)
     assert metrics.relative_error(truth, near).value == pytest.approx(expected, rel=2e-2)
 
 

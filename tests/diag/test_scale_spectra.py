@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import (
+from kronscope.diag import (
     Damped,
     Dense,
     Diagonal,
@@ -23,14 +23,14 @@ from diag import (
     metrics,
     solve,
 )
-from diag.kronecker import kronecker_singular_values, leading_kronecker
-from diag.lanczos_svd import leading_triples
-from diag.matrix_free import MatrixFree
-from diag.preconditioned import preconditioned_extremes, square_root
-from diag.rank_curve import best_kronecker_curve
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
-from diag.stacks import Outer
+from kronscope.diag.operators.batched import Outer
+from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
+from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values, leading_kronecker
+from kronscope.diag.spectra.lanczos_svd import leading_triples
+from kronscope.diag.spectra.preconditioned import preconditioned_extremes, square_root
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 
 def rearranged(matrix, sizes):
@@ -50,7 +50,7 @@ def check_leading_terms(truth, rank, slack):
 
 @pytest.mark.parametrize(("of", "thin_up_to"), [*product(["ggn", "hessian"], [2**24, 0])])
 def test_kronecker_svd_by_both_routes(classifier, monkeypatch, of, thin_up_to):
-    monkeypatch.setattr("diag.sample_mean.THIN_UP_TO", thin_up_to)
+    monkeypatch.setattr("kronscope.diag.truths.kronecker_terms.THIN_UP_TO", thin_up_to)
     for block in classifier.blocks():
         truth = exact.truth(classifier, block, of)
         expected = torch.linalg.svdvals(rearranged(dense(truth), truth.factor_sizes))
@@ -81,7 +81,7 @@ def test_leading_terms_of_a_convolution(images, monkeypatch, rank):
         check_leading_terms(truth, rank, 1e-9)
         full = metrics.relative_error(truth, leading_kronecker(truth, rank)).value
         with monkeypatch.context() as patch:
-            patch.setattr("diag.kronecker.REARRANGED_UP_TO", 0)
+            patch.setattr("kronscope.diag.spectra.kronecker_svd.REARRANGED_UP_TO", 0)
             # residuals of 1e-4 turn vectors by that over the distance of their values
             check_leading_terms(truth, rank, 1e-2)
             found = metrics.relative_error(truth, leading_kronecker(truth, rank)).value
@@ -113,7 +113,7 @@ def test_leading_triples_of_random_matrices(seed, shape, inner_size, rank):
 
 def test_too_few_lanczos_steps_are_said(monkeypatch):
     A = torch.randn(30, 30)
-    monkeypatch.setattr("diag.lanczos_svd.MOST_STEPS", 2)
+    monkeypatch.setattr("kronscope.diag.spectra.lanczos_svd.MOST_STEPS", 2)
     with pytest.raises(RuntimeError, match=r"2 Lanczos steps left a residual of .* 3 leading"):
         leading_triples(lambda v: A @ v, lambda u: A.T @ u, torch.randn(30), 3, 1e-10)
 
@@ -180,7 +180,7 @@ LARGE = list(large_truths())
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_solves_without_a_dense_factor(monkeypatch, kind):
-    monkeypatch.setattr("diag.sample_solves.DENSE_UP_TO", 0)
+    monkeypatch.setattr("kronscope.diag.truths.solving.DENSE_UP_TO", 0)
     truth, damping = large_truths()[kind], 0.2
     shifted = dense(truth) + damping * torch.eye(12)
     for v in (torch.randn(12), torch.randn(12, 3)):
@@ -191,16 +191,20 @@ def test_solves_without_a_dense_factor(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["many columns", "packed", "matrix-free"])
 def test_what_does_not_converge_is_said(monkeypatch, kind):
-    monkeypatch.setattr("diag.sample_solves.DENSE_UP_TO", 0)
-    monkeypatch.setattr("diag.sample_solves.MOST_PRODUCTS", 1)
+    monkeypatch.setattr("kronscope.diag.truths.solving.DENSE_UP_TO", 0)
+    monkeypatch.setattr("kronscope.diag.truths.solving.MOST_PRODUCTS", 1)
     with pytest.raises(NotSolvedError, match=r"d = 12, did not reach .* in 1 products; a larger"):
         solve(Damped(large_truths()[kind], 1e-3), torch.randn(12))
 
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_extremes_by_products_and_solves_alone(monkeypatch, kind):
-    for limit in ("preconditioned.DENSE", "preconditioned.INVERTED", "sample_solves.DENSE"):
-        monkeypatch.setattr(f"diag.{limit}_UP_TO", 0)
+    for limit in (
+        "spectra.preconditioned.DENSE",
+        "spectra.preconditioned.INVERTED",
+        "truths.solving.DENSE",
+    ):
+        monkeypatch.setattr(f"kronscope.diag.{limit}_UP_TO", 0)
     truth, damping = large_truths()[kind], 0.2
     approximation = Diagonal(diagonal(truth))
     C, B = (dense(Damped(operator, damping)) for operator in (truth, approximation))

@@ -9,10 +9,10 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from diag import Problem, dense, exact
-from diag.capture import layers
-from diag.output_roots import output_roots
-from diag.sweep import sweep
+from kronscope.diag import Problem, dense, exact
+from kronscope.diag.backward.backpropagation import sweep
+from kronscope.diag.backward.layers import layers
+from kronscope.diag.backward.loss_roots import output_roots
 
 N = 5
 TRUTHS = ("ggn", "empirical_fisher", "hessian")
@@ -81,7 +81,7 @@ CODES = {  # sizes, and how many roots reach each layer of 12 outputs
 
 @pytest.mark.parametrize("sizes", CODES)
 def test_roots_are_condensed_at_every_narrow_layer(network, monkeypatch, sizes):
-    monkeypatch.setattr("diag.sweep.NARROW", 3)
+    monkeypatch.setattr("kronscope.diag.backward.backpropagation.NARROW", 3)
     problem = problem_of(network(list(sizes), nn.Tanh), torch.randn(N, sizes[0]))
     assert {name: roots_at(problem, name) for name in CODES[sizes]} == CODES[sizes]
     check_truths(problem)
@@ -90,7 +90,7 @@ def test_roots_are_condensed_at_every_narrow_layer(network, monkeypatch, sizes):
 
 
 def test_a_skip_connection_forbids_condensing(monkeypatch):
-    monkeypatch.setattr("diag.sweep.NARROW", 3)
+    monkeypatch.setattr("kronscope.diag.backward.backpropagation.NARROW", 3)
     problem = problem_of(Skip(), torch.randn(N, 4))
     assert roots_at(problem, "first") == roots_at(problem, "code") == 12
     check_truths(problem)
@@ -112,8 +112,8 @@ def mixed():
 @pytest.mark.parametrize("few", [16, 0])
 @pytest.mark.parametrize("at_once", [2**22, 1])
 def test_chunks_of_one_example_and_roots_all_at_once(monkeypatch, at_once, few):
-    monkeypatch.setattr("diag.sweep.AT_ONCE", at_once)
-    monkeypatch.setattr("diag.sweep.FEW", few)
+    monkeypatch.setattr("kronscope.diag.backward.backpropagation.AT_ONCE", at_once)
+    monkeypatch.setattr("kronscope.diag.backward.backpropagation.FEW", few)
     problem = problem_of(mixed(), torch.randn(N, 2, 3))
     chunks = sweep(problem, ["0", "4"], output_roots(problem, "ggn"))
     assert len(list(chunks)) == (1 if at_once > 1 else N)

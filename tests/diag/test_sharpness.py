@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diag import Dense, Kronecker, Problem, approximations, dense, exact, live, metrics, sharpness
-from diag.operators import solver
-from diag.sharpness import sharpest, side_by_side, stability_limit
-from optim import KBFGS
+from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, live, metrics
+from kronscope.diag.operators import solver
+from kronscope.diag.spectra import sharpness
+from kronscope.diag.spectra.sharpness import sharpest, side_by_side, stability_limit
+from kronscope.optim import KBFGS
 
 
 def pair(d, seed=0, rank=None):

@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diag import Problem, exact, spectrum
-from diag.eigenvalues import eigenvalues_in_any_order
-from diag.matrix_free import MatrixFree
-from diag.operators import (
+from kronscope.diag import Problem, exact
+from kronscope.diag.operators import (
     BlockDiagonal,
     Damped,
     Dense,
@@ -27,16 +25,21 @@ from diag.operators import (
     like,
     to_scipy,
 )
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
-from diag.spectrum import (
+from kronscope.diag.operators.batched import Outer
+from kronscope.diag.spectra import extreme_eigenpairs as spectrum
+from kronscope.diag.spectra.eigenvalues import (
+    eigenvalues,
+    eigenvalues_in_any_order,
+    gram_eigenvalues,
+)
+from kronscope.diag.spectra.extreme_eigenpairs import (
     NotConvergedError,
     bottom_eigenpairs,
-    eigenvalues,
-    gram_eigenvalues,
     top_eigenpairs,
 )
-from diag.stacks import Outer
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 
 def spd(k: int) -> Tensor:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, approximations, dense, exact, metrics
-from diag.cross_fit import cross_fit, held_out_moments, restricted
-from diag.moments import noise, unbiased_moments
-from diag.population import error_estimate
-from diag.sample_mean import SampleMean
-from diag.splits import index_split, random_splits, split_floors, split_norms
+from kronscope.diag import Problem, approximations, dense, exact, metrics
+from kronscope.diag.cross_fit import cross_fit, held_out_moments, restricted
+from kronscope.diag.statistics.moments import noise, unbiased_moments
+from kronscope.diag.statistics.population import error_estimate
+from kronscope.diag.statistics.splits import index_split, random_splits, split_floors, split_norms
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 
 def rows_of_a_layer(n, o, i):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from diag import Dense, metrics
-from diag.moments import batch_moments
-from diag.population import best_scale_estimate
-from diag.sample_mean import SampleMean
-from diag.studentised import Part, Variances, quantiles, ratio_interval
+from kronscope.diag import Dense, metrics
+from kronscope.diag.statistics.bootstrap_t import Part, Variances, quantiles, ratio_interval
+from kronscope.diag.statistics.moments import batch_moments
+from kronscope.diag.statistics.population import best_scale_estimate
+from kronscope.diag.truths.kronecker_terms import SampleMean
 
 
 def rows_of_a_layer(n, o, i):

@@ -9,10 +9,10 @@ from torch.autograd.functional import hessian, jacobian
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
-from diag import Problem, dense, diagonal, exact, frobenius_norm, inner, trace
-from diag.matrix_free import MatrixFree
-from diag.root_mean import RootMean
-from diag.sample_mean import SampleMean
+from kronscope.diag import Problem, dense, diagonal, exact, frobenius_norm, inner, trace
+from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 N = 4
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from diag import Problem, approximations, dense, exact, metrics
-from diag.cross import block_norms
-from diag.curvatures import dense_block
-from diag.matrix_free import MatrixFree
+from kronscope.diag import Problem, approximations, dense, exact, metrics
+from kronscope.diag.backward.products import dense_block
+from kronscope.diag.off_diagonal import block_norms
+from kronscope.diag.truths.matrix_free import MatrixFree
 
 
 def net(flat):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import optim
+from kronscope import optim
 
 SIZES = (6, 5, 3, 5, 6)
 CASES = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]

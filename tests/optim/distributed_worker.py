@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import optim
+from kronscope import optim
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))
 CASES, CLOSURE, MAKE = SHARED["CASES"], SHARED["CLOSURE"], SHARED["MAKE"]

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import optim
-from optim.hessian_free import COUNTS
-from optim.likelihoods import FISHER
+from kronscope import optim
+from kronscope.optim.capture.likelihoods import FISHER
+from kronscope.optim.methods.hessian_free.hessian_free import COUNTS
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))
 CASES, closure_of, weights = SHARED["CASES"], SHARED["closure_of"], SHARED["weights"]
@@ -89,7 +89,7 @@ def as_on_a_gpu(monkeypatch, event=Later):
         (module, name)
         for key, module in sys.modules.items()
         for name in new
-        if key.split(".")[0] == "optim" and name in vars(module)
+        if key.startswith("kronscope.optim") and name in vars(module)
     ]
     for module, name in found:
         monkeypatch.setattr(module, name, new[name])

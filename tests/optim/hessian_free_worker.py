@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import optim
+from kronscope import optim
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))
 CASES, make, make_for = SHARED["CASES"], SHARED["make"], SHARED["make_for"]

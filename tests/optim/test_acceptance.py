@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diag import Problem, exact
-from diag.operators.forms import dense
-from optim import KBFGS, KFAC
-from optim.operators import Kronecker
+from kronscope.diag import Problem, exact
+from kronscope.diag.operators.forms import dense
+from kronscope.optim import KBFGS, KFAC
+from kronscope.optim.linalg.operators import Kronecker
 
 
 def test_vec_is_row_major():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim import axes
-from optim.shampoo import Shampoo
-from optim.tnt import TNT
+from kronscope.optim.core import axes
+from kronscope.optim.methods.shampoo.shampoo import Shampoo
+from kronscope.optim.methods.tnt.tnt import TNT
 
 MODELS = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]
 MAKE = {

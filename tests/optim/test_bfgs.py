@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optim.bfgs import (
+from kronscope.optim.linalg.operators import CompactInverse, Kronecker
+from kronscope.optim.methods.kbfgs.bfgs import (
     MU_1,
     acceptable,
     append_,
@@ -16,7 +17,6 @@ from optim.bfgs import (
     second_damping,
     times,
 )
-from optim.operators import CompactInverse, Kronecker
 
 YES = torch.tensor(True)
 SEEDS = st.integers(0, 2**31 - 1)

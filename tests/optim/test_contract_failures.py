@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim import refresh
+from kronscope.optim.core import refresher as refresh
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]

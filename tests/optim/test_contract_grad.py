@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
-from optim import KBFGS, KFAC, MBF, HessianFree
+from kronscope.optim import KBFGS, KFAC, MBF, HessianFree
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]

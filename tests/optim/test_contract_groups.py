@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import Damping
+from kronscope.optim import Damping
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-import optim
+from kronscope import optim
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, RECIPES = SHARED["CASES"], SHARED["MAKE"], SHARED["RECIPES"]

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-import optim
-from optim import (
+from kronscope.optim import (
     EKFAC,
     KBFGS,
     KFAC,
@@ -22,8 +21,9 @@ from optim import (
     HessianFree,
     LayerwiseStep,
     NumericalError,
-    refresh,
 )
+from kronscope.optim.core import refresher as refresh
+from kronscope.optim.methods.mbf import mini_blocks
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE = SHARED["CASES"], SHARED["MAKE"]
@@ -141,7 +141,7 @@ def test_mbf_without_room_for_another_group_leaves_it_out():
             if len(stacks) > 1 or sum(len(s.blocks) for s in stacks) > 1:
                 raise ValueError("no room")
 
-        patch.setattr(optim.mbf.mini_blocks, "check_room", full)
+        patch.setattr(mini_blocks, "check_room", full)
         with pytest.raises(ValueError, match="no room"):
             opt.add_param_group({"params": model[2].parameters()})
     assert len(opt.param_groups) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optim.linalg import known_true
+from kronscope.optim.linalg.basics import known_true
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
@@ -26,7 +26,7 @@ SETTINGS = {"update_every": 2, "refresh_every": 2, "weight_decay": 0.01}
 def patch_everywhere(monkeypatch, name, function):
     """Replace a function in every module of optim that has imported it; how many there were."""
     found = [
-        m for key, m in sys.modules.items() if key.split(".")[0] == "optim" and name in vars(m)
+        m for key, m in sys.modules.items() if key.startswith("kronscope.optim") and name in vars(m)
     ]
     for module in found:
         monkeypatch.setattr(module, name, function)

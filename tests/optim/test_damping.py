@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from optim import KFAC
-from optim.damping import Damping
-from optim.layerwise_step import LayerwiseStep
+from kronscope.optim import KFAC
+from kronscope.optim.core.damping_schedule import Damping
+from kronscope.optim.methods.layerwise.layerwise_step import LayerwiseStep
 
 
 class Damped(torch.optim.Optimizer):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import optim
+from kronscope import optim
 
 
 @pytest.mark.parametrize("warm", [False, True])

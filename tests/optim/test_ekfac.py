@@ -8,11 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from optim import KFAC
-from optim.ekfac import EKFAC
-from optim.ekfac_formulas import carry_columns_, carry_rows_, eigenvectors, squares
-from optim.likelihoods import sampled_score
-from optim.operators import KroneckerEigen
+from kronscope.optim import KFAC
+from kronscope.optim.capture.likelihoods import sampled_score
+from kronscope.optim.linalg.operators import KroneckerEigen
+from kronscope.optim.methods.ekfac.ekfac import EKFAC
+from kronscope.optim.methods.ekfac.formulas import (
+    carry_columns_,
+    carry_rows_,
+    eigenvectors,
+    squares,
+)
 
 HERE = Path(__file__)
 CASES = runpy.run_path(str(HERE.with_name("models.py")))["CASES"]  # suites cannot import
@@ -267,7 +272,7 @@ def test_a_basis_found_at_the_second_try_takes_the_scalings_with_it(monkeypatch)
 
     found = []
     for solver in (only_in_float64, at_once):
-        monkeypatch.setattr("optim.ekfac.eigenvectors", solver)
+        monkeypatch.setattr("kronscope.optim.methods.ekfac.ekfac.eigenvectors", solver)
         case = CASES["mlp"]()
         case.model.float()
         opt = EKFAC(case.model, likelihood="empirical")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KBFGS, KFAC
+from kronscope.optim import KBFGS, KFAC
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 MAKE = CASES["MAKE"]

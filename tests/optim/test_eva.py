@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from optim import eva, linalg, momentum
-from optim.eva import Eva
-from optim.eva_formulas import rank_one_solve_
+from kronscope.optim.core import momentum
+from kronscope.optim.linalg import basics as linalg
+from kronscope.optim.methods.eva import eva
+from kronscope.optim.methods.eva.eva import Eva
+from kronscope.optim.methods.eva.formulas import rank_one_solve_
 
 HERE = Path(__file__)
 MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import

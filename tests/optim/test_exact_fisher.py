@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from optim.exact_fisher import ExactFisher
-from optim.likelihoods import sampled_score
+from kronscope.optim.capture.likelihoods import sampled_score
+from kronscope.optim.methods.exact_fisher.exact_fisher import ExactFisher
 
 HERE = Path(__file__)
 MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import

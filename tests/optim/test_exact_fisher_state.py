@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import exact_fisher_rows, linalg, momentum, refresh, sample_space
-from optim.exact_fisher import ExactFisher
-from optim.sample_space import add_combination_, compressed, gram, projected
+from kronscope.optim.core import momentum
+from kronscope.optim.core import refresher as refresh
+from kronscope.optim.linalg import basics as linalg
+from kronscope.optim.linalg import sample_space
+from kronscope.optim.linalg.sample_space import add_combination_, compressed, gram, projected
+from kronscope.optim.methods.exact_fisher import rows as exact_fisher_rows
+from kronscope.optim.methods.exact_fisher.exact_fisher import ExactFisher
 
 HERE = Path(__file__)
 MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import

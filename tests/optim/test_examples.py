@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim import positions
-from optim.ekfac import EKFAC
-from optim.tkfac import TKFAC
+from kronscope.optim.capture import positions
+from kronscope.optim.methods.ekfac.ekfac import EKFAC
+from kronscope.optim.methods.tkfac.tkfac import TKFAC
 
 HERE = Path(__file__)
 CASES = runpy.run_path(str(HERE.with_name("models.py")))["CASES"]  # suites cannot import

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-import optim
-from optim.gauss_newton import GaussNewton
-from optim.jacobians import ROUTES, Linearised, Piece
-from optim.likelihoods import FISHER
+from kronscope import optim
+from kronscope.optim.capture.likelihoods import FISHER
+from kronscope.optim.methods.hessian_free.gauss_newton import GaussNewton
+from kronscope.optim.methods.hessian_free.jacobians import ROUTES, Linearised, Piece
 
 HERE = Path(__file__).parent
 SHARED = runpy.run_path(str(HERE / "cases.py"))

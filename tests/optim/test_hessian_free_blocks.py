@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from optim.partitions import partition
+from kronscope import optim
+from kronscope.optim.blocks.partitions import partition
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
-import optim
+from kronscope import optim
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

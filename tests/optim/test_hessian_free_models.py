@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import optim
+from kronscope import optim
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-import optim
-from optim import hessian_free_step
-from optim.gauss_newton import GaussNewton
-from optim.jacobians import Piece
-from optim.squared_gradients import mean_squares
+from kronscope import optim
+from kronscope.optim.methods.hessian_free import step as hessian_free_step
+from kronscope.optim.methods.hessian_free.gauss_newton import GaussNewton
+from kronscope.optim.methods.hessian_free.jacobians import Piece
+from kronscope.optim.methods.hessian_free.squared_gradients import mean_squares
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import optim
+from kronscope import optim
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

@@ -9,9 +9,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-import optim
-from optim.gauss_newton import GaussNewton
-from optim.jacobians import ROUTES, DoubleBackward, ForwardMode, Linearised, Piece
+from kronscope import optim
+from kronscope.optim.methods.hessian_free.gauss_newton import GaussNewton
+from kronscope.optim.methods.hessian_free.jacobians import (
+    ROUTES,
+    DoubleBackward,
+    ForwardMode,
+    Linearised,
+    Piece,
+)
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

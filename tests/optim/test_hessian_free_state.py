@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import optim
+from kronscope import optim
 
 # suites cannot import
 SHARED = runpy.run_path(str(Path(__file__).with_name("hessian_free_cases.py")))

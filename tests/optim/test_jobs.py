@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim import NumericalError, jobs, refresh
+from kronscope.optim import NumericalError
+from kronscope.optim.core import inversions as jobs
+from kronscope.optim.core import refresher as refresh
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))
 MAKE = CASES["MAKE"]

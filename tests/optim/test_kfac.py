@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim import KFAC
-from optim.likelihoods import LIKELIHOODS, sampled_score
-from optim.products import second_moment
+from kronscope.optim import KFAC
+from kronscope.optim.capture.likelihoods import LIKELIHOODS, sampled_score
+from kronscope.optim.linalg.products import second_moment
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 autoencoder = CASES["autoencoder"]

@@ -9,10 +9,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KFAC
-from optim.levenberg_marquardt import LevenbergMarquardt, adapted, best_trial, reduction_ratio
-from optim.likelihoods import FISHER, LIKELIHOODS
-from optim.rescaling import best_in_plane
+from kronscope.optim import KFAC
+from kronscope.optim.capture.likelihoods import FISHER, LIKELIHOODS
+from kronscope.optim.core.levenberg_marquardt import (
+    LevenbergMarquardt,
+    adapted,
+    best_trial,
+    reduction_ratio,
+)
+from kronscope.optim.methods.kfac.rescaling import best_in_plane
 
 CASES = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]  # suites cannot import
 TAU, DAMPING = 1e-2, 0.3

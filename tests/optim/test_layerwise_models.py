@@ -8,8 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, hessian
 
-from optim import KFAC
-from optim.layerwise_step import LayerwiseStep
+from kronscope.optim import KFAC
+from kronscope.optim.methods.layerwise.layerwise_step import LayerwiseStep
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, closure_of, train_on = (SHARED[name] for name in ("CASES", "closure_of", "train_on"))

@@ -12,8 +12,8 @@ from torch.func import functional_call, hessian
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from optim import KBFGS, KFAC
-from optim.layerwise_step import LayerwiseStep
+from kronscope.optim import KBFGS, KFAC
+from kronscope.optim.methods.layerwise.layerwise_step import LayerwiseStep
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 autoencoder = CASES["autoencoder"]

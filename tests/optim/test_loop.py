@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import optim
-from optim import KBFGS
+from kronscope import optim
+from kronscope.optim import KBFGS
 
 SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
 CASES, CLOSURE, MAKE = SHARED["CASES"], SHARED["CLOSURE"], SHARED["MAKE"]

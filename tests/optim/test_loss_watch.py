@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import EKFAC, KFAC, TKFAC, TNT, ExactFisher
+from kronscope.optim import EKFAC, KFAC, TKFAC, TNT, ExactFisher
 
 KINDS = [KFAC, EKFAC, TKFAC, TNT, ExactFisher]
 LOSSES = {

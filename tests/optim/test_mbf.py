@@ -11,10 +11,11 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from diag import live
-from diag.operators import dense as as_matrix
-from optim import mbf, mini_blocks, positions
-from optim.mbf import MBF
+from kronscope.diag import live
+from kronscope.diag.operators import dense as as_matrix
+from kronscope.optim.capture import positions
+from kronscope.optim.methods.mbf import mbf, mini_blocks
+from kronscope.optim.methods.mbf.mbf import MBF
 
 HERE = Path(__file__).parent
 ORACLE = runpy.run_path(str(HERE / "oracles.py"))["ORACLES"]["MBF"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import KBFGS, KFAC
-from optim.likelihoods import sampled_score
+from kronscope.optim import KBFGS, KFAC
+from kronscope.optim.capture.likelihoods import sampled_score
 
 HERE = Path(__file__).parent
 ORACLES = runpy.run_path(str(HERE / "oracles.py"))["ORACLES"]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diag import Problem, approximations, exact
-from diag.operators import dense
+from kronscope.diag import Problem, approximations, exact
+from kronscope.diag.operators import dense
 
 HERE = Path(__file__)
 MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from optim import passes, products
+from kronscope.optim.capture import closures as passes
+from kronscope.optim.linalg import products
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))
 MAKE = CASES["MAKE"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KBFGS
+from kronscope.optim import KBFGS
 
 RUN = json.loads((Path(__file__).parents[1] / "reference" / "kbfgs_tiny.json").read_text())
 X = torch.tensor(RUN["X"], dtype=torch.float64)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import KBFGS, restarts
-from optim.errors import NumericalError
-from optim.refresh import PATIENCE
+from kronscope.optim import KBFGS
+from kronscope.optim.core.errors import NumericalError
+from kronscope.optim.core.refresher import PATIENCE
+from kronscope.optim.methods.kbfgs import restarts
 
 HERE = Path(__file__)
 CASES = runpy.run_path(str(HERE.with_name("models.py")))["CASES"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from optim import roots
-from optim.linalg import eigh
+from kronscope.optim.linalg.basics import eigh
+from kronscope.optim.methods.shampoo import roots
 
 METHODS = {"eigen": roots.eigen_root, "newton": roots.newton_root}
 both = pytest.mark.parametrize("method", sorted(METHODS))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from optim import KFAC
-from optim.tnt import TNT
+from kronscope.optim import KFAC
+from kronscope.optim.methods.tnt.tnt import TNT
 
 MODELS = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import roots
-from optim.shampoo import Shampoo
+from kronscope.optim.methods.shampoo import roots
+from kronscope.optim.methods.shampoo.shampoo import Shampoo
 
 
 def load(name):

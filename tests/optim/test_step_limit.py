@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KBFGS, step_limit
+from kronscope.optim import KBFGS
+from kronscope.optim.methods.kbfgs import step_limit
 
 CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))
 autoencoder, batches, closure_of = (CASES[n] for n in ("autoencoder", "batches", "closure_of"))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim.likelihoods import sampled_score
-from optim.tkfac import TKFAC
-from optim.tkfac_formulas import add_moments_, balanced_inverse
+from kronscope.optim.capture.likelihoods import sampled_score
+from kronscope.optim.methods.tkfac.formulas import add_moments_, balanced_inverse
+from kronscope.optim.methods.tkfac.tkfac import TKFAC
 
 HERE = Path(__file__)
 CASES = runpy.run_path(str(HERE.with_name("models.py")))["CASES"]  # suites cannot import

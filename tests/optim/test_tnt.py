@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from optim import covariances
-from optim.likelihoods import sampled_score
-from optim.tnt import TNT
+from kronscope.optim.capture.likelihoods import sampled_score
+from kronscope.optim.methods.tnt import covariances
+from kronscope.optim.methods.tnt.tnt import TNT
 
 
 def load(name):

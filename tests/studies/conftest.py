@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from studies.data import checksums
+from kronscope.studies.data import checksums
 
 
 @pytest.fixture

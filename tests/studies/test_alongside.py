@@ -5,8 +5,12 @@ import doctest
 import pytest
 from rich.progress import Progress
 
-from studies import alongside, problems, records, runs, training
-from studies.alongside import Alongside
+from kronscope.studies import problems
+from kronscope.studies.experiments import train as runs
+from kronscope.studies.measuring import during_training as alongside
+from kronscope.studies.measuring.during_training import Alongside
+from kronscope.studies.results import records
+from kronscope.studies.training import loop as training
 
 SMALL = problems.get("digits-autoencoder-small")
 

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from studies import checkpoints, data, problems, training
-from studies.data import crop_and_flip
+from kronscope.studies import data, problems
+from kronscope.studies.data import crop_and_flip
+from kronscope.studies.training import checkpoints
+from kronscope.studies.training import loop as training
 
 SMALL = problems.get("cifar10-subset-cnn-small")
 AUGMENTED = replace(SMALL, augment=crop_and_flip)

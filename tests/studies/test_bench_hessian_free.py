@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from studies import bench_hessian_free as bench
-from studies import problems
+from kronscope.studies import problems
+from kronscope.studies.bench import hessian_free as bench
 
 SMALL = problems.get("digits-autoencoder-small")
 

@@ -6,9 +6,9 @@ import pytest
 import sklearn.datasets
 import torch
 
-from studies import bench_loading as bench
-from studies import data, problems, training
-from studies.bench import BENCHES
+from kronscope.studies import data, problems, training
+from kronscope.studies.bench import BENCHES
+from kronscope.studies.bench import loading as bench
 
 SMALL = [problems.get(f"{name}-small") for name in bench.NAMES]
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from diag import Problem
-from diag.approximations import kbfgs
-from studies import bench_scale, data, networks
+from kronscope.diag import Problem
+from kronscope.diag.approximations import kbfgs
+from kronscope.studies import data
+from kronscope.studies.bench import scale as bench_scale
+from kronscope.studies.problems import _networks as networks
 
 
 def small_cnn():

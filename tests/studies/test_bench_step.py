@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from studies import bench_step, optimizers, problems
-from studies.problems.autoencoders import autoencoder
+from kronscope.studies import problems
+from kronscope.studies.bench import step as bench_step
+from kronscope.studies.problems.autoencoders import autoencoder
+from kronscope.studies.training import optimizers
 
 SMALL = dataclasses.replace(
     problems.get("mnist-autoencoder"), model=lambda: autoencoder((12, 7, 3, 7, 12), nn.ReLU)

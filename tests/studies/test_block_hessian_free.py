@@ -9,9 +9,13 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from studies import block_hessian_free as study
-from studies import checkpoints, claims, problems, records, training
-from studies.report import write_report
+from kronscope.studies import problems
+from kronscope.studies.experiments import _hessian_free_claims as claims
+from kronscope.studies.experiments import block_hessian_free as study
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.training import checkpoints
+from kronscope.studies.training import loop as training
 
 
 def run(grid, results, resume=None):

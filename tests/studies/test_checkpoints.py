@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from studies import checkpoints, problems, training
-from studies.blocks_table import blocks_table
+from kronscope.studies import problems
+from kronscope.studies.measuring.table import blocks_table
+from kronscope.studies.training import checkpoints
+from kronscope.studies.training import loop as training
 
 DIGITS = problems.get("digits-autoencoder-small")
 SETTINGS = training.Settings(DIGITS, "adam", epochs=2)

@@ -8,8 +8,14 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from studies import STUDIES, blocks_table, checks, problems, runs, training, tuning
-from studies.searches import Grid, Halving, Listed
+from kronscope.studies import problems
+from kronscope.studies.experiments import STUDIES
+from kronscope.studies.experiments import train as runs
+from kronscope.studies.measuring import table as blocks_table
+from kronscope.studies.results import options as checks
+from kronscope.studies.training import loop as training
+from kronscope.studies.tuning import queue as tuning
+from kronscope.studies.tuning.searches import Grid, Halving, Listed
 
 SMALL = problems.get("digits-autoencoder-small")
 BAD = {  # what cannot be given, and what is said of it
@@ -32,7 +38,7 @@ BAD = {  # what cannot be given, and what is said of it
     "adam_lr_factors": ((float("inf"),), "adam_lr_factors are .inf.; they are positive"),
     "seconds": ((0.0,), r"seconds are \[0.0\]; they are positive, finite numbers"),
 }
-GRIDS = {name: importlib.import_module(f"studies.{name}") for name in STUDIES}
+GRIDS = {name: importlib.import_module(module) for name, module in STUDIES.items()}
 OPTIONS = [
     (name, field.name)
     for name, module in GRIDS.items()

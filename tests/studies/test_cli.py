@@ -6,7 +6,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from studies import cli, records
+from kronscope.studies.cli import main as cli
+from kronscope.studies.results import records
 
 runner = CliRunner()
 

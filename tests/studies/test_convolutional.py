@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from studies import data, networks, optimizers, problems, runs, training
-from studies.data import colour
-from studies.records import frame_of, loss_row
+from kronscope.studies import data, problems
+from kronscope.studies.data import colour
+from kronscope.studies.experiments import train as runs
+from kronscope.studies.problems import _networks as networks
+from kronscope.studies.results.records import frame_of, loss_row
+from kronscope.studies.training import loop as training
+from kronscope.studies.training import optimizers
 
 SMALL = problems.get("cifar10-subset-cnn-small")
 WHOLE = problems.get("cifar10-subset-cnn")

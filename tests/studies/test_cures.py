@@ -11,8 +11,13 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
 
-from optim import KBFGS, bfgs
-from studies import cures, kbfgs_variants, problems, records, trials
+from kronscope.optim import KBFGS
+from kronscope.optim.methods.kbfgs import bfgs
+from kronscope.studies import problems
+from kronscope.studies.experiments.kbfgs_stability import cures
+from kronscope.studies.experiments.kbfgs_stability import variants as kbfgs_variants
+from kronscope.studies.results import records
+from kronscope.studies.training import trials
 
 
 def autoencoder():

@@ -10,8 +10,9 @@ import sklearn.datasets
 import torch
 from scipy.io import savemat
 
-from studies import data, problems, training
-from studies.data import colour, digit
+from kronscope.studies import data, problems
+from kronscope.studies.data import colour, digit
+from kronscope.studies.training import loop as training
 
 needs_files = pytest.mark.skipif(
     "KRONSCOPE_DATA" not in os.environ, reason="$KRONSCOPE_DATA is not set: no real files"

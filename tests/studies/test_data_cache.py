@@ -17,7 +17,7 @@ from urllib.response import addinfourl
 import numpy as np
 import pytest
 
-from studies.data import cache, download, source
+from kronscope.studies.data import cache, download, source
 
 
 @pytest.fixture

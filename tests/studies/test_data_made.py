@@ -9,8 +9,8 @@ import sklearn.datasets
 import torch
 from scipy.io import savemat
 
-from studies import data
-from studies.data import curve, face
+from kronscope.studies import data
+from kronscope.studies.data import curve, face
 
 needs_faces = pytest.mark.skipif(
     not Path(os.environ.get("KRONSCOPE_DATA", "/nowhere"), "olivetti").is_dir(),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from studies import data
+from kronscope.studies import data
 
 ARRAY = np.arange(12).reshape(3, 2, 2)
 

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from rich.progress import Progress
 
-from studies import equal_seconds as study
-from studies import problems, records
-from studies.records import loss_row
-from studies.report import write_report
+from kronscope.studies import problems
+from kronscope.studies.experiments import equal_seconds as study
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.results.records import loss_row
 
 
 def run(grid, results, resume=None):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from diag import Problem, approximations, exact, metrics
-from studies import error_along_training as study
-from studies import problems, records, training
-from studies.report import write_report
+from kronscope.diag import Problem, approximations, exact, metrics
+from kronscope.studies import problems
+from kronscope.studies.experiments import error_along_training as study
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.training import loop as training
 
 LAYERS = {"0": 1300, "2": 210, "4": 44, "5": 50, "7": 220, "9": 1344}
 

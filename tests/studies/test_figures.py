@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from studies import figures, records, summaries
+from kronscope.studies.reports import figures, summaries
+from kronscope.studies.results import records
 
 SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
 METRICS = sorted(set(SYNTHETIC["METRICS"]) - {"noise_floor"})

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from optim import HessianFree
-from optim.gauss_newton import GaussNewton
-from optim.jacobians import DoubleBackward, Piece
-from optim.likelihoods import FISHER
-from studies import optimizers, problems
+from kronscope.optim import HessianFree
+from kronscope.optim.capture.likelihoods import FISHER
+from kronscope.optim.methods.hessian_free.gauss_newton import GaussNewton
+from kronscope.optim.methods.hessian_free.jacobians import DoubleBackward, Piece
+from kronscope.studies import problems
+from kronscope.studies.training import optimizers
 
 SMALL = [name for name, p in problems.PROBLEMS.items() if p.partition and name.endswith("-small")]
 

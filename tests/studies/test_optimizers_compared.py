@@ -12,10 +12,15 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from optim import NumericalError
-from studies import comparison, optimizers, problems, published, records, training, trials
-from studies import optimizers_compared as study
-from studies.report import write_report
+from kronscope.optim import NumericalError
+from kronscope.studies import problems
+from kronscope.studies.experiments import _published as published
+from kronscope.studies.experiments import optimizers_compared as study
+from kronscope.studies.reports import comparison_tables as comparison
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.training import loop as training
+from kronscope.studies.training import optimizers, trials
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "curves.json"
 SMALL = problems.get("digits-autoencoder-small")

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from studies import networks, problems, training
-from studies.problems.autoencoders import (
+from kronscope.studies import problems
+from kronscope.studies.problems import _networks as networks
+from kronscope.studies.problems.autoencoders import (
     autoencoder,
     encoder_and_decoder,
     summed_squared_error,
 )
+from kronscope.studies.training import loop as training
 
 PARTED = {name: p for name, p in problems.PROBLEMS.items() if p.partition}
 SMALL = [name for name in PARTED if name.endswith("-small")]

@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from optim.likelihoods import LIKELIHOODS
-from studies import hyper, networks, optimizers, problems, training
-from studies.problems.dense import tanh_network
+from kronscope.optim.capture.likelihoods import LIKELIHOODS
+from kronscope.studies import problems
+from kronscope.studies.problems import _hyper as hyper
+from kronscope.studies.problems import _networks as networks
+from kronscope.studies.problems.dense import tanh_network
+from kronscope.studies.training import loop as training
+from kronscope.studies.training import optimizers
 
 PROBLEMS = problems.PROBLEMS
 SMALL = {name: p for name, p in PROBLEMS.items() if name.endswith("-small")}

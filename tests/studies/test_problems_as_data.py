@@ -3,9 +3,10 @@
 import pytest
 from torch import nn
 
-from optim.likelihoods import LIKELIHOODS
-from studies import hyper, problems
-from studies.optimizers import WRAPPED
+from kronscope.optim.capture.likelihoods import LIKELIHOODS
+from kronscope.studies import problems
+from kronscope.studies.problems import _hyper as hyper
+from kronscope.studies.training.optimizers import WRAPPED
 
 PROBLEMS = problems.PROBLEMS
 SMALL = {name: p for name, p in PROBLEMS.items() if name.endswith("-small")}

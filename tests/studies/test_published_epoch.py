@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import problems, published, training
+from kronscope.studies import problems
+from kronscope.studies.experiments import _published as published
+from kronscope.studies.training import loop as training
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies import records
+from kronscope.studies.results import records
 
 
 def row(**changes):

@@ -9,9 +9,10 @@ import sklearn.datasets
 import torch
 from torch import nn
 
-from studies import data, recurrent
-from studies.data.digit import MNIST
-from studies.recurrent import PeepholeLSTM, SequenceClassifier
+from kronscope.studies import data
+from kronscope.studies.data.digit import MNIST
+from kronscope.studies.problems import _lstm as recurrent
+from kronscope.studies.problems._lstm import PeepholeLSTM, SequenceClassifier
 
 SIZES = {"one layer": (3, 4, 1), "three layers": (2, 5, 3)}
 H = 1e-6  # of central differences: their error is near 1e-10 in float64

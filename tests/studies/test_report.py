@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from studies import records
-from studies.report import table, write_report
+from kronscope.studies.reports.report import table, write_report
+from kronscope.studies.results import records
 
 SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
 

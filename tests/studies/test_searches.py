@@ -7,8 +7,11 @@ import optuna
 import pytest
 from rich.progress import Progress
 
-from studies import problems, records, trials, tuning
-from studies.searches import Grid, Halving, Listed
+from kronscope.studies import problems
+from kronscope.studies.results import records
+from kronscope.studies.training import trials
+from kronscope.studies.tuning import queue as tuning
+from kronscope.studies.tuning.searches import Grid, Halving, Listed
 
 SMALL = "digits-autoencoder-small"
 HALVING = Halving(SMALL, "adam", epochs=4, trials=6)

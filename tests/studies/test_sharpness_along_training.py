@@ -11,23 +11,20 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from diag import Diagonal, Problem, dense, exact, live
-from optim import NumericalError
-from optim.kbfgs import COUNTS
-from optim.momentum import heavy_ball
-from studies import (
-    edge,
-    foretelling,
-    layer_health,
-    optimizers,
-    problems,
-    records,
-    report,
-    traces,
-    training,
-)
-from studies import sharpness_along_training as study
-from studies.foretelling import Run
+from kronscope.diag import Diagonal, Problem, dense, exact, live
+from kronscope.optim import NumericalError
+from kronscope.optim.core.momentum import heavy_ball
+from kronscope.optim.methods.kbfgs.kbfgs import COUNTS
+from kronscope.studies import problems, training
+from kronscope.studies.experiments.kbfgs_stability import edge_of_stability as edge
+from kronscope.studies.experiments.kbfgs_stability import layer_health
+from kronscope.studies.experiments.kbfgs_stability import sharpness_along_training as study
+from kronscope.studies.reports import prediction as foretelling
+from kronscope.studies.reports import report
+from kronscope.studies.reports import sharpness_figures as traces
+from kronscope.studies.reports.prediction import Run
+from kronscope.studies.results import records
+from kronscope.studies.training import optimizers
 
 SMALL = problems.get("digits-autoencoder-small")
 

@@ -1,7 +1,6 @@
 """The study of stability: what counts as diverged, its table and its map, by hand and in a run."""
 
 import dataclasses
-import doctest
 import html
 
 import numpy as np
@@ -9,9 +8,11 @@ import pandas as pd
 import pytest
 from rich.progress import Progress
 
-from studies import maps, records, trials
-from studies import stability as study
-from studies.report import write_report
+from kronscope.studies.experiments.kbfgs_stability import stability as study
+from kronscope.studies.reports import stability_maps as maps
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.training import trials
 
 
 def run(grid, results, resume=None):
@@ -109,8 +110,3 @@ def test_the_map_shows_every_cell():
     assert bar.get_ylabel() == "share of seeds that diverged"
     with pytest.raises(ValueError, match="no outcomes"):
         maps.stability_map([])
-
-
-def test_examples_in_docstrings():
-    found = doctest.testmod(study)
-    assert found.failed == 0 < found.attempted

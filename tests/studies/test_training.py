@@ -10,8 +10,12 @@ import torch
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
-from studies import checkpoints, optimizers, problems, records, runs, training
-from studies.alongside import Alongside
+from kronscope.studies import problems
+from kronscope.studies.experiments import train as runs
+from kronscope.studies.measuring.during_training import Alongside
+from kronscope.studies.results import records
+from kronscope.studies.training import checkpoints, optimizers
+from kronscope.studies.training import loop as training
 
 DIGITS = problems.get("digits-autoencoder")
 

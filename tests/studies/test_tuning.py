@@ -17,9 +17,12 @@ import torch
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
-from studies import optimizers_compared, records, trials, tuning
-from studies.report import write_report
-from studies.searches import Grid, Halving
+from kronscope.studies.experiments import optimizers_compared
+from kronscope.studies.reports.report import write_report
+from kronscope.studies.results import records
+from kronscope.studies.training import trials
+from kronscope.studies.tuning import queue as tuning
+from kronscope.studies.tuning.searches import Grid, Halving
 
 SMALL = "digits-autoencoder-small"
 GRID = Grid(SMALL, "kfac", epochs=1, lr_factors=(0.1, 1.0), damping_factors=(1.0, 10.0))
@@ -185,7 +188,7 @@ def in_another_process(search, results):
     factors = ",".join(f"{factor:g}" for factor in search.lr_factors)
     words = ["tune", "grid", search.problem, "--optimizer", search.optimizer, "--workers", 1]
     words += ["--epochs", search.epochs, "--lr-factors", factors, "--results", results]
-    command = [sys.executable, "-m", "studies.cli", *map(str, words)]
+    command = [sys.executable, "-m", "kronscope.studies.cli.main", *map(str, words)]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
 
 

@@ -1,0 +1,27 @@
+"""BackPACK as second, independent engine, on a copy and guarded by cross-checks."""
+
+from .quantities import (
+    diag_fisher_mc,
+    diag_ggn,
+    diag_hessian,
+    empirical_fisher,
+    fisher_mc,
+    ggn,
+    kfac,
+    kflr,
+    kfra,
+)
+from .support import UnsupportedError
+
+__all__ = [
+    "UnsupportedError",
+    "diag_fisher_mc",
+    "diag_ggn",
+    "diag_hessian",
+    "empirical_fisher",
+    "fisher_mc",
+    "ggn",
+    "kfac",
+    "kflr",
+    "kfra",
+]

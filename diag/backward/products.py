@@ -1,0 +1,124 @@
+"""The five curvatures as products with vectors, at a layer's pre-activations or in a block.
+
+Both routes are one idea: f maps shifts v (of the pre-activations, or of the block's parameters) to
+the model's outputs, and the curvature of the summed loss is applied to a set of directions at once.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vjp, vmap
+
+from ..problem.blocks import Block
+from ..problem.functional import plain_attention
+from ..problem.problem import Problem
+from .likelihoods import likelihood_of
+from .loss_roots import output_roots
+
+Outputs = Callable[[Tensor], Tensor]
+
+CHUNK_BYTES = 2**28  # memory for the batched directions of one vmapped sweep
+
+
+@plain_attention()
+def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
+    """Curvature C_n of every example's loss w.r.t. the layer's pre-activation, [n, out, out].
+
+    of: "hessian", "ggn" or "fisher".
+    """
+    layer = problem.model.get_submodule(module)
+    assert isinstance(layer, nn.Linear)
+
+    def outputs(shift: Tensor) -> Tensor:
+        handle = layer.register_forward_hook(lambda _m, _a, z: z + shift)
+        try:
+            return problem.model(problem.inputs)
+        finally:
+            handle.remove()
+
+    zero = problem.inputs.new_zeros(
+        problem.n, layer.out_features, dtype=next(layer.parameters()).dtype
+    )
+    # row j of every C_n at once: the same direction e_j in each example, which do not interact
+    directions = torch.eye(layer.out_features).to(zero)[:, None, :].expand(-1, problem.n, -1)
+    products = _products(problem, outputs, zero, of)
+    return _sweep(products, directions, problem.n * _width(problem)).movedim(0, 1)
+
+
+@plain_attention()
+def block_products(
+    problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
+) -> Outputs:
+    """[k, d] -> curvature of the batch-mean loss w.r.t. the block's parameters times each row."""
+
+    def outputs(v: Tensor) -> Tensor:
+        return problem.outputs(block, v)
+
+    zero = torch.zeros(block.d).to(problem.model.get_parameter(block.parameters[0]))
+    products = _products(problem, outputs, zero, of, samples, generator)
+
+    @plain_attention()  # a product may call the model again
+    def multiplied(rows: Tensor) -> Tensor:
+        return _sweep(products, rows, problem.n * _width(problem)) / problem.n
+
+    return multiplied
+
+
+def dense_block(
+    problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """Curvature of the batch-mean loss w.r.t. the block's parameters, [d, d], by d products."""
+    directions = torch.eye(block.d).to(problem.model.get_parameter(block.parameters[0]))
+    return block_products(problem, block, of, samples, generator)(directions)
+
+
+def _products(
+    problem: Problem,
+    outputs: Outputs,
+    zero: Tensor,
+    of: str,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Outputs:
+    """V -> curvature of the summed loss times v."""
+    if of == "hessian":
+        # reverse over reverse: the matrix is symmetric, so a pull-back multiplies with it; twice as
+        # fast here as forward over reverse, and every loss has the formulas for it
+        hessian: Outputs = _transposed(grad(lambda v: problem.total_loss(outputs(v))), zero)
+        return hessian
+    z, pull = vjp(outputs, zero)[:2]
+    bend = _output_curvature(problem, z.detach(), of, samples, generator)
+    return lambda v: pull(bend(jvp(outputs, (zero,), (v,))[1]))[0]
+
+
+def _transposed(function: Outputs, at: Tensor) -> Outputs:
+    """U -> Jᵀ u for the Jacobian J of a function of one tensor."""
+    pull = vjp(function, at)[1]
+    return lambda u: pull(u)[0]
+
+
+def _output_curvature(
+    problem: Problem, z: Tensor, of: str, samples: int, generator: torch.Generator | None
+) -> Outputs:
+    """U -> curvature of the summed loss w.r.t. the outputs, times u; both like the outputs."""
+    if of == "fisher":
+        likelihood, scale = likelihood_of(problem)
+        return lambda u: scale * likelihood.fisher(z, u)
+    if of == "ggn":
+        return _transposed(grad(problem.total_loss), z)
+    stack = output_roots(problem, of, samples, generator)
+    assert stack is not None  # gradients are roots whatever the loss
+    return lambda u: stack.apply(u.reshape(len(u), -1, 1)).reshape(u.shape)
+
+
+def _width(problem: Problem) -> int:
+    """Rough number of floats one example occupies in a pass: its parameters bound its layers."""
+    widths = [max(p.shape) for p in problem.model.parameters() if p.ndim]
+    return sum(widths) or 1
+
+
+def _sweep(function: Outputs, directions: Tensor, floats_each: int) -> Tensor:
+    """Function over directions [k, ...], batched in chunks that fit CHUNK_BYTES."""
+    chunk = max(1, CHUNK_BYTES // (8 * floats_each))
+    return vmap(function, chunk_size=min(chunk, len(directions)))(directions)

@@ -1,0 +1,71 @@
+"""Taken: a step that came from no matrix, in the place of one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .forms import to_dense
+from .solving import solver_rule
+
+MEANT = (
+    "a Taken is known by one step alone: {}; step_cosine, step_quality, decrease_efficiency and "
+    "rho ask no more, with gradient=taken.gradient and approximation_damping=0"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """B of which this alone is known: B⁻¹ gradient = step, both [d]; the step is θ - step.
+
+    For what an iterative solver made of a gradient: truncated conjugate gradients are no linear
+    map. `solve` gives the step for that very gradient; for anything else there is no answer.
+
+    Raises: ValueError for vectors of different sizes, or not finite.
+
+    >>> from kronscope.diag.operators import solve
+    >>> g = torch.tensor([2.0, 4.0])
+    >>> solve(Taken(gradient=g, step=torch.tensor([1.0, 1.0])), g)
+    tensor([1., 1.])
+    """
+
+    gradient: Tensor
+    step: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.gradient.shape), tuple(self.step.shape)
+        if self.gradient.ndim != 1 or shapes[0] != shapes[1]:
+            raise ValueError(f"gradient and step must both be [d], not {shapes[0]} and {shapes[1]}")
+        for name, vector in {"gradient": self.gradient, "step": self.step}.items():
+            if not torch.isfinite(vector).all():
+                raise ValueError(f"the {name} holds NaN or Inf")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+        return (len(self.step), len(self.step))
+
+    def __matmul__(self, v: Tensor) -> NoReturn:
+        raise TypeError(MEANT.format("it has no product with a vector"))
+
+
+@to_dense.register
+def _(_operator: Taken) -> Tensor:
+    raise TypeError(MEANT.format("it has no entries"))
+
+
+@solver_rule(Taken)
+def _(operator: Taken, damping: float) -> Callable[[Tensor], Tensor]:
+    if damping:
+        raise ValueError(MEANT.format(f"damping {damping:g} cannot be added to it"))
+
+    def apply(v: Tensor) -> Tensor:
+        g = operator.gradient
+        same = (v.dtype, v.device, v.shape) == (g.dtype, g.device, g.shape) and torch.equal(v, g)
+        if not same:
+            raise ValueError(MEANT.format("it was made for another gradient than this one"))
+        return operator.step
+
+    return apply

@@ -1,0 +1,31 @@
+"""Randomized estimates of traces, diagonals, norms and spectra, with standard errors."""
+
+from .estimators import (
+    DiagonalEstimate,
+    frobenius_squared,
+    hutch_pp_trace,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    inner_estimate,
+    relative_error_estimate,
+    xtrace,
+)
+from .lanczos_quadrature import SpectralDensity, spectral_density, spectral_sum
+from .probes import ProbeEstimate, gaussian, rademacher
+
+__all__ = [
+    "DiagonalEstimate",
+    "ProbeEstimate",
+    "SpectralDensity",
+    "frobenius_squared",
+    "gaussian",
+    "hutch_pp_trace",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "inner_estimate",
+    "rademacher",
+    "relative_error_estimate",
+    "spectral_density",
+    "spectral_sum",
+    "xtrace",
+]

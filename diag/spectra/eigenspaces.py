@@ -1,0 +1,143 @@
+"""The strongest directions of an operator: its dominant eigenpair and its leading eigenspace."""
+
+from collections.abc import Callable
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from torch import Tensor
+
+from ..operators import BlockDiagonal, Diagonal, Kronecker, Operator, dense, like, to_scipy
+from ..truths.low_rank_terms import RootMean
+from .extreme_eigenpairs import DENSE_UP_TO, SEEDED, NotConvergedError, top_eigenpairs
+
+RESIDUAL = 1e-6  # of a Lanczos pair, relative to |λ|; its eigenvalue errs by about the square
+ROUNDING = 1000  # in units of the dtype's precision: what no eigenvalue can be told from
+
+
+class Eigenpair(NamedTuple):
+    """An eigenvalue and its unit vector [d]."""
+
+    value: float
+    vector: Tensor
+
+
+def dominant(operator: Operator, scale: float = 0.0) -> Eigenpair:
+    """Eigenpair of the greatest |λ|: ‖operator‖₂ and the vector it is reached at.
+
+    By full decomposition up to d = 400, else by Lanczos (ARPACK) from a fixed start vector.
+    scale: norm of what the operator is a difference of; where its product with the start vector is
+    nothing but the rounding of that, the value is 0.
+
+    Raises: NotConvergedError.
+
+    >>> dominant(Diagonal(torch.tensor([1.0, -7.0, 3.0]))).value
+    -7.0
+    """
+    d, entries = operator.shape[0], like(operator)
+    if d <= DENSE_UP_TO:
+        values, vectors = torch.linalg.eigh(dense(operator))
+        at = values.abs().argmax()
+        return Eigenpair(values[at].item(), vectors[:, at])
+    start = np.random.default_rng(d).standard_normal(d).astype(_numpy(entries))
+    size = float(np.linalg.norm(to_scipy(operator) @ start) / np.linalg.norm(start))
+    noise = 100 * torch.finfo(entries.dtype).eps * scale
+    if size <= noise:
+        return Eigenpair(0.0, torch.from_numpy(start / np.linalg.norm(start)).to(entries))
+    value, vector = _lanczos(operator, start, max(RESIDUAL, noise / size))
+    return Eigenpair(value, torch.from_numpy(vector).to(entries))
+
+
+def _numpy(entries: Tensor) -> np.dtype:
+    return entries.cpu().numpy().dtype
+
+
+def _lanczos(operator: Operator, start: np.ndarray, tolerance: float) -> tuple[float, np.ndarray]:
+    seed = {"rng": np.random.default_rng(0)} if SEEDED else {}
+    try:
+        values, vectors = eigsh(
+            to_scipy(operator), k=1, which="LM", v0=start, tol=tolerance, **seed
+        )
+    except ArpackNoConvergence as error:
+        raise NotConvergedError(
+            f"the eigenvalue of greatest size of a {type(operator).__name__} did not reach a "
+            f"residual of {tolerance:.1g}·|λ|; the two greatest lie too close together"
+        ) from error
+    return values[0].item(), vectors[:, 0].copy()
+
+
+def leading(values: Tensor, k: int) -> Tensor:
+    """Which eigenvalues [d] are the k greatest positive ones, with all that tie with the k-th.
+
+    A mask [d]; fewer than k are set where fewer are positive.
+    """
+    greatest = values.topk(min(k, len(values))).values
+    rounding = ROUNDING * torch.finfo(values.dtype).eps * greatest[0].abs()
+    return (values > rounding) & (values >= greatest[-1] - rounding)
+
+
+def leading_vectors(operator: Operator, k: int) -> Tensor:
+    """Orthonormal basis [d, m] of the eigenspace of the k greatest positive eigenvalues.
+
+    m < k where fewer are positive. Eigenvalues that tie with the k-th join (m > k), except above
+    d = 400, where Lanczos finds k of them.
+
+    Raises: NotConvergedError.
+    """
+    d = operator.shape[0]
+    if isinstance(operator, RootMean) and operator.n * operator.V.shape[1] < d:
+        values, small = torch.linalg.eigh(operator.column_gram)
+        chosen = leading(values, k)
+        roots = (small[:, chosen] / values[chosen].sqrt()).to(operator.V)
+        return operator.columns.T @ roots
+    if d <= DENSE_UP_TO:
+        values, vectors = torch.linalg.eigh(dense(operator))
+    else:
+        values, vectors, _ = top_eigenpairs(operator, min(k, d))
+    return vectors[:, leading(values, k)]
+
+
+class Eigenspace(NamedTuple):
+    """A space of dimension `size` and the coordinates [size, c] in it of vectors [d, c]."""
+
+    size: int
+    coordinates: Callable[[Tensor], Tensor]
+
+
+@singledispatch
+def leading_space(operator: Any, k: int) -> Eigenspace:
+    """The space `leading_vectors` spans, without its basis where structure gives all eigenvalues.
+
+    Ties are then closed at any size: they are the rule for I ⊗ A.
+    """
+    vectors = leading_vectors(operator, k)
+    return Eigenspace(vectors.shape[1], lambda v: vectors.T @ v)
+
+
+def _space(values: Tensor, turn: Callable[[Tensor], Tensor], k: int) -> Eigenspace:
+    chosen = leading(values, k)
+    return Eigenspace(int(chosen.sum()), lambda v: turn(v)[chosen])
+
+
+@leading_space.register
+def _(operator: Diagonal, k: int) -> Eigenspace:
+    return _space(operator.diagonal, lambda v: v, k)
+
+
+@leading_space.register
+def _(operator: Kronecker, k: int) -> Eigenspace:
+    left, U = torch.linalg.eigh(operator.left)
+    right, W = torch.linalg.eigh(operator.right)
+    back = Kronecker(U.T.contiguous(), W.T.contiguous())
+    return _space(torch.outer(left, right).reshape(-1), lambda v: back @ v, k)
+
+
+@leading_space.register
+def _(operator: BlockDiagonal, k: int) -> Eigenspace:
+    pairs = [torch.linalg.eigh(block) for block in operator.blocks]
+    back = BlockDiagonal([vectors.T.contiguous() for _, vectors in pairs])
+    values = torch.cat([own for own, _ in pairs])
+    order = slice(None) if operator.order is None else operator.order
+    return _space(values, lambda v: back @ v[order], k)

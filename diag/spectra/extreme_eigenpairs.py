@@ -1,0 +1,146 @@
+"""Eigenvalues of an operator: all from structure, the extreme ones by Lanczos, their density."""
+
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import eye_array
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearoperator, eigsh
+from torch import Tensor
+
+from ..operators import Operator, like, to_scipy
+from ..randomized.lanczos_quadrature import SpectralDensity, lanczos, spectral_density, spectral_sum
+from ..randomized.probes import products
+from .eigenvalues import check_budget, eigenvalues, gram_eigenvalues
+
+__all__ = [
+    "Eigenpairs",
+    "NotConvergedError",
+    "SpectralDensity",
+    "bottom_eigenpairs",
+    "eigenvalues",
+    "gram_eigenvalues",
+    "spectral_density",
+    "spectral_sum",
+    "top_eigenpairs",
+]
+
+DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
+NORM_STEPS = 16  # of Lanczos, for a rough ‖C‖
+SEEDED = "rng" in signature(eigsh).parameters  # SciPy 1.17 on; before, ARPACK seeds itself
+
+
+class Eigenpairs(NamedTuple):
+    """values [k], unit vectors [d, k] as columns, and residuals ‖Cv - λv‖ [k] of each pair."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+class NotConvergedError(ArithmeticError):
+    """Lanczos did not reach its tolerance."""
+
+
+def top_eigenpairs(
+    operator: Operator, k: int, tolerance: float | None = None, iterations: int = 1000
+) -> Eigenpairs:
+    """The k algebraically greatest eigenvalues, descending, each as often as it occurs.
+
+    By full decomposition up to d = 400 or for k > d / 4, else by implicitly restarted Lanczos
+    (ARPACK) from a fixed start vector. One Krylov space holds one vector of each eigenspace, so
+    the search goes on, with what was found deflated, until nothing as great is left.
+
+    tolerance: of the residuals, relative to ‖C‖; by default the root of the dtype's precision.
+    iterations: restarts allowed.
+    Raises: ValueError for k outside [1, d]; NotConvergedError.
+    Source: Lehoucq, Sorensen and Yang 1998 (ARPACK users' guide).
+
+    >>> from kronscope.diag.operators import Diagonal
+    >>> top_eigenpairs(Diagonal(torch.tensor([1.0, -7.0, 3.0])), k=2).values.tolist()
+    [3.0, 1.0]
+    """
+    return _eigenpairs(operator, k, 1, tolerance, iterations)
+
+
+def bottom_eigenpairs(
+    operator: Operator, k: int, tolerance: float | None = None, iterations: int = 1000
+) -> Eigenpairs:
+    """The k algebraically least eigenvalues, ascending; otherwise as `top_eigenpairs`.
+
+    >>> from kronscope.diag.operators import Diagonal
+    >>> bottom_eigenpairs(Diagonal(torch.tensor([1.0, -7.0, 3.0])), k=1).values.tolist()
+    [-7.0]
+    """
+    return _eigenpairs(operator, k, -1, tolerance, iterations)
+
+
+def _eigenpairs(
+    operator: Operator, k: int, sign: int, tolerance: float | None, iterations: int
+) -> Eigenpairs:
+    """The top pairs of sign·operator, with the sign taken off their values."""
+    d, entries = operator.shape[0], like(operator)
+    if not 1 <= k <= d:
+        raise ValueError(f"k must be in [1, d] = [1, {d}], not {k}")
+    tolerance = torch.finfo(entries.dtype).eps ** 0.5 if tolerance is None else tolerance
+    if d <= DENSE_UP_TO or 4 * k > d:
+        check_budget(operator, d)
+        identity = torch.eye(d, dtype=torch.float64, device=entries.device)
+        values, vectors = torch.linalg.eigh(sign * products(operator, identity))
+        values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+    else:
+        vectors = _greatest(operator, k, sign, tolerance, iterations)
+        values = sign * (vectors * products(operator, vectors)).sum(0)
+        values, order = values.sort(descending=True)  # of Rayleigh quotients, moved by rounding
+        vectors = vectors[:, order]
+    values = sign * values
+    residuals = (products(operator, vectors) - values * vectors).norm(dim=0)
+    return Eigenpairs(*(part.to(entries) for part in (values, vectors, residuals)))
+
+
+def _greatest(operator: Operator, k: int, sign: int, tolerance: float, iterations: int) -> Tensor:
+    """Eigenvectors [d, k] of the greatest eigenvalues of sign·operator, descending, all copies.
+
+    Those of sign·C + 2‖C‖I, whose eigenvalues lie in [1, 3]·‖C‖: ARPACK's tolerance, relative to
+    the eigenvalue, becomes one relative to ‖C‖ and can be met at λ = 0 too. Deflated ones go to 0.
+    """
+    d, entries = operator.shape[0], like(operator)
+    generator = np.random.default_rng(d)
+    start = torch.from_numpy(generator.standard_normal((d, 1))).to(entries.device)
+    norm = torch.linalg.eigvalsh(lanczos(operator, start, NORM_STEPS)).abs().max().item()
+    if norm == 0:  # the zero matrix, on which ARPACK gives up
+        return torch.eye(d, k, dtype=torch.float64, device=entries.device)
+    shifted = np.float64(sign / norm) * to_scipy(operator) + 2.0 * aslinearoperator(eye_array(d))
+    values, vectors = _arpack(shifted, k, generator, tolerance, iterations)
+    while True:
+        found = aslinearoperator(vectors * values) @ aslinearoperator(vectors.T)
+        value, vector = _arpack(shifted - found, 1, generator, tolerance, iterations)
+        if value[0] <= values[-1] + tolerance:
+            return torch.from_numpy(vectors.copy()).to(entries.device)
+        basis = np.linalg.qr(np.hstack([vectors, vector]))[0]
+        ritz, turn = np.linalg.eigh(basis.T @ (shifted @ basis))
+        values, vectors = ritz[:0:-1], basis @ turn[:, :0:-1]
+
+
+def _arpack(
+    matrix: LinearOperator,
+    k: int,
+    generator: np.random.Generator,
+    tolerance: float,
+    iterations: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greatest eigenvalues [k], descending, and vectors [d, k], one of each eigenspace for sure."""
+    start, seed = generator.standard_normal(matrix.shape[0]), {"rng": generator} if SEEDED else {}
+    try:
+        values, vectors = eigsh(
+            matrix, k=k, which="LA", v0=start, tol=tolerance / 3, maxiter=iterations, **seed
+        )
+    except ArpackNoConvergence as error:
+        raise NotConvergedError(
+            f"{len(error.eigenvalues)} of {k} eigenpairs reached a residual of {tolerance:.1g}·‖C‖ "
+            f"in {iterations} restarts; eigenvalues that lie close together converge slowly: "
+            f"allow more iterations, a larger tolerance, or ask for another k"
+        ) from error
+    order = values.argsort()[::-1]
+    return values[order], vectors[:, order]

@@ -1,0 +1,172 @@
+"""The pair C + λI, B + μI: determinants, inverses, and the eigenvalues of one seen by the other.
+
+A truth with fewer columns F [d, r] than rows is thin: C = F Fᵀ, and every question here is answered
+through r x r matrices and solves with B. Any other truth is taken densely.
+"""
+
+from functools import singledispatch
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators import (
+    BUDGET,
+    BlockDiagonal,
+    Damped,
+    Dense,
+    Diagonal,
+    Inverse,
+    Kronecker,
+    LowRank,
+    Operator,
+    dense,
+    dense_inverse,
+    inner,
+    keep,
+    solver,
+    trace,
+)
+from ..operators.batched import Outer
+from ..operators.compositions import Product, Solved
+from ..operators.solving import cholesky
+from ..truths.kronecker_terms import SampleMean
+from ..truths.low_rank_terms import RootMean
+from ..truths.per_example import Sampled
+from .eigenvalues import eigenvalues
+from .extreme_eigenpairs import DENSE_UP_TO
+from .preconditioned import NotPositiveDefiniteError, square_root
+
+STEPS = "step_cosine, step_quality, decrease_efficiency and inverse_secant_consistency"
+
+
+def within_reach(truth: Operator, metric: str) -> Operator:
+    """The truth as these questions are best asked of it: by its columns where it is thin.
+
+    Raises: ValueError where the metric would need a dense matrix over the memory budget.
+    """
+    d = truth.shape[0]
+    if isinstance(truth, SampleMean) and isinstance(truth.left, Outer):
+        a, roots = truth.a, truth.left.roots
+        if _few(len(roots) * roots.shape[1], d):
+            return keep(truth, "columns", lambda: _by_columns(a, roots))
+    if 8 * d * d > BUDGET and not is_thin(truth):
+        raise ValueError(
+            f"{metric} needs the dense matrix of a {type(truth).__name__} of {d} x {d}, "
+            f"{8 * d * d / 2**30:.1f} GiB, over the budget of {BUDGET / 2**30:.1f} GiB; {STEPS} "
+            f"ask the same of one direction, at any size"
+        )
+    return truth
+
+
+def is_thin(truth: Operator) -> bool:
+    """Whether C is held by so few columns that its dense matrix need not be formed."""
+    return isinstance(truth, RootMean) and _few(truth.n * truth.V.shape[1], truth.shape[0])
+
+
+def _by_columns(a: Tensor, roots: Tensor) -> RootMean:
+    """The mean of R_nᵀR_n ⊗ a_n a_nᵀ from its columns r_nk ⊗ a_n."""
+    return RootMean(torch.einsum("nko,ni->nkoi", roots, a).flatten(2))
+
+
+def _few(columns: int, d: int) -> bool:
+    return columns < d and d > DENSE_UP_TO and 8 * columns * d <= BUDGET
+
+
+@singledispatch
+def log_determinant(operator: Any, damping: float) -> float | None:
+    """Log-determinant of operator + damping·I, None where that is not positive definite.
+
+    From the eigenvalues where structure gives them, else from a dense Cholesky factor (kept).
+    """
+    root = cholesky(operator, damping)
+    return None if root is None else 2 * root.diagonal().log().sum().item()
+
+
+def _from_eigenvalues(operator: Operator, damping: float) -> float | None:
+    values = eigenvalues(operator) + damping
+    return None if values[0] <= 0 else values.log().sum().item()
+
+
+for _structure in (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, RootMean):
+    log_determinant.register(_structure)(_from_eigenvalues)
+
+
+def inverses(
+    truth: Operator, damping: float, approximation: Operator, added: float
+) -> tuple[Operator, Operator]:
+    """P = (B + μI)⁻¹ and Q = (C + λI)⁻¹: matrices, but solving operators for a thin truth.
+
+    Raises: torch.linalg.LinAlgError for a singular matrix.
+    """
+    pairs = (Damped(approximation, added), Damped(truth, damping))
+    if is_thin(truth):
+        P, Q = (Solved(solver(pair, 0.0), pair.shape) for pair in pairs)
+        return P, Q
+    found = [dense_inverse(pair.base, pair.damping) for pair in pairs]
+    matrices = [
+        torch.linalg.inv(dense(pair)) if matrix is None else matrix  # symmetric, indefinite
+        for pair, matrix in zip(pairs, found, strict=True)
+    ]
+    return Dense(matrices[0]), Dense(matrices[1])
+
+
+def inner_with(truth: Operator, other: Operator) -> float:
+    """<C, other>, by way of the examples where the truth is made of them."""
+    return truth.inners(other).mean().item() if isinstance(truth, Sampled) else inner(truth, other)
+
+
+def inverse_moment(operator: Operator, damping: float, inverted: Operator, power: int) -> float:
+    """tr((operator + damping·I)^-power), 1 or 2, given the inverse by `inverses`."""
+    if isinstance(inverted, Dense):
+        return trace(inverted) if power == 1 else inner(inverted, inverted)
+    return ((eigenvalues(operator) + damping) ** -power).sum().item()
+
+
+def trace_with_inverse(
+    truth: Operator, damping: float, inverted: Operator, other: Operator, other_trace: float
+) -> float:
+    """tr(Q · other) for a symmetric other of known trace; Q = (I - C Q)/λ for a thin truth."""
+    if isinstance(inverted, Dense):
+        return inner(inverted, other)
+    return (other_trace - inner_with(truth, Product([inverted, other]))) / damping
+
+
+def share_between(
+    truth: Operator,
+    damping: float,
+    approximation: Operator,
+    added: float,
+    ends: tuple[float, float],
+) -> float:
+    """Share of the eigenvalues of (B + μI)^-½ (C + λI) (B + μI)^-½ between two positive ends.
+
+    Raises: diag.preconditioned.NotPositiveDefiniteError where B + μI is not positive definite.
+    """
+    if is_thin(truth):
+        if eigenvalues(approximation)[0] + added <= 0:
+            raise NotPositiveDefiniteError("the damped approximation")
+        least, greatest = (count_below(truth, damping, approximation, added, t) for t in ends)
+        return (greatest - least) / truth.shape[0]
+    root = square_root(approximation, added)
+    matrix = root.inverse(root.inverse(dense(Damped(truth, damping))).T)
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    return ((values >= ends[0]) & (values <= ends[1])).double().mean().item()
+
+
+def count_below(
+    truth: Operator, damping: float, approximation: Operator, added: float, end: float
+) -> int:
+    """How many eigenvalues t of C + λI = t(B + μI) are below `end`, for a thin C.
+
+    As many as F Fᵀ + E has negative ones, E = λI - end·(B + μI) (Sylvester's law of inertia). They
+    are counted by way of [[-I, Fᵀ], [F, E]], whose inertia is that of -I and F Fᵀ + E as well as
+    that of E and -I - Fᵀ E⁻¹ F, by its two Schur complements.
+    """
+    assert isinstance(truth, RootMean)
+    F = truth.columns.T
+    shifted = solver(approximation, added - damping / end)  # E = -t (B + (μ - λ/t) I)
+    small = F.T @ shifted(F) / end - torch.eye(F.shape[1]).to(F)
+    below = (torch.linalg.eigvalsh((small + small.T) / 2) < 0).sum()
+    own = (eigenvalues(approximation) + added > damping / end).sum()
+    return int(below + own) - F.shape[1]

@@ -1,0 +1,73 @@
+"""Splits of a batch: how far the exact blocks of two parts lie apart, as w K w with signed weights.
+
+A split gives weight 1/|P| to the examples of a part P, -1/|Q| to those of a part Q and 0 to others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..truths.per_example import Sampled
+
+
+def index_split(n: int, first: Sequence[int], second: Sequence[int]) -> Tensor:
+    """Weights [1, n] of the split of n examples into the two sets of indices given.
+
+    Raises: ValueError for an empty set, an index that is not in 0..n-1 or one that occurs twice.
+    """
+    listed = [*first, *second]
+    if not first or not second or len(set(listed)) < len(listed):
+        raise ValueError(
+            f"a split needs two sets of examples that share none, not {list(first)} and "
+            f"{list(second)}"
+        )
+    if min(listed) < 0 or max(listed) >= n:
+        raise ValueError(f"examples are 0..{n - 1}; the split names {min(listed)}..{max(listed)}")
+    weights = torch.zeros(1, n, dtype=torch.float64)
+    weights[0, list(first)] = 1 / len(first)
+    weights[0, list(second)] = -1 / len(second)
+    return weights
+
+
+def random_splits(
+    n: int, first: int, second: int, splits: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Weights [splits, n] of random splits into `first` and `second` of n examples.
+
+    generator: None takes a new one seeded with n, so that results repeat and the global random
+    state is left alone.
+
+    Raises: ValueError for sizes under 1, more than n together, or fewer than one split.
+    """
+    if min(first, second, splits) < 1 or first + second > n:
+        raise ValueError(
+            f"cannot draw {splits} splits into {first} and {second} of {n} examples; sizes and "
+            f"splits are at least 1, and the two sizes at most {n} together"
+        )
+    generator = generator or torch.Generator().manual_seed(n)
+    order = torch.rand(splits, n, generator=generator, dtype=torch.float64).argsort(1)
+    weights = torch.zeros(splits, n, dtype=torch.float64)
+    weights.scatter_(1, order[:, :first], 1 / first)
+    return weights.scatter_(1, order[:, first : first + second], -1 / second)
+
+
+def signed_norms(gram: Tensor, weights: Tensor) -> Tensor:
+    """‖Σ_n w_n T_n‖_F² = w K w for each row w of weights [s, N], given K [N, N], [s]."""
+    weights = weights.to(gram)
+    return ((weights @ gram) * weights).sum(1).clamp(min=0)
+
+
+def split_norms(truth: Sampled, weights: Tensor) -> Tensor:
+    """‖C_P - C_Q‖_F² between the exact blocks of the two parts of each split [s, N], [s]."""
+    return signed_norms(truth.gram, weights)
+
+
+def split_floors(truth: Sampled, weights: Tensor) -> Tensor:
+    """Squared noise floor by each split of any sizes, ‖Σ_n w_n T_n‖² / (N Σ_n w_n² ‖C‖²), [s].
+
+    Independent terms of variance σ² = E‖T_n - E C‖² give E‖Σ_n w_n T_n‖² = σ² Σ_n w_n² for weights
+    that sum to zero, and E‖C - E C‖² = σ²/N: every split estimates the same floor.
+    """
+    scale = truth.n * weights.square().sum(1).to(truth.gram) * truth.gram.mean()
+    return split_norms(truth, weights) / scale

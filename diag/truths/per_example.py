@@ -1,0 +1,42 @@
+"""Sampled: what every truth made of per-example terms can answer, whatever its terms look like."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ..operators import Operator
+
+
+class Sampled(ABC):
+    """An operator C = (1/N) Σ_n T_n with symmetric terms T_n [d, d] that are never formed.
+
+    Norms, errors, sampling noise and intervals are made of the inner products below alone.
+    """
+
+    kept: dict  # what was derived, for the next question
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """Number of examples N."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(d, d)."""
+
+    @property
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """<T_n, T_m>, [N, N]."""
+
+    @abstractmethod
+    def inners(self, other: Operator) -> Tensor:
+        """<T_n, other> for every example, [N]."""
+
+    @abstractmethod
+    def quadratic(self, u: Tensor, v: Tensor) -> Tensor:
+        """u·T_n v for every example, [N], for u and v [d]."""
+
+    @abstractmethod
+    def __matmul__(self, v: Tensor, /) -> Tensor: ...

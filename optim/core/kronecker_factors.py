@@ -1,0 +1,118 @@
+"""The factors A and G of the Kronecker family: how backward brings them, and how they are averaged.
+
+A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E_n[(1/T) Σ_t g gᵀ] a MEAN
+(KFC, arXiv:1602.01407); with one row per example both are plain means. g is the gradient of the
+per-example loss, of labels drawn from the model or of the data's own.
+"""
+
+import torch
+from torch import Tensor
+
+from ..blocks.blocks import Block
+from ..capture import positions
+from ..capture.capture import Accumulate, Call, Totals, once
+from ..linalg.basics import finite_moments, learn_
+from ..linalg.products import gram_, second_moment
+from .stacks import Stack
+
+
+def add_input_moment(totals: Totals, call: Call) -> None:
+    """means["A"]: mean over rows of ã ãᵀ, [groups, in+1, in+1]."""
+    totals.means["A"], _ = input_moment(totals.means.get("A"), call.block, call.x, seen=totals.rows)
+
+
+def input_moment(mean: Tensor | None, block: Block, x: Tensor, *, seen: int) -> tuple[Tensor, int]:
+    """Mean over rows of ã ãᵀ joined to that of `seen` earlier ones; how many there are now."""
+    for piece in positions.pieces(block, x):
+        a = positions.inputs(block, piece).flatten(1, 2)
+        mean = second_moment(mean, a, seen, ones=block.bias is not None)
+        seen += a.shape[1]
+    assert mean is not None
+    return mean, seen
+
+
+def sampled_factors(totals: Totals, call: Call, _: Tensor) -> None:
+    """Means over rows of ã ãᵀ and of g gᵀ [groups, out, out], g of labels drawn from the model."""
+    if call.counted:
+        return
+    assert call.g is not None
+    add_input_moment(totals, call)
+    g = call.gradients(call.g).flatten(1, 2)
+    totals.means["G"] = second_moment(totals.means.get("G"), g, totals.rows, ones=False)
+
+
+def empirical_factors(totals: Totals, call: Call, delivered: Tensor) -> None:
+    """As above, with the data's own labels, from what backward delivers under a mean loss.
+
+    delivered = g_n / M for M examples in all micro-batches, which step() knows: the sum of
+    delivered deliveredᵀ is kept.
+    """
+    once(call)
+    add_input_moment(totals, call)
+    g = call.gradients(delivered).flatten(1, 2)
+    GG = totals.means.setdefault("GG", g.new_zeros(len(g), g.shape[2], g.shape[2]))
+    gram_(GG, g, beta=1.0, alpha=1.0)
+
+
+def factors_of(likelihood: str) -> Accumulate:
+    """Which of the two: by the data's labels for "empirical", else by sampled ones."""
+    return empirical_factors if likelihood == "empirical" else sampled_factors
+
+
+def input_factor(totals: Totals) -> Tensor:
+    """A [groups, in+1, in+1], summed over positions; spoils the totals."""
+    A = totals.means["A"]
+    return A if totals.rows == totals.examples else A.mul_(totals.positions)
+
+
+def output_factor(totals: Totals, scale: float) -> Tensor:
+    """G [groups, out, out]; scale: what the loss was multiplied with. Spoils the totals."""
+    if "G" in totals.means:
+        return totals.means["G"]
+    return totals.means["GG"].mul_((totals.examples / scale) ** 2 / totals.rows)
+
+
+def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Tensor:
+    """A <- decay A + (1 - decay) A_k and G likewise, unless one of the two is not finite.
+
+    Returns: which matrices learned, [size] bool.
+    """
+    A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
+    G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
+    if "A" not in stack:
+        stack.hold(A=stack.zeros(*A.shape[1:]), G=stack.zeros(*G.shape[1:]))
+    ok = finite_moments(stack.mask(totals), A, G)
+    weight = new_weight(stack)
+    learn_(stack["A"], A, weight, ok)
+    learn_(stack["G"], G, weight, ok)
+    if "seen" in stack:
+        stack["seen"].add_(ok)
+    return ok
+
+
+def new_weight(stack: Stack) -> float | Tensor:
+    """What a batch's factors weigh in the averages: 1 - decay.
+
+    With the setting growing_decay 1/k while that is more, [size], k the number of the update; kept
+    as "seen".
+    Source: arXiv:1503.05671, section 5.
+    """
+    least = 1 - stack.group["decay"]
+    if not stack.group.get("growing_decay", False):
+        return least
+    if "seen" not in stack:
+        stack.hold(seen=stack.zeros(dtype=torch.int64))
+    return (stack["seen"] + 1).to(stack.dtype).reciprocal_().clamp_min_(least)
+
+
+def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: float = 1.0) -> None:
+    """A and G as running means over the batches of warm_up; this is number `batch`, from 1."""
+    A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
+    G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
+    if batch == 1:
+        stack.hold(A=A.clone(), G=G.clone())
+    else:
+        stack["A"].lerp_(A, 1 / batch)
+        stack["G"].lerp_(G, 1 / batch)
+    if stack.group.get("growing_decay", False):
+        stack.hold(seen=torch.full((stack.size,), batch, device=stack.device))

@@ -1,0 +1,1 @@
+"""The optimizers, one folder each; none imports another."""

@@ -1,0 +1,17 @@
+"""K-BFGS and K-BFGS(L): Kronecker-factored quasi-Newton; its pieces, for variants of it."""
+
+from . import statistics, step_limit
+from .bfgs import acceptable, bfgs_, double_damping
+from .formulas import input_action_
+from .kbfgs import COUNTS, KBFGS
+
+__all__ = [
+    "COUNTS",
+    "KBFGS",
+    "acceptable",
+    "bfgs_",
+    "double_damping",
+    "input_action_",
+    "statistics",
+    "step_limit",
+]

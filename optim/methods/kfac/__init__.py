@@ -1,0 +1,5 @@
+"""KFAC: Kronecker-factored approximate curvature."""
+
+from .kfac import KFAC
+
+__all__ = ["KFAC"]

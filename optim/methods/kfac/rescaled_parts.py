@@ -1,0 +1,110 @@
+"""What takes part in a rescaled step: every parameter with a gradient, of a layer or not."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...blocks.blocks import Block
+from ...core.harness import Harness
+from ...core.momentum import gradient_of, gradients_finite
+from ...core.stacks import Stack
+from ...linalg.basics import all_finite, factor_dtype, known_true, per
+
+Live = dict[Stack, list[Block]]
+
+
+@dataclass(eq=False)
+class Part:
+    """A parameter in the step, all tensors of one shape (a layer's with an axis of groups first).
+
+    gradient: with the L2 term, zero where `ok` is not. held: its last step, a view of the state.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    gradient: Tensor
+    held: Tensor
+    ok: Tensor
+
+    @property
+    def previous(self) -> Tensor:
+        """The last step as a direction: zero where it may not move, and without momentum."""
+        if not self.group["momentum"]:
+            return torch.zeros_like(self.held)
+        return self.held if known_true(self.ok) else self.held * self.ok
+
+
+@dataclass(eq=False)
+class Parts:
+    """All parts: of the live layers, with ∇ [size, out, in+1] of each stack, and the others."""
+
+    live: Live
+    gradients: dict[Stack, Tensor]
+    layers: list[Part]
+    plain: list[Part]
+
+    @property
+    def all(self) -> list[Part]:
+        """The layers' parts, then those without a layer."""
+        return self.layers + self.plain
+
+
+def gather(harness: Harness, live: Live, *, count: bool = False) -> Parts:
+    """Every parameter with a gradient; count: gradients that are not finite."""
+    gradients, layers = dict[Stack, Tensor](), list[Part]()
+    for stack, blocks in live.items():
+        if "momentum" not in stack:
+            stack.hold(momentum=stack.zeros(*stack.shape))
+        ok = gradients_finite(stack, blocks)
+        G = harness.gradient(stack, blocks)
+        if not known_true(ok):
+            G = G.nan_to_num_(0.0, 0.0, 0.0).mul_(per(ok, G))
+            if count:
+                harness.count(stack, {"not finite": ~ok & stack.mask(blocks)})
+        gradients[stack] = G
+        layers += _parts_of(stack, blocks, G, ok, harness.groups)
+    return Parts(live, gradients, layers, _plain_parts(harness, count=count))
+
+
+def _plain_parts(harness: Harness, *, count: bool) -> list[Part]:
+    """Parameters that have a gradient and no block."""
+    parts = []
+    inside = {p for block in harness.stack_of for p in block.parameters}
+    for p, group in harness.groups.items():
+        if p in inside or p.grad is None:
+            continue
+        state = harness.optimizer.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p, dtype=factor_dtype(p))
+            state["nonfinite"] = torch.zeros((), dtype=torch.int64, device=p.device)
+        g = gradient_of(p).to(state["momentum"].dtype)
+        ok = all_finite(g)
+        if count:
+            state["nonfinite"] += ~ok
+        g = torch.add(g, p, alpha=group["weight_decay"]).nan_to_num_(0.0, 0.0, 0.0)
+        parts.append(Part(p, group, g.mul_(ok), state["momentum"], ok))
+    return parts
+
+
+def _parts_of(
+    stack: Stack, blocks: list[Block], G: Tensor, ok: Tensor, groups: dict[Tensor, dict[str, Any]]
+) -> list[Part]:
+    found = []
+    for block in blocks:
+        place = stack.places[block]
+        held = block.parts(stack["momentum"][place])
+        for (p, g), (_, last) in zip(block.parts(G[place]), held, strict=True):
+            found.append(Part(p, groups[p], g, last, per(ok[place], g).bool()))
+    return found
+
+
+def move_(part: Part, delta: Tensor, previous: Tensor, c: Tensor, ok: Tensor) -> None:
+    """The parameter and its held step, where that is finite."""
+    step = delta * c[0] + previous * c[1]
+    if not known_true(ok):
+        step = torch.where(ok, step, 0.0)
+    part.parameter.add_(step.reshape(part.parameter.shape), alpha=part.group["lr"])
+    all_ok = part.ok & ok
+    part.held.copy_(step if known_true(all_ok) else torch.where(all_ok, step, part.held))

@@ -1,0 +1,5 @@
+"""MBF: mini-block Fisher."""
+
+from .mbf import MBF
+
+__all__ = ["MBF"]

@@ -1,0 +1,5 @@
+"""TKFAC: trace-restricted KFAC."""
+
+from .tkfac import TKFAC
+
+__all__ = ["TKFAC"]

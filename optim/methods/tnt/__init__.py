@@ -1,0 +1,5 @@
+"""TNT: tensor-normal training."""
+
+from .tnt import TNT
+
+__all__ = ["TNT"]

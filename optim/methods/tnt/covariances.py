@@ -1,0 +1,57 @@
+"""TNT's U_i: averaged contractions H_i scaled to a joint covariance, and their damped inverses.
+
+U_i = H_i / (c^(k-1) Π_{j≠i} n_j), c = (T/N)^(1/k), T = tr H_i (the same for every i), N = Π n_j,
+for k axes with a matrix: every U_i has the mean eigenvalue c, and U_1 ⊗ ... ⊗ U_k the trace T.
+Source: arXiv:2106.02925, as its published code scales.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from ...core import axes
+from ...core.stacks import Stack
+from ...linalg.basics import damped_inverse
+
+TINY = 1e-30  # a mean eigenvalue below it stands for no gradient at all
+
+
+def scale(H: Tensor, shape: tuple[int, ...], k: int, i: int) -> Tensor:
+    """H_i / U_i = c^(k-1) Π_{j≠i} n_j, [b]; H [b, n, n] is any one of the H_j.
+
+    By hand, H_1 = H_2 = 2 I of a 2 x 2 parameter, c = 1:
+        >>> import torch
+        >>> scale(2 * torch.eye(2)[None], (2, 2), 2, 0).tolist()
+        [2.0]
+    """
+    N = prod(shape)
+    c = (H.diagonal(dim1=-2, dim2=-1).sum(-1) / N).clamp_min(TINY) ** (1 / k)
+    return c ** (k - 1) * (N / shape[i])
+
+
+def share(stack: Stack, i: int) -> Tensor:
+    """H_i / U_i of each parameter in a stack, [size]."""
+    held = axes.names(stack, "H")
+    return scale(stack[next(iter(held.values()))], stack.shape, len(held), i)
+
+
+def covariance(stack: Stack, i: int) -> Tensor:
+    """U_i [size, n_i, n_i], undamped."""
+    return stack[axes.names(stack, "H")[i]] / share(stack, i)[:, None, None]
+
+
+@dataclass(frozen=True)
+class CovarianceInverse:
+    """(H, share damping) -> (H / share + damping I)⁻¹ without a copy of H / share."""
+
+    damping: float
+
+    def shift(self, stack: Stack, i: int) -> Tensor:
+        """What the damping of U_i is for H_i, share damping, [size]."""
+        return self.damping * share(stack, i)
+
+    def __call__(self, H: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+        """Results [b, n, n], and for which of them it worked, [b] bool."""
+        inverse, ok = damped_inverse(H, damping)
+        return inverse.mul_((damping / self.damping)[:, None, None]), ok

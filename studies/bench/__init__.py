@@ -1,0 +1,13 @@
+"""Benches: ratios against a peer, both timed in one run on one machine."""
+
+from . import exact, hessian_free, loading, scale, step
+
+BENCHES = {
+    "exact": exact.exact,
+    "scale": scale.scale,
+    "step": step.step,
+    "hf": hessian_free.hessian_free,
+    "loading": loading.loading,
+}
+
+__all__ = ["BENCHES"]

@@ -1,0 +1,42 @@
+"""What the commands share: the console, numbers as typed, results in print."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+Results = Annotated[Path, typer.Option(help="Folder for results.")]
+
+
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers with commas between. Raises: ValueError for what is not a positive number."""
+    if text is None:
+        return None
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (0.0,)
+    if not all(0 < value < math.inf for value in values):
+        raise ValueError(f"--{option} takes positive numbers with commas between, not '{text}'")
+    return values
+
+
+def print_results(run: Path) -> None:
+    """Print the run's table if it has one, what it says of a paper's claims; write its report."""
+    from ..reports import report
+    from ..results import records
+
+    header = records.read_header(run)
+    if found := header.get("comparison"):
+        table = Table(*found["columns"], caption=found["caption"])
+        for row in found["rows"]:
+            table.add_row(*row)
+        console.print(table)
+    for claim in header.get("claims", ()):
+        console.print(f"- {claim}", highlight=False)
+    console.print(f"report: [bold]{report.write_report(run)}[/]", soft_wrap=True)

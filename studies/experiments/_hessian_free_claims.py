@@ -1,0 +1,127 @@
+"""What the runs of `block_hessian_free` say of the paper's claims, with numbers.
+
+A run here is the frame that `trials.read` returns: a row per epoch and metric; runs are
+lists over seeds. Numbers are medians over the seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..reports.comparison_tables import METRICS, end
+from ..reports.summaries import number
+
+Run = pd.DataFrame
+COLUMNS = ("run", "settings", "updates", "train loss", "test loss", "test acc.", "ms / update")
+FEWER, CHEAP, RISE = 8.0, 1.1, 1.05  # "about ten times", "as much as", "rises"
+
+
+def table(
+    runs: Mapping[str, Sequence[Run]], settings: Mapping[str, str], epochs: int
+) -> dict[str, Any]:
+    """Where each run ended: {"caption", "columns", "rows"}, in order; no empty column."""
+    rows = []
+    for name, own in runs.items():
+        ends = pd.DataFrame([end(run, epochs) for run in own]).median()
+        values = [number(ends[metric]) for metric in METRICS]
+        each = number(1e3 * seconds_per_update(own))
+        updates = "–" if np.isnan(ends["step"]) else f"{ends['step']:g}"
+        rows.append([name, settings[name], updates, *values, each])
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] != "–" for row in rows)]
+    count = len(next(iter(runs.values())))
+    return {
+        "caption": f"After {epochs} epochs at the settings that were best for one seed, medians of "
+        f"{count} seed(s). Curvature: examples of the large batch that the matrix is made of.",
+        "columns": [COLUMNS[i] for i in kept],
+        "rows": [[row[i] for i in kept] for row in rows],
+    }
+
+
+def fewer_updates(small: Sequence[Run], block: Sequence[Run]) -> str:
+    """Block HF in large batches gets as far as Adam in small ones, in ten times fewer updates."""
+    losses = [median(_losses(run)[-1] for run in own) for own in (small, block)]
+    claim = (
+        "block HF in large batches gets as far as Adam in small ones in about ten times fewer "
+        f"updates. They ended at {losses[1]:.4g} and {losses[0]:.4g}"
+    )
+    target = max(losses)
+    if not np.isfinite(target):
+        return f"{verdict(False)}: {claim}."
+    needed = [median(_updates(run, target) for run in own) for own in (small, block)]
+    holds = losses[1] <= losses[0] and needed[0] >= FEWER * needed[1]
+    return (
+        f"{verdict(holds)}: {claim}; to {target:.4g} Adam took {needed[0]:g} updates, block HF "
+        f"{needed[1]:g}: {number(needed[0] / max(1.0, needed[1]))} times fewer."
+    )
+
+
+def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]]) -> str:
+    """Block HF does at least as well as plain HF at every curvature batch; (plain, block) each.
+
+    A batch at which both diverge compares nothing.
+    """
+    parts, good = [], []
+    for size, (plain, block) in pairs.items():
+        losses = [
+            [median(_losses(run, metric)[-1] for run in own) for own in (block, plain)]
+            for metric in METRICS[:2]
+        ]
+        if np.isinf(losses).all():
+            parts.append(f"{size}: both diverged")
+            continue
+        good += [mine <= other for mine, other in losses]
+        (a, b), (c, d) = losses
+        parts.append(f"{size}: {a:.4g} to {b:.4g} in training, {c:.4g} to {d:.4g} in test")
+    return (
+        f"{verdict(bool(good) and all(good))}: block HF does at least as well as plain HF at each "
+        f"curvature batch size. In {sum(good)} of {len(good)} losses; {'; '.join(parts)}."
+    )
+
+
+def costs(adam: Sequence[Run], pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]]) -> str:
+    """An update costs as much as plain HF's, and several times Adam's at the same batch."""
+    over_plain = [seconds_per_update(b) / seconds_per_update(a) for a, b in pairs.values()]
+    over_adam = [seconds_per_update(b) / seconds_per_update(adam) for _, b in pairs.values()]
+    return (
+        f"{verdict(max(over_plain) <= CHEAP)}: an update of block HF costs as much as one of plain "
+        f"HF. {_range(over_plain)} times as much; {_range(over_adam)} times Adam's in the same "
+        "batches."
+    )
+
+
+def late_rise(adam: Sequence[Run]) -> str:
+    """Adam's training loss rises late in large batches."""
+    rise = median(_losses(run)[-1] / min(_losses(run)) for run in adam)
+    return (
+        f"{verdict(rise > RISE)}: Adam's training loss rises late in large batches. It ended "
+        f"{number(rise)} times its least."
+    )
+
+
+def verdict(holds: bool) -> str:
+    """In a word or two."""
+    return "holds" if holds else "does not hold"
+
+
+def seconds_per_update(runs: Sequence[Run]) -> float:
+    """Median over the runs of training time over updates."""
+    return median(run["seconds"].max() / max(1, run["step"].max()) for run in runs)
+
+
+def _losses(run: Run, metric: str = "train_loss") -> list[float]:
+    """By epoch; a run that diverged ends infinite."""
+    values = run.loc[run["metric"] == metric, "value"].tolist()
+    return [*values, np.inf] if run["ended"].iloc[0] else values
+
+
+def _updates(run: Run, loss: float) -> float:
+    """Least updates after which the training loss was this low; infinite if it never was."""
+    rows = run[(run["metric"] == "train_loss") & (run["value"] <= loss)]
+    return float(rows["step"].min()) if len(rows) else np.inf
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{number(min(values))} to {number(max(values))}"

@@ -1,0 +1,1 @@
+"""Why K-BFGS diverges and what keeps it from diverging."""

@@ -1,0 +1,132 @@
+"""How near an optimizer is to instability, measured at a step of a training.
+
+Sharpness is the greatest eigenvalue of lr P C, with P the preconditioner and C the exact Hessian
+or GGN of some training examples, found by products alone.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kronscope.diag import Block, Operator, Problem, exact, live, metrics
+from kronscope.diag.operators import Taken, like
+from kronscope.diag.spectra import NotFiniteError, NotPositiveDefiniteError, sharpest, side_by_side
+
+from ... import training
+from ...results.records import loss_row
+
+TRUTHS = ("hessian", "ggn")
+ENOUGH = 0.05  # relative residual; the value's own error is far below it
+PRODUCTS = 24
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A training at one step: copies of what is measured, so that nothing is disturbed.
+
+    layers: those with a preconditioner. P: by layer. C: by truth, of all these layers together.
+    states: by layer, the optimizer's state of its weight; read only.
+    """
+
+    problem: Problem
+    layers: list[Block]
+    whole: Block
+    P: dict[str, Operator]
+    C: dict[str, Operator]
+    states: dict[str, Mapping[str, Any]]
+
+    def places(self) -> Iterator[tuple[Block, int]]:
+        """Each layer, and where its entries begin in a vector of the whole."""
+        starts = itertools.accumulate((block.d for block in self.layers), initial=0)
+        return zip(self.layers, starts, strict=False)
+
+
+def see(state: training.State, setting: training.Settings, examples: int) -> Seen:
+    """A training at this step, with the curvature of the first so many training examples.
+
+    Raises: AttributeError for an optimizer that shows no preconditioner.
+    """
+    dtype = next(state.model.parameters()).dtype
+    inputs, targets = state.data.train_inputs[:examples], state.data.train_targets[:examples]
+    problem = Problem(state.model, setting.problem.loss, inputs, targets, dtype=dtype)
+    P = live.preconditioners(state.optimizer, dtype)  # type: ignore[arg-type]
+    layers = [block for block in problem.blocks() if block.name in P]
+    whole = problem.group("", [block.name for block in layers])
+    weights = {block.name: block.parameters[0] for block in layers}
+    states = state.optimizer.state
+    return Seen(
+        problem,
+        layers,
+        whole,
+        P,
+        {of: exact.truth(problem, whole, of) for of in TRUTHS},
+        {n: states.get(state.model.get_parameter(w), {}) for n, w in weights.items()},
+    )
+
+
+class Part:
+    """The rows and columns `place` of a symmetric operator that is known by its products."""
+
+    def __init__(self, whole: Operator, place: slice) -> None:
+        self.whole, self.place = whole, place
+        size = len(range(*place.indices(whole.shape[0])))
+        self.like = like(whole).new_zeros(size)
+        self.shape = (size, size)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        padded = self.like.new_zeros(self.whole.shape[0])
+        padded[self.place] = v
+        return (self.whole @ padded)[self.place]
+
+
+class Searches:
+    """Greatest eigenvalues of P C; a search starts from what the last one of its key found."""
+
+    def __init__(self) -> None:
+        self.starts: dict[tuple[str, ...], Tensor] = {}
+
+    def value(self, key: tuple[str, ...], C: Operator, P: Callable[[Tensor], Tensor]) -> float:
+        """The algebraically greatest one; NaN where P is not positive definite, or not finite."""
+        try:
+            found = sharpest(C, P, self.starts.get(key), tolerance=ENOUGH, products=PRODUCTS)
+        except (NotPositiveDefiniteError, NotFiniteError):
+            return math.nan
+        self.starts[key] = found.dual
+        return found.value
+
+
+def of_the_whole(seen: Seen, lr: float, searches: Searches) -> Iterator[Row]:
+    """Sharpness of the whole model, by truth."""
+    P = side_by_side([seen.P[block.name] for block in seen.layers])
+    for of, C in seen.C.items():
+        value = lr * searches.value((of, ""), C, P)
+        yield row("sharpness", value, size=seen.whole.d, truth=of)
+
+
+def by_layer(seen: Seen, lr: float, searches: Searches) -> Iterator[Row]:
+    """Sharpness of each layer's own block, by truth."""
+    for of, C in seen.C.items():
+        for block, at in seen.places():
+            part = Part(C, slice(at, at + block.d))
+            value = lr * searches.value((of, block.name), part, seen.P[block.name].__matmul__)
+            yield row("sharpness", value, block=block.name, size=block.d, truth=of)
+
+
+def efficiency(seen: Seen, lr: float, damping: float) -> Iterator[Row]:
+    """How much of the GGN model's possible decrease a step lr P g, without momentum, takes."""
+    g = seen.problem.gradient(seen.whole).detach()
+    P = side_by_side([seen.P[block.name] for block in seen.layers])
+    step = Taken(gradient=g, step=lr * P(g))
+    found = metrics.decrease_efficiency(seen.C["ggn"], step, damping, g, approximation_damping=0.0)
+    yield row("decrease_efficiency", found.value, size=seen.whole.d, truth="ggn", damping=damping)
+
+
+def row(metric: str, value: float, **more: Any) -> Row:
+    """A record's own part; what is not given is that of a number about the whole model."""
+    return {**loss_row(metric, value), **more}

@@ -1,0 +1,239 @@
+"""Single training runs, for the command line."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, current_thread, main_thread
+from typing import Any
+
+import pandas as pd
+from loky.process_executor import TerminatedWorkerError
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import measuring, problems, training
+from ..measuring.during_training import Alongside
+from ..results import options, provenance, records
+from ..results.records import loss_row
+from ..training import checkpoints
+
+NAME = "train"
+CHECKPOINT = "checkpoint.pt"
+LAST_FINITE = "last-finite.pt"
+GOES_ON = "a run goes on with what it has, but for epochs and device"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a training run is kept, its records, and why it ended early if it did.
+
+    measuring: what measuring beside it took, in words. stopped: by SIGTERM, at a checkpoint from
+    which it can go on.
+    """
+
+    folder: Path
+    frame: pd.DataFrame
+    diverged: str = ""
+    stopped: bool = False
+    measuring: str = ""
+
+
+class Stopped(Exception):
+    """SIGTERM has come, and the checkpoint of this step is written."""
+
+
+def train(
+    settings: training.Settings,
+    results: Path,
+    progress: Progress,
+    resume: Path | None = None,
+    beside: Alongside | None = None,
+) -> Outcome:
+    """Train, writing losses and a checkpoint after every epoch; evaluation time is not counted.
+
+    resume: the folder of an earlier run of the same settings, which then goes on in place, for more
+    epochs or on another device if these differ.
+    beside: measures at ends of epochs; what it spent goes into the header.
+    A run that diverges keeps its records; the last parameters with a finite loss are in
+    last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
+    with a checkpoint of that.
+
+    Raises: ValueError for a folder without a checkpoint, or of a run with other settings, and for a
+    device that is not there.
+    """
+    options.device(settings.device)
+    header = _header(settings) if resume is None else _header_again(resume, settings)
+    folder = resume or records.new_run(results, NAME)
+    if beside is not None:
+        header["metrics"] = measuring.definitions([*beside.plan.metrics, "noise_floor"])
+        beside.resume(header.get("measuring", {}))
+    records.write_header(folder, header | {"status": "running"})
+    status, diverged, begun = "finished", "", time.perf_counter()
+    try:
+        with _sigterm() as asked:
+            for state in _epochs(settings, folder, resume, progress, asked):
+                new = state.step > _last_step(folder)  # else the checkpoint is the older one
+                losses = training.evaluated(state, settings.problem) if new else {}
+                # before measuring, which may be killed with the run or for its memory
+                checkpoints.save(state, folder / CHECKPOINT)
+                if new:
+                    records.append(folder, _rows(folder, settings, state, beside, losses))
+                    if beside is not None:
+                        header["measuring"] = beside.counters()
+                        records.write_header(folder, header | {"status": "running"})
+    except Stopped as reason:
+        status = f"stopped: {reason}"
+    except TerminatedWorkerError:
+        if not asked.is_set():
+            raise
+        status = "stopped: by SIGTERM while it was measuring; --resume goes on"
+    except training.IN_THE_NUMBERS as error:
+        diverged = str(error)
+        status = f"diverged: {diverged}"
+        if isinstance(error, training.DivergedError):  # else the last checkpoint is good
+            checkpoints.save_parameters(error.parameters, folder / LAST_FINITE)
+    except BaseException as error:
+        records.write_header(folder, header | {"status": f"failed: {type(error).__name__}"})
+        raise
+    seconds = header["seconds"] + time.perf_counter() - begun
+    records.write_header(folder, header | {"status": status, "seconds": seconds})
+    frame = records.read(folder)
+    said = "" if beside is None else beside.summary(frame["seconds"].max())
+    return Outcome(folder, frame, diverged, status.startswith("stopped"), said)
+
+
+def _header(settings: training.Settings) -> dict[str, Any]:
+    config = dataclasses.asdict(dataclasses.replace(settings, problem=None))  # type: ignore[arg-type]
+    return provenance.header(NAME, settings.problem.name, settings.device, config)
+
+
+def _header_again(folder: Path, settings: training.Settings) -> dict[str, Any]:
+    """Raises: ValueError as `settings_of`, or where more differs than epochs and device."""
+    earlier, now = settings_of(folder), settings
+    for name in ("optimizer", "seed", "batch_size", "hyper"):
+        old, new = getattr(earlier, name), getattr(now, name)
+        if old != new:
+            raise ValueError(f"{folder} was trained with {name} {old}, not {new}: {GOES_ON}")
+    if earlier.problem.name != now.problem.name:
+        known = earlier.problem.name
+        raise ValueError(f"{folder} holds problem {known}, not {now.problem.name}: {GOES_ON}")
+    header = records.read_header(folder)
+    return provenance.again(header, _header(settings)) | {
+        name: header[name] for name in ("metrics", "seconds")
+    }
+
+
+def settings(
+    problem: str | None, chosen: dict[str, Any], resume: Path | None = None
+) -> training.Settings:
+    """Settings of a new run, or those of the one to go on with, and what is chosen over them.
+
+    chosen: fields of `training.Settings`; every other name is of the optimizer's hyper-parameters.
+    Raises: ValueError without a problem, and as `settings_of`.
+    """
+    if resume is not None:
+        found = settings_of(resume)
+        name = problem or found.problem.name
+    elif problem is None:
+        raise ValueError(f"name a problem to train; known: {sorted(problems.PROBLEMS)}")
+    else:
+        optimizer, name = chosen.get("optimizer", "kbfgs"), problem
+        epochs = problems.get(name).epochs_of(optimizer)
+        found = training.Settings(problems.get(name), optimizer, epochs)
+    own = {field.name for field in dataclasses.fields(found)}
+    changed = {name: value for name, value in chosen.items() if name in own}
+    hyper = {name: value for name, value in chosen.items() if name not in own}
+    return dataclasses.replace(
+        found, problem=problems.get(name), **changed, hyper={**found.hyper, **hyper}
+    )
+
+
+def settings_of(folder: Path) -> training.Settings:
+    """What a run of `train` was made with. Raises: ValueError for another or an empty folder."""
+    if not (folder / CHECKPOINT).is_file():
+        raise ValueError(f"no {CHECKPOINT} in {folder}; `kronscope train` writes one")
+    header = records.read_header(folder)
+    if header.get("study") != NAME:
+        raise ValueError(f"{folder} holds study {header.get('study')}, not {NAME}")
+    config = {**header["config"], "problem": problems.get(header["problem"])}
+    return training.Settings(**config)
+
+
+@contextmanager
+def _sigterm() -> Iterator[Event]:
+    """Inside, SIGTERM sets the event and nothing else, where Python may handle signals."""
+    asked = Event()
+    if current_thread() is not main_thread():  # nobody may be told there
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _epochs(
+    settings: training.Settings,
+    folder: Path,
+    resume: Path | None,
+    progress: Progress,
+    asked: Event,
+) -> Iterator[training.State]:
+    """The states at the ends of epochs, the start included.
+
+    Raises: Stopped if the event is set, when the checkpoint is written.
+    """
+    task = progress.add_task(f"training {settings.optimizer}", total=None)
+    for state in training.steps(settings, resume / CHECKPOINT if resume else None):
+        total = settings.epochs * state.steps_per_epoch
+        progress.update(task, total=total, completed=state.step)
+        if state.step % state.steps_per_epoch == 0:
+            yield state
+        if asked.is_set() and state.step < total:
+            checkpoints.save(state, folder / CHECKPOINT)
+            raise Stopped(f"by SIGTERM at step {state.step:,} of {total:,}; --resume goes on")
+
+
+def _last_step(folder: Path) -> int:
+    frame = records.read(folder)
+    return -1 if frame.empty else int(frame["step"].max())
+
+
+def _rows(
+    folder: Path,
+    settings: training.Settings,
+    state: training.State,
+    beside: Alongside | None,
+    losses: dict[str, float],
+) -> list[dict[str, Any]]:
+    own = {"run": folder.name, "study": NAME}
+    measured = [] if beside is None or state.step == 0 else beside.rows(settings, state, losses)
+    if measured:
+        return [{**own, **row} for row in measured]
+    shared = {
+        **own,
+        "problem": settings.problem.name,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "step": state.step,
+        "epoch": state.epoch,
+        "seconds": state.seconds,
+    }
+    return [{**shared, **loss_row(name, value)} for name, value in losses.items()]
+
+
+def table(frame: pd.DataFrame) -> Table:
+    """Losses, and accuracies where there are classes, by epoch as a table."""
+    frame = frame[frame["block"] == ""]
+    wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
+    names = sorted(wide.columns, key=lambda name: (not name.endswith("_loss"), "test" in name))
+    shown = Table("epoch", "seconds", *(name.replace("_", " ") for name in names))
+    for row in wide.reset_index().to_dict("records"):
+        numbers = [f"{row[name]:.4f}" for name in names]
+        shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *numbers)
+    return shown

@@ -1,0 +1,1 @@
+"""Searches for learning rate and damping."""
