@@ -1,7 +1,4 @@
-"""Results as `error_along_training` would write them, made up in milliseconds.
-
-Tests load this file by path (`runpy.run_path`), as the suite's modules cannot import each other.
-"""
+"""Results as `error_along_training` would write them, made up in milliseconds."""
 
 from itertools import product
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 From unbiased moments they speak of the block over all examples there are; from the batch's own, of
 the batch, and their intervals cover what is typical of batches of this size. Coverage of both is
-measured in tests/diag/test_coverage.py.
+measured in tests/diag/statistics/test_coverage.py.
 """
 
 import math

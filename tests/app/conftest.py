@@ -1,20 +1,19 @@
 """Results folders in the states that the dashboard may meet."""
 
 import math
-import runpy
 import shutil
-from pathlib import Path
 
 import pytest
 
-SYNTHETIC = runpy.run_path(str(Path(__file__).parents[1] / "synthetic.py"))
+from kronscope.studies.results import records
+from tests import synthetic
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """A results folder with one finished run of all three optimizers."""
     folder = tmp_path_factory.mktemp("results")
-    SYNTHETIC["write_run"](folder, steps=(0, 50, 100))
+    synthetic.write_run(folder, steps=(0, 50, 100))
     return folder
 
 
@@ -38,46 +37,46 @@ def _just_started(folder):
 def _nothing_compared(folder):
     """The first losses are there, the first comparison is not."""
     _just_started(folder)
-    row = SYNTHETIC["row"](optimizer="adam", step=0, metric="train_loss", value=1.0)
-    SYNTHETIC["records"].append(folder / "made-up", [row])
+    row = synthetic.row(optimizer="adam", step=0, metric="train_loss", value=1.0)
+    records.append(folder / "made-up", [row])
 
 
 def _whole_model_only(folder):
     """As sharpness_along_training writes it: numbers against exact matrices, none of a layer."""
     _just_started(folder)
-    loss = SYNTHETIC["row"](optimizer="adam", step=0, metric="batch_loss", value=1.0)
+    loss = synthetic.row(optimizer="adam", step=0, metric="batch_loss", value=1.0)
     own = {"optimizer": "adam", "step": 1, "metric": "sharpness", "size": 9056, "value": 2.0}
-    sharp = [SYNTHETIC["row"](truth=truth, **own) for truth in ("ggn", "hessian")]
-    SYNTHETIC["records"].append(folder / "made-up", [loss, *sharp])
+    sharp = [synthetic.row(truth=truth, **own) for truth in ("ggn", "hessian")]
+    records.append(folder / "made-up", [loss, *sharp])
 
 
 def _without_floors(folder):
-    _rewrite(folder, [row for row in SYNTHETIC["rows"]((0,)) if row["metric"] != "noise_floor"])
+    _rewrite(folder, [row for row in synthetic.rows((0,)) if row["metric"] != "noise_floor"])
 
 
 def _floors_without_value(folder):
-    rows = SYNTHETIC["rows"]((0,))
+    rows = synthetic.rows((0,))
     _rewrite(folder, [r | {"value": math.nan} if r["metric"] == "noise_floor" else r for r in rows])
 
 
 def _rewrite(folder, rows):
     shutil.rmtree(folder / "made-up" / "records")
-    SYNTHETIC["records"].append(folder / "made-up", rows)
+    records.append(folder / "made-up", rows)
 
 
 def _no_definitions(folder):
-    header = SYNTHETIC["HEADER"] | {"metrics": None}
-    SYNTHETIC["records"].write_header(folder / "made-up", header)
+    header = synthetic.HEADER | {"metrics": None}
+    records.write_header(folder / "made-up", header)
 
 
 def _running(folder):
-    header = SYNTHETIC["HEADER"] | {"status": "running"}
-    SYNTHETIC["records"].write_header(folder / "made-up", header)
+    header = synthetic.HEADER | {"status": "running"}
+    records.write_header(folder / "made-up", header)
 
 
 def _diverged(folder):
-    header = SYNTHETIC["HEADER"] | {"status": "diverged: the loss is not finite at step 60"}
-    SYNTHETIC["records"].write_header(folder / "made-up", header)
+    header = synthetic.HEADER | {"status": "diverged: the loss is not finite at step 60"}
+    records.write_header(folder / "made-up", header)
 
 
 def _compared(folder):
@@ -88,8 +87,8 @@ def _compared(folder):
         "rows": [["lr 1", "7"]],
     }
     more = {"question": "Which is best?", "comparison": table, "claims": ["It is: it was."]}
-    header = SYNTHETIC["HEADER"] | more | {"shown": ["adam"]}
-    SYNTHETIC["records"].write_header(folder / "made-up", header)
+    header = synthetic.HEADER | more | {"shown": ["adam"]}
+    records.write_header(folder / "made-up", header)
 
 
 def _damaged(folder):

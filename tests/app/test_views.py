@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from streamlit.testing.v1 import AppTest
 
 from kronscope.studies.reports import figures
 from kronscope.studies.results import records
+from tests import synthetic
 
 APP = Path(__file__).parents[2] / "app"
-SYNTHETIC = runpy.run_path(str(APP.parent / "tests" / "synthetic.py"))
 VIEWS = sorted(file.stem for file in (APP / "views").glob("[!_]*.py"))
 STATES = {  # state -> what every view says in it, number of figures
     "full": ("", 1),
@@ -75,7 +74,7 @@ def test_a_run_that_compares_nothing(view, text, figures, state, in_state):
 @pytest.mark.parametrize("view", ["along_training", "blocks"])
 def test_a_run_that_has_compared_nothing_yet(view, in_state):
     run = in_state("nothing_compared") / "made-up"
-    records.write_header(run, SYNTHETIC["HEADER"] | {"status": "running"})
+    records.write_header(run, synthetic.HEADER | {"status": "running"})
     app = open_view(view)
     assert not app.exception
     assert "This run has compared nothing yet" in said(app)
@@ -87,7 +86,7 @@ def test_overview_shows_the_figures_that_a_study_alone_has(in_state):
     point |= {"seeds": 2, "diverged": 1, "steps": [3], "loss": 7.0}
     rows = [point | {"lr": lr} for lr in (0.01, 0.1)]
     more = {"stability": rows, "stable_below": {"adam": 38.0}}
-    records.write_header(run, SYNTHETIC["HEADER"] | more)
+    records.write_header(run, synthetic.HEADER | more)
     app = open_view("overview")
     assert not app.exception
     assert "Figures of this study" in [block.value for block in app.subheader]
@@ -237,7 +236,7 @@ def test_blocks_opens_where_there_is_a_picture(in_state):
 def test_blocks_shows_matrices_without_records(in_state):
     folder = in_state("full")
     shutil.rmtree(folder / "made-up" / "records")
-    row = SYNTHETIC["row"](optimizer="adam", step=0, metric="train_loss", value=1.0)
+    row = synthetic.row(optimizer="adam", step=0, metric="train_loss", value=1.0)
     records.append(folder / "made-up", [row])
     app = open_view("blocks")
     assert not app.exception

@@ -1,9 +1,7 @@
 """Every optimizer by name, small networks, and loops, shared by the optimizer tests."""
 
 import inspect
-import runpy
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,7 +11,6 @@ from torch.nn import functional as F
 from kronscope import optim
 
 SIZES = (6, 5, 3, 5, 6)
-CASES = runpy.run_path(str(Path(__file__).with_name("models.py")))["CASES"]
 
 
 class Recipe(NamedTuple):

@@ -1,17 +1,9 @@
 """Oracle of K-BFGS and K-BFGS(L), for Linear and Conv2d (sections 2 and 3)."""
 
-import runpy
-from pathlib import Path
-
 import torch
 from torch import nn
 
-BASE = runpy.run_path(str(Path(__file__).with_name("oracles_base.py")))
-Oracle = BASE["Oracle"]
-Seen = BASE["Seen"]
-assembled = BASE["assembled"]
-inverse = BASE["inverse"]
-kron = BASE["kron"]
+from tests.optim.oracles_base import Oracle, Seen, assembled, inverse, kron
 
 MU_1 = 0.2
 

@@ -2,18 +2,17 @@
 Eva, exact layer blocks. Section numbers are those of the specification they are written from.
 """
 
-import runpy
-from pathlib import Path
-
 import torch
 
-BASE = runpy.run_path(str(Path(__file__).with_name("oracles_base.py")))
-Oracle = BASE["Oracle"]
-assembled = BASE["assembled"]
-example_gradients = BASE["example_gradients"]
-inverse = BASE["inverse"]
-kron = BASE["kron"]
-layer_units = BASE["layer_units"]
+from tests.optim.oracles_base import (
+    Oracle,
+    assembled,
+    example_gradients,
+    inverse,
+    kron,
+    layer_units,
+    layers_of,
+)
 
 
 def kronecker_factors(a, g):
@@ -171,7 +170,7 @@ class MBF(Oracle):
         **settings,
     ):
         super().__init__(model, loss, **settings)
-        self.layers, self.conv_share = BASE["layers_of"](self.model), conv_share
+        self.layers, self.conv_share = layers_of(self.model), conv_share
         self.estimator, self.fc_group, self.fc_share = estimator, fc_group, fc_share
         self.cuts = {}
         for key, M in self.M.items():

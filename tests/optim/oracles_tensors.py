@@ -1,19 +1,11 @@
 """Oracles of Shampoo and TNT, which see parameters as tensors and nothing of the layers."""
 
-import runpy
 from functools import reduce
 from math import prod
-from pathlib import Path
 
 import torch
 
-BASE = runpy.run_path(str(Path(__file__).with_name("oracles_base.py")))
-Oracle = BASE["Oracle"]
-inverse = BASE["inverse"]
-kron = BASE["kron"]
-layers_of = BASE["layers_of"]
-parameter_units = BASE["parameter_units"]
-Unit = BASE["Unit"]
+from tests.optim.oracles_base import Oracle, Unit, inverse, kron, layers_of, parameter_units
 
 
 def as_tensor(gradient):

@@ -1,30 +1,32 @@
 """Numbers that are not finite never enter a state; failures are counted, then named."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from kronscope.optim.core import refresher as refresh
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-RECIPES = SHARED["RECIPES"]
-closure_of = SHARED["closure_of"]
-count = SHARED["count"]
-dense = SHARED["dense"]
-make_for = SHARED["make_for"]
-owned = SHARED["owned"]
-state_of = SHARED["state_of"]
-takes = SHARED["takes"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    OF_PARAMETERS,
+    ONE_EACH,
+    RECIPES,
+    closure_of,
+    count,
+    dense,
+    make_for,
+    owned,
+    state_of,
+    takes,
+    train_on,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
+one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
 refreshing = pytest.mark.parametrize("kind", [k for k in sorted(MAKE) if takes(k, "refresh_every")])
 BAD = {"nan": float("nan"), "inf": float("inf")}
 
@@ -263,7 +265,7 @@ def test_a_heavy_ball_that_overflows_begins_anew(kind):
 
 @pytest.mark.parametrize("kind", sorted(MAKE))
 def test_a_plain_parameter_whose_momentum_overflows(kind):
-    if kind in SHARED["OF_PARAMETERS"]:
+    if kind in OF_PARAMETERS:
         pytest.skip("every parameter has a block")
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     x = torch.rand(6, 3)

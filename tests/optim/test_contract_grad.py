@@ -1,20 +1,21 @@
 """Statistics follow .grad, whatever else a loop does between forward, backward and step."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from kronscope.optim import KBFGS, KFAC, MBF, HessianFree
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-OF_GRADIENTS = SHARED["OF_GRADIENTS"]
-make_for = SHARED["make_for"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    OF_GRADIENTS,
+    OF_PARAMETERS,
+    is_sampled,
+    make_for,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
 one_pass = pytest.mark.parametrize("kind", sorted(set(MAKE) - CLOSURE))
@@ -230,7 +231,7 @@ def test_a_call_that_does_not_lead_to_the_loss(kind):
     for stop in ("detach", "no_grad"):
         torch.manual_seed(0)
         model = Twins(stop).double()
-        settings = {"likelihood": "gaussian"} if SHARED["is_sampled"](kind) else {}
+        settings = {"likelihood": "gaussian"} if is_sampled(kind) else {}
         opt = MAKE[kind](model, **settings)
         x = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         for _ in range(3):
@@ -246,7 +247,7 @@ def test_a_call_that_does_not_lead_to_the_loss(kind):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("kind", sorted(set(MAKE) - SHARED["OF_PARAMETERS"] - OF_GRADIENTS))
+@pytest.mark.parametrize("kind", sorted(set(MAKE) - OF_PARAMETERS - OF_GRADIENTS))
 def test_an_empty_batch_is_refused(kind):
     case = CASES["mlp"]()
     opt = make_for(kind, case)

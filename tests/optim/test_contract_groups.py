@@ -1,25 +1,26 @@
 """Parameter groups and schedulers, over all methods."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
 from kronscope.optim import Damping
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-dense = SHARED["dense"]
-make_for = SHARED["make_for"]
-owned = SHARED["owned"]
-same = SHARED["same"]
-state_of = SHARED["state_of"]
-takes = SHARED["takes"]
-train_on = SHARED["train_on"]
-unclipped = SHARED["unclipped"]
-vector = SHARED["vector"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    dense,
+    make_for,
+    owned,
+    same,
+    state_of,
+    takes,
+    train_on,
+    unclipped,
+    vector,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
 
@@ -85,7 +86,7 @@ def test_weight_decay_of_the_constructor_is_that_of_a_group(kind):
         groups = [{"params": list(case.model.parameters()), **own}]
         opt = make_for(kind, case, **({"groups": groups} if inside else own))
         train_on(opt, case, case.batches[:4])
-        results.append(SHARED["weights"](case.model))
+        results.append(weights(case.model))
     assert torch.equal(*results)
 
 
@@ -160,13 +161,13 @@ def test_learning_rate_schedulers(kind):
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 0.0 if epoch == 1 else 1.0)
     train_on(opt, case, case.batches[:1])
     schedule.step()
-    before, known = SHARED["weights"](case.model), state_of(opt)
+    before, known = weights(case.model), state_of(opt)
     train_on(opt, case, case.batches[1:3])
-    assert torch.equal(before, SHARED["weights"](case.model))
+    assert torch.equal(before, weights(case.model))
     assert not same(known, state_of(opt))
     schedule.step()
     train_on(opt, case, case.batches[3:4])
-    assert not torch.equal(before, SHARED["weights"](case.model))
+    assert not torch.equal(before, weights(case.model))
     for make in (
         lambda: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 5),
         lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(opt),

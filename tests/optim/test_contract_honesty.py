@@ -1,28 +1,29 @@
 """What preconditioner() shows is what a step applies, on every kind of layer."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from kronscope import optim
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, RECIPES = SHARED["CASES"], SHARED["MAKE"], SHARED["RECIPES"]
-CLOSURE = SHARED["CLOSURE"]
-closure_of = SHARED["closure_of"]
-count = SHARED["count"]
-dense = SHARED["dense"]
-make_for = SHARED["make_for"]
-owned = SHARED["owned"]
-same = SHARED["same"]
-statistics = SHARED["statistics"]
-train_on = SHARED["train_on"]
-unclipped = SHARED["unclipped"]
-vector = SHARED["vector"]
+from tests.optim.cases import (
+    APART,
+    CLOSURE,
+    MAKE,
+    RECIPES,
+    closure_of,
+    count,
+    dense,
+    make_for,
+    owned,
+    same,
+    statistics,
+    train_on,
+    unclipped,
+    vector,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
 on_all = pytest.mark.parametrize("name", sorted(CASES))
@@ -31,7 +32,7 @@ on_all = pytest.mark.parametrize("name", sorted(CASES))
 def test_nothing_is_missing():
     exported = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)}
     methods = {name for name in exported if issubclass(getattr(optim, name), torch.optim.Optimizer)}
-    assert methods - SHARED["APART"] == {RECIPES[kind].method for kind in MAKE}
+    assert methods - APART == {RECIPES[kind].method for kind in MAKE}
     assert len(MAKE) >= 18  # raise it as the zoo grows
     assert len(CASES) >= 3
 

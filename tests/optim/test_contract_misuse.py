@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,16 +22,11 @@ from kronscope.optim import (
 )
 from kronscope.optim.core import refresher as refresh
 from kronscope.optim.methods.mbf import mini_blocks
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE = SHARED["CASES"], SHARED["MAKE"]
-make_for = SHARED["make_for"]
-state_of, same = SHARED["state_of"], SHARED["same"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import MAKE, OF_PARAMETERS, is_sampled, make_for, same, state_of, weights
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-LAYERED = sorted(set(MAKE) - SHARED["OF_PARAMETERS"])
+LAYERED = sorted(set(MAKE) - OF_PARAMETERS)
 of_layers = pytest.mark.parametrize("kind", LAYERED)
 SAMPLING = [KFAC, EKFAC, TKFAC, TNT, ExactFisher]
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
@@ -55,7 +48,7 @@ def closure_of(opt, model, x=X):
 
 
 def gaussian(kind):
-    return {"likelihood": "gaussian"} if SHARED["is_sampled"](kind) else {}
+    return {"likelihood": "gaussian"} if is_sampled(kind) else {}
 
 
 COMPUTED = {

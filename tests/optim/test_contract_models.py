@@ -1,28 +1,29 @@
 """Unusual models: unused, frozen, tied, normalised, stochastic layers, over all methods."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-OF_PARAMETERS, RECIPES = SHARED["OF_PARAMETERS"], SHARED["RECIPES"]
-autoencoder = SHARED["autoencoder"]
-batches = SHARED["batches"]
-closure_of = SHARED["closure_of"]
-make_for = SHARED["make_for"]
-owned = SHARED["owned"]
-same = SHARED["same"]
-state_of = SHARED["state_of"]
-train = SHARED["train"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    OF_PARAMETERS,
+    ONE_EACH,
+    autoencoder,
+    batches,
+    closure_of,
+    make_for,
+    owned,
+    same,
+    state_of,
+    train,
+    train_on,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
+one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
 
 
 def copies(model):

@@ -1,23 +1,15 @@
 """The masked path of a GPU gives the fast path's numbers; summary() tells all; GPUs never wait."""
 
 import re
-import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kronscope.optim.linalg.basics import known_true
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-make_for = SHARED["make_for"]
-state_of = SHARED["state_of"]
-takes = SHARED["takes"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import MAKE, make_for, state_of, train_on, weights
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
 SETTINGS = {"update_every": 2, "refresh_every": 2, "weight_decay": 0.01}

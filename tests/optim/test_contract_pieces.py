@@ -1,22 +1,23 @@
 """Micro-batches add up to the batch; autocast and GradScaler leave the numbers as they are."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE, CLOSURE = SHARED["CASES"], SHARED["MAKE"], SHARED["CLOSURE"]
-count = SHARED["count"]
-is_sampled = SHARED["is_sampled"]
-make_for = SHARED["make_for"]
-same = SHARED["same"]
-state_of = SHARED["state_of"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    count,
+    is_sampled,
+    make_for,
+    same,
+    state_of,
+    train_on,
+    weights,
+)
+from tests.optim.models import CASES
 
 # eigenvectors of equal eigenvalues are any; what they make of a step is compared by the weights
 IN_A_BASIS = {"U_A", "U_G", "S"}

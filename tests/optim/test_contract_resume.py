@@ -2,28 +2,29 @@
 
 import copy
 import io
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, MAKE = SHARED["CASES"], SHARED["MAKE"]
-autoencoder = SHARED["autoencoder"]
-batches = SHARED["batches"]
-closure_of = SHARED["closure_of"]
-dense = SHARED["dense"]
-make_for = SHARED["make_for"]
-same = SHARED["same"]
-state_of = SHARED["state_of"]
-takes = SHARED["takes"]
-train = SHARED["train"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    MAKE,
+    ONE_EACH,
+    autoencoder,
+    batches,
+    closure_of,
+    dense,
+    make_for,
+    same,
+    state_of,
+    takes,
+    train,
+    train_on,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
+one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
 SETTINGS = {"update_every": 2, "refresh_every": 3, "weight_decay": 1e-3}
 
 

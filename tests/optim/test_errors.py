@@ -1,25 +1,25 @@
 """Mistakes get an error that names the culprit and the way out."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from kronscope.optim import KBFGS, KFAC
-
-CASES = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-MAKE = CASES["MAKE"]
-autoencoder = CASES["autoencoder"]
-batches = CASES["batches"]
-closure_of = CASES["closure_of"]
-loss_of = CASES["loss_of"]
-train = CASES["train"]
+from tests.optim.cases import (
+    MAKE,
+    OF_GRADIENTS,
+    OF_PARAMETERS,
+    autoencoder,
+    batches,
+    closure_of,
+    loss_of,
+    takes,
+    train,
+)
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-OF_LAYERS = set(MAKE) - CASES["OF_GRADIENTS"] - CASES["OF_PARAMETERS"]
+OF_LAYERS = set(MAKE) - OF_GRADIENTS - OF_PARAMETERS
 watching = pytest.mark.parametrize("kind", sorted(OF_LAYERS))
 
 
@@ -37,7 +37,7 @@ watching = pytest.mark.parametrize("kind", sorted(OF_LAYERS))
 )
 @every
 def test_common_settings(kind, setting, message):
-    if not CASES["takes"](kind, *setting):
+    if not takes(kind, *setting):
         pytest.skip("not a setting of it")
     with pytest.raises(ValueError, match=message):
         MAKE[kind](autoencoder(), **setting)
@@ -51,7 +51,7 @@ def test_own_settings():
 @every
 @pytest.mark.parametrize("name", ["update_every", "refresh_every"])
 def test_periods(kind, name):
-    if not CASES["takes"](kind, name):
+    if not takes(kind, name):
         pytest.skip("not a setting of it")
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
         MAKE[kind](autoencoder(), **{name: 0})
@@ -59,7 +59,7 @@ def test_periods(kind, name):
 
 @every
 def test_likelihoods(kind):
-    if not CASES["takes"](kind, "likelihood"):
+    if not takes(kind, "likelihood"):
         pytest.skip("not a setting of it")
     with pytest.raises(ValueError, match=r"no likelihood 'poisson'; known: .*categorical"):
         MAKE[kind](autoencoder(), likelihood="poisson")

@@ -4,9 +4,7 @@ import copy
 import gc
 import inspect
 import pickle
-import runpy
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,28 +13,34 @@ from torch.utils.checkpoint import checkpoint
 
 from kronscope import optim
 from kronscope.optim import KBFGS
-
-SHARED = runpy.run_path(str(Path(__file__).with_name("cases.py")))  # suites cannot import
-CASES, CLOSURE, MAKE = SHARED["CASES"], SHARED["CLOSURE"], SHARED["MAKE"]
-autoencoder = SHARED["autoencoder"]
-batches = SHARED["batches"]
-closure_of = SHARED["closure_of"]
-loss_of = SHARED["loss_of"]
-make_for = SHARED["make_for"]
-same = SHARED["same"]
-state_of = SHARED["state_of"]
-takes = SHARED["takes"]
-train = SHARED["train"]
-train_on = SHARED["train_on"]
-weights = SHARED["weights"]
+from tests.optim.cases import (
+    CLOSURE,
+    MAKE,
+    ONE_EACH,
+    RECIPES,
+    autoencoder,
+    batches,
+    closure_of,
+    is_sampled,
+    loss_of,
+    make_for,
+    same,
+    state_of,
+    statistics,
+    takes,
+    train,
+    train_on,
+    weights,
+)
+from tests.optim.models import CASES
 
 every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(SHARED["ONE_EACH"]))
+one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
 
 
 @every
 def test_the_signature_is_the_common_one(kind):
-    method = getattr(optim, SHARED["RECIPES"][kind].method)
+    method = getattr(optim, RECIPES[kind].method)
     parameters = inspect.signature(method).parameters
     names = list(parameters)
     assert names[:3] == ["model", "lr", "damping"]
@@ -102,7 +106,7 @@ def test_evaluation_leaves_no_trace(kind):
 @pytest.mark.parametrize("closure", [False, True])
 def test_gradients_cleared_by_the_model_and_forwards_without_backward(kind, closure):
     """model.zero_grad() clears as opt.zero_grad() does; a forward alone counts for nothing."""
-    if SHARED["is_sampled"](kind):
+    if is_sampled(kind):
         pytest.skip("each training forward draws labels")
     results = []
     for extra in (False, True):
@@ -232,7 +236,7 @@ def test_update_every(kind):
     known, moved = None, []
     for batch in case.batches[:7]:
         train_on(opt, case, [batch])
-        now = SHARED["statistics"](opt)
+        now = statistics(opt)
         for state in now if "U_A" in now[0] else []:
             del state["S"]  # EKFAC carries it into each new basis
         moved.append(known is None or not same(known, now))

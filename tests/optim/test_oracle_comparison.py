@@ -1,18 +1,15 @@
 """KFAC and K-BFGS follow the slow dense oracles on a network, convolutions and shared weights."""
 
 import copy
-import runpy
-from pathlib import Path
 
 import pytest
 import torch
 
 from kronscope.optim import KBFGS, KFAC
 from kronscope.optim.capture.likelihoods import sampled_score
+from tests.optim.models import CASES
+from tests.optim.oracles import ORACLES
 
-HERE = Path(__file__).parent
-ORACLES = runpy.run_path(str(HERE / "oracles.py"))["ORACLES"]
-CASES = runpy.run_path(str(HERE / "models.py"))["CASES"]
 STEPS = 7
 
 

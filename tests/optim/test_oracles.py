@@ -1,20 +1,23 @@
 """The judges are judged: identities that theory demands of the oracles."""
 
-import runpy
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-HERE = Path(__file__)
-MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import
-ORACLES = runpy.run_path(str(HERE.with_name("oracles.py")))["ORACLES"]
-BASE = runpy.run_path(str(HERE.with_name("oracles_base.py")))
-CASES = MODELS["CASES"]
-ZEROS = {"cnn-zeros": lambda: MODELS["cnn"](kernel=3, padding_mode="zeros")}
+from tests.optim.models import CASES, Case, cnn, gaussian_loss, mlp, shared
+from tests.optim.oracles import ORACLES
+from tests.optim.oracles_base import (
+    Seen,
+    example_gradients,
+    group_units,
+    layer_units,
+    parameter_units,
+)
+
+ZEROS = {"cnn-zeros": lambda: cnn(kernel=3, padding_mode="zeros")}
 SNAPSHOT = {"lr": 0.1, "damping": 0.3, "momentum": 0.0}
 
 every_case = pytest.mark.parametrize("case", sorted(CASES))
@@ -48,11 +51,11 @@ def after_one_step(method, case, *, examples=None, score=None, **settings):
 
 
 def single_linear(m=8):
-    model, batches, _, _ = MODELS["mlp"](m=m)
-    return MODELS["Case"](
+    model, batches, _, _ = mlp(m=m)
+    return Case(
         nn.Sequential(model[0]),
         [(x, t[:, :4]) for x, t in batches],
-        MODELS["gaussian_loss"],
+        gaussian_loss,
         "gaussian",
     )
 
@@ -62,8 +65,8 @@ def vectors(model, loss, batch):
     found = {}
     for n in range(len(batch[0])):
         one = tuple(part[n : n + 1] for part in batch)
-        of = BASE["Seen"](model, loss, one).gradient()
-        for (name, _), unit in BASE["layer_units"](model).items():
+        of = Seen(model, loss, one).gradient()
+        for (name, _), unit in layer_units(model).items():
             found.setdefault(name, []).append(unit.matrix(of).reshape(-1))
     return {name: torch.stack(rows) for name, rows in found.items()}
 
@@ -71,18 +74,18 @@ def vectors(model, loss, batch):
 @pytest.mark.parametrize("case", sorted(CASES | ZEROS))
 def test_rows_are_what_the_layers_see(case):
     model, batches, loss, _ = (CASES | ZEROS)[case]()
-    seen = BASE["Seen"](model, loss, batches[0])
-    of, units = seen.gradient(), BASE["group_units"](model)
+    seen = Seen(model, loss, batches[0])
+    of, units = seen.gradient(), group_units(model)
     rows = seen.rows()
     assert rows.keys() == units.keys()
     for key, (a, g, z) in rows.items():
         torch.testing.assert_close(a @ units[key].matrix().mT, z)
-        V = BASE["example_gradients"](a, g)
+        V = example_gradients(a, g)
         torch.testing.assert_close(sum(V) / len(V), units[key].matrix(of))
 
 
 def test_copy_leaves_hooks_behind():
-    model, batches, loss, _ = MODELS["mlp"]()
+    model, batches, loss, _ = mlp()
     called = []
     model[0].register_forward_hook(lambda *_: called.append(1))
     oracle = ORACLES["KFAC"](model, loss, **SNAPSHOT)
@@ -98,19 +101,17 @@ def test_example_gradients(case):
     model, batches, loss, _ = CASES[case]()
     batch = tuple(part[:3] for part in batches[0])
     expected = vectors(model, loss, batch)
-    rows = BASE["Seen"](model, loss, batch).rows()
+    rows = Seen(model, loss, batch).rows()
     for name, v in expected.items():
-        groups = [
-            BASE["example_gradients"](a, g) for (n, _), (a, g, _) in rows.items() if n == name
-        ]
+        groups = [example_gradients(a, g) for (n, _), (a, g, _) in rows.items() if n == name]
         for n, parts in enumerate(zip(*groups, strict=True)):
             torch.testing.assert_close(torch.cat(parts).reshape(-1), v[n])
 
 
 def test_score_takes_the_place_of_the_loss():
-    model, batches, loss, _ = MODELS["cnn"]()
+    model, batches, loss, _ = cnn()
     x, t = batches[0]
-    seen = BASE["Seen"](model, loss, (x, t))
+    seen = Seen(model, loss, (x, t))
 
     def score(z):
         return z.softmax(1) - F.one_hot(t, z.shape[1])
@@ -129,9 +130,9 @@ def test_step_is_minus_lr_P_gradient(method, case):
     score = score_of(likelihood)
     for batch in batches[:3]:
         oracle.step(batch, score)
-    before, of = {}, BASE["Seen"](oracle.model, loss, batches[3]).gradient()
-    by = "parameter_units" if method in ("Shampoo", "TNT") else "layer_units"
-    units = BASE[by](oracle.model)
+    before, of = {}, Seen(oracle.model, loss, batches[3]).gradient()
+    by = parameter_units if method in ("Shampoo", "TNT") else layer_units
+    units = by(oracle.model)
     for key, unit in units.items():
         before[key] = unit.matrix(), unit.matrix(of).reshape(-1)
     oracle.step(batches[3], score)
@@ -145,7 +146,7 @@ def test_step_is_minus_lr_P_gradient(method, case):
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_huge_damping_leaves_sgd(method, decoupled):
     """P -> I / damping, so that lr = eta damping (Shampoo: its root) is SGD of rate eta."""
-    model, batches, loss, likelihood = MODELS["cnn"]()
+    model, batches, loss, likelihood = cnn()
     eta, damping, tau = 0.05, 1e8 if method != "Shampoo" else 1e14, 0.2
     lr = eta * damping ** (0.5 if method == "Shampoo" else 1.0)
     extra = {"kl_clip": float("inf")} if method == "Eva" else {}
@@ -169,8 +170,8 @@ def test_huge_damping_leaves_sgd(method, decoupled):
 @pytest.mark.parametrize("method", ["KFAC", "EKFAC", "TKFAC", "ExactFisher"])
 def test_one_example_is_exact(method):
     """Then each of them is V Vᵀ, for a layer with one row per example."""
-    model, batches, loss, likelihood = MODELS["mlp"]()
-    case = MODELS["Case"](model, batches, loss, likelihood)
+    model, batches, loss, likelihood = mlp()
+    case = Case(model, batches, loss, likelihood)
     oracle, batch = after_one_step(method, case, examples=1)
     for name, v in vectors(model, loss, batch).items():
         torch.testing.assert_close(oracle.curvature[name], torch.outer(v[0], v[0]))
@@ -190,7 +191,7 @@ def test_traces_and_errors_against_the_exact_block(case):
 
 def test_damping_of_the_factored_methods():
     """Eigenvalues of P: (g + √λ)(a + √λ) over those of the factors, split as documented."""
-    case = MODELS["mlp"]()
+    case = mlp()
     root = SNAPSHOT["damping"] ** 0.5
     for method in ("KFAC", "TKFAC"):
         oracle, _ = after_one_step(method, case, **({"pi": True} if method == "KFAC" else {}))
@@ -215,7 +216,7 @@ def test_damping_of_the_factored_methods():
 
 def test_ekfac_basis_change():
     """Carrying S keeps its sum, and is the diagonal of the same matrix in the new basis."""
-    model, batches, loss, likelihood = MODELS["shared"]()
+    model, batches, loss, likelihood = shared()
     oracle = ORACLES["EKFAC"](model, loss, **SNAPSHOT, refresh_every=1)
     score = score_of(likelihood)
     oracle.step(batches[0], score)
@@ -265,7 +266,7 @@ def test_mbf_blocks_are_sub_blocks_of_the_exact(case):
 @pytest.mark.parametrize(("name", "axes"), [("0.weight", 3), ("6.weight", 2), ("0.bias", 1)])
 def test_shampoo_exponents(name, axes):
     """P^(2k) is the inverse of the Kronecker product of the damped contractions."""
-    oracle, _ = after_one_step("Shampoo", MODELS["cnn"]())
+    oracle, _ = after_one_step("Shampoo", cnn())
     own = oracle.state[name, 0]
     assert len(own) == axes
     product = torch.ones(1, 1)
@@ -276,8 +277,8 @@ def test_shampoo_exponents(name, axes):
 
 
 def test_shampoo_learns_the_decayed_gradient_and_rests_when_warm():
-    model, batches, loss, _ = MODELS["mlp"]()
-    of = BASE["Seen"](model, loss, batches[0]).gradient()
+    model, batches, loss, _ = mlp()
+    of = Seen(model, loss, batches[0]).gradient()
     G = of(model[0].weight) + 0.2 * model[0].weight.detach()
     settings = {"weight_decay": 0.2, "decoupled": False}
     oracle, _ = after_one_step("Shampoo", (model, batches, loss, None), **settings)
@@ -292,7 +293,7 @@ def test_shampoo_learns_the_decayed_gradient_and_rests_when_warm():
 
 
 def test_tnt_keeps_the_trace():
-    model, batches, loss, likelihood = MODELS["cnn"]()
+    model, batches, loss, likelihood = cnn()
     oracle = ORACLES["TNT"](model, loss, **SNAPSHOT)
     score = score_of(likelihood)
     for batch in batches[:2]:
@@ -315,8 +316,8 @@ def test_tnt_keeps_the_trace():
 def test_eva_closed_form_and_clip(case):
     model, batches, loss, _ = CASES[case]()
     oracle, batch = after_one_step("Eva", (model, batches, loss, None), kl_clip=1e-4)
-    seen = BASE["Seen"](model, loss, batch)
-    of, units, total = seen.gradient(), BASE["group_units"](model), 0.0
+    seen = Seen(model, loss, batch)
+    of, units, total = seen.gradient(), group_units(model), 0.0
     moved = oracle.units
     for key, (a, g, _) in seen.rows().items():
         x, ḡ, G = a.mean((0, 1)), g.mean((0, 1)) / len(g), units[key].matrix(of)
@@ -331,13 +332,13 @@ def test_eva_closed_form_and_clip(case):
 
 def test_exact_fisher_by_smw():
     """Section 12's closed form for one row per example."""
-    model, batches, loss, _ = MODELS["mlp"]()
+    model, batches, loss, _ = mlp()
     oracle, batch = after_one_step("ExactFisher", (model, batches, loss, None))
-    seen, lam = BASE["Seen"](model, loss, batch), SNAPSHOT["damping"]
+    seen, lam = Seen(model, loss, batch), SNAPSHOT["damping"]
     of = seen.gradient()
     for key, (a, g, _) in seen.rows().items():
         X, P, m = a[:, 0], g[:, 0], len(a)
-        gradient = BASE["group_units"](model)[key].matrix(of)
+        gradient = group_units(model)[key].matrix(of)
         t = torch.einsum("no,oi,ni->n", P, gradient, X)
         zeta = torch.linalg.solve(m * lam * torch.eye(m) + (X @ X.mT) * (P @ P.mT), t)
         Delta = (gradient - P.mT @ (zeta[:, None] * X)) / lam
@@ -355,7 +356,7 @@ def test_exact_fisher_by_smw():
     ],
 )
 def test_periods(method, refreshed):
-    model, batches, loss, likelihood = MODELS["mlp"]()
+    model, batches, loss, likelihood = mlp()
     oracle = ORACLES[method](model, loss, lr=0.1, damping=0.3, refresh_every=3, update_every=1)
     score, held = score_of(likelihood), []
     for batch in batches[:7]:
@@ -368,7 +369,7 @@ def test_periods(method, refreshed):
 @every_method
 def test_update_every_and_warm_up(method):
     """Between updates no label is drawn; a warm-up starts the averages from plain means."""
-    model, batches, loss, likelihood = MODELS["cnn"]()
+    model, batches, loss, likelihood = cnn()
     oracle = ORACLES[method](model, loss, lr=0.1, damping=0.3, update_every=3, refresh_every=2)
     drawn, score = [], score_of(likelihood)
 
@@ -383,7 +384,7 @@ def test_update_every_and_warm_up(method):
     if method != "ExactFisher":
         warm = ORACLES[method](model, loss, lr=0.1, damping=0.3)
         warm.warm_up(batches[:3])
-        parts = [warm.statistics(BASE["Seen"](warm.model, loss, b), None) for b in batches[:3]]
+        parts = [warm.statistics(Seen(warm.model, loss, b), None) for b in batches[:3]]
         for key, own in warm.state.items():
             for name, value in own.items():
                 torch.testing.assert_close(value, sum(p[key][name] for p in parts) / 3)

@@ -1,8 +1,5 @@
 """The oracles against diag, an engine of its own, on the data's labels."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -10,12 +7,9 @@ from torch.nn import functional as F
 
 from kronscope.diag import Problem, approximations, exact
 from kronscope.diag.operators import dense
-
-HERE = Path(__file__)
-MODELS = runpy.run_path(str(HERE.with_name("models.py")))  # suites cannot import
-ORACLES = runpy.run_path(str(HERE.with_name("oracles.py")))["ORACLES"]
-BASE = runpy.run_path(str(HERE.with_name("oracles_base.py")))
-CASES = MODELS["CASES"]
+from tests.optim.models import CASES
+from tests.optim.oracles import ORACLES
+from tests.optim.oracles_base import layers_of as all_layers
 
 
 def snapshot(case, method, **settings):
@@ -68,7 +62,7 @@ def of_layer(method, curvature, name, layer):
 
 def layers_of(approximation, model):
     """Layers that both know: no groups but for kernel slices, which are of convolutions."""
-    for name, layer in BASE["layers_of"](model).items():
+    for name, layer in all_layers(model).items():
         conv, groups = isinstance(layer, nn.Conv2d), getattr(layer, "groups", 1)
         if approximation == "mini_block_kernel":
             known = conv
