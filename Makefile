@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test install lint clean
+.PHONY: demo test slow install lint clean
 
 demo: install ## train, measure, write the report, open the dashboard (ARGS=--no-dashboard stops before)
 	$(BIN)/kronscope demo $(ARGS)
 
-test: install ## all tests, on all cores (ARGS are given to pytest)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+test: install ## all tests but the slow ones, on all cores (ARGS are given to pytest)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow" $(ARGS)
+
+slow: install ## the tests marked slow: real epochs, thousands of draws, a wheel in a fresh environment
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m slow $(ARGS)
 
 lint: install ## format check, lint, types, import contracts
 	$(BIN)/ruff format --check .
