@@ -1,9 +1,9 @@
 """The truths: exact Hessian, GGN and Fisher blocks.
 
-A Linear layer that sees one row per example is given as a SampleMean: C = mean C_n ⊗ a_n a_nᵀ. The
-GGN and the Fishers of any other block are a RootMean: C = mean V_n V_nᵀ. What has neither form (the
+A Linear layer that sees one row per example has KroneckerTerms, C = mean C_n ⊗ a_n a_nᵀ. The GGN
+and the Fishers of any other block have LowRankTerms, C = mean V_n V_nᵀ. What has neither form (the
 Hessian of a layer with shared weights, a loss that is not convex in the outputs) or does not fit
-the budget in it is a Dense matrix for small d, and known by its products alone above.
+the budget in it is a Dense matrix for small d, and MatrixFree above.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .backpack import quantities
-from .backward.loss_roots import output_roots
+from .backward.loss_roots import loss_roots
 from .backward.products import block_products, dense_block, layer_curvature
 from .operators import Dense, Operator
 from .operators.batched import Diagonals, Outer, Packed
 from .problem.blocks import Block
 from .problem.problem import Problem
 from .truths.assembly import assembled, by_rows, layer_inputs, size_in_bytes
-from .truths.kronecker_terms import SampleMean
+from .truths.kronecker_terms import KroneckerTerms
 from .truths.matrix_free import MatrixFree
 
 BACKENDS = ("torch.func", "backpack")
@@ -180,8 +180,8 @@ def _roots(
     problem: Problem, of: str, samples: int = 1, generator: torch.Generator | None = None
 ) -> Diagonals | Outer | None:
     if of == "fisher_mc":  # other labels each time
-        return output_roots(problem, of, samples, generator)
-    return problem.remember(("roots", of), lambda: output_roots(problem, of), 0)
+        return loss_roots(problem, of, samples, generator)
+    return problem.remember(("roots", of), lambda: loss_roots(problem, of), 0)
 
 
 def _compute(
@@ -213,7 +213,7 @@ def _by_examples(problem: Problem, block: Block, of: str, out: int) -> Operator:
         )
     rows = slice(*member.rows) if member.rows else slice(None)
     C = layer_curvature(problem, member.module, of)
-    return SampleMean(layer_inputs(problem, member), Packed.of(_symmetric(C[:, rows, rows])))
+    return KroneckerTerms(layer_inputs(problem, member), Packed.of(_symmetric(C[:, rows, rows])))
 
 
 def _whole(

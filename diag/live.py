@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, Taken, inverse
+from .operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, SingleStep, inverse
 from .problem.blocks import Block
 from .problem.problem import Problem
 
@@ -77,7 +77,9 @@ def undamped(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, O
     return {} if held is None else {name: read(map_, dtype) for name, map_ in held().items()}
 
 
-def taken(optimizer: Directed, problem: Problem, weight_decay: float = 0.0) -> dict[Block, Taken]:
+def taken(
+    optimizer: Directed, problem: Problem, weight_decay: float = 0.0
+) -> dict[Block, SingleStep]:
     """Copies of the optimizer's last directions d, each with the gradient it was made for.
 
     The keys are the optimizer's blocks as those of the problem, with their names; exact truths of
@@ -90,7 +92,7 @@ def taken(optimizer: Directed, problem: Problem, weight_decay: float = 0.0) -> d
     weight_decay: τ of an L2 term in the optimizer's gradient, g + τθ; its curvature is τ more of
     damping. Decoupled decay is no part of the direction: 0.
 
-    Metrics take these with gradient=taken.gradient and approximation_damping=0; their damping is
+    Metrics take these with gradient=step.gradient and approximation_damping=0; their damping is
     what the optimizer solved with, λ + τ. Blocks without a direction yet are left out.
 
     Raises: ValueError for directions that are not of whole layers of the problem, or not finite.
@@ -101,7 +103,7 @@ def taken(optimizer: Directed, problem: Problem, weight_decay: float = 0.0) -> d
             block = _block_of(problem, name, direction)
             theta: dict[str, Tensor] = {n: problem.model.get_parameter(n) for n in block.parameters}
             gradient = problem.gradient(block) + weight_decay * block.join(theta)
-            found[block] = Taken(gradient.detach(), -block.join(dict(direction)).to(gradient))
+            found[block] = SingleStep(gradient.detach(), -block.join(dict(direction)).to(gradient))
     return found
 
 

@@ -7,7 +7,7 @@ from ..exact import truth
 from ..operators import Operator, dense
 from ..problem.blocks import Block, Member
 from ..problem.problem import Problem
-from ..truths.low_rank_terms import RootMean
+from ..truths.low_rank_terms import LowRankTerms
 
 MBF = "Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), section 3"
 
@@ -55,7 +55,7 @@ def mean_sub_blocks(whole: Operator, where: Tensor) -> Tensor:
 
     where [m, k, s]: m = 1 gives k sub-blocks as they are; larger m shares each among m.
     """
-    if not isinstance(whole, RootMean):
+    if not isinstance(whole, LowRankTerms):
         matrix = dense(whole)
         where = where.to(matrix.device)
         return matrix[where[..., :, None], where[..., None, :]].mean(0)

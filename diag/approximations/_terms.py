@@ -1,6 +1,6 @@
 """What a layer's exact block is the mean of, and the three sums that factored methods need of it.
 
-A Linear layer with one row per example is a SampleMean: terms C_n ⊗ a_n a_nᵀ, for any truth. A
+A Linear layer with one row per example is a KroneckerTerms: terms C_n ⊗ a_n a_nᵀ, for any truth. A
 layer used at T positions is a Positions: terms Σ_k vec V_nk vec V_nkᵀ with V_nk = Σ_t b_nkt a_ntᵀ,
 for the truths that have roots b. At T = 1 the two are the same sums.
 """
@@ -15,9 +15,9 @@ from ..exact import truth
 from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..truths.assembly import by_rows
-from ..truths.kronecker_terms import SampleMean
+from ..truths.kronecker_terms import KroneckerTerms
 
-Terms = SampleMean | Positions
+Terms = KroneckerTerms | Positions
 
 CHUNK = 2**24  # floats of temporary results at once
 
@@ -50,7 +50,7 @@ def kfac_factors(terms: Terms) -> tuple[Tensor, Tensor]:
 
     A = (1/N) Σ_n Σ_t a aᵀ and G = (1/(N T)) Σ_n Σ_t Σ_k b bᵀ.
     """
-    if isinstance(terms, SampleMean):
+    if isinstance(terms, KroneckerTerms):
         return terms.left_mean, terms.right_mean
     n, positions, _ = terms.a.shape
     a, b = terms.a.flatten(0, 1), terms.b.flatten(0, 2)
@@ -62,7 +62,7 @@ def partial_traces(terms: Terms) -> tuple[Tensor, Tensor]:
 
     Both have the trace of the block itself; pairs of different positions are included.
     """
-    if isinstance(terms, SampleMean):
+    if isinstance(terms, KroneckerTerms):
         squares, traces = terms.a.square().sum(1), terms.left.diagonals().sum(1)
         left = terms.left.weighted(squares[None] / terms.n)[0]
         return left, (terms.a * traces[:, None]).T @ terms.a / terms.n
@@ -78,7 +78,7 @@ def partial_traces(terms: Terms) -> tuple[Tensor, Tensor]:
 
 def projected_diagonal(terms: Terms, U: Tensor, W: Tensor) -> Tensor:
     """Diagonal of (U ⊗ W)ᵀ C (U ⊗ W) as a matrix [o, i]: mean_n Σ_k (Uᵀ V_nk W)²."""
-    if isinstance(terms, SampleMean):
+    if isinstance(terms, KroneckerTerms):
         some = max(1, CHUNK // (terms.n * len(U)))
         bent = [
             (part * terms.left.apply(part.expand(terms.n, -1, -1))).sum(1)  # u·C_n u, [n, some]
@@ -106,13 +106,13 @@ def layer_terms(problem: Problem, block: Block, of: str = "ggn") -> tuple[Tensor
     return terms.a, terms.C
 
 
-def sample_truth(problem: Problem, block: Block, of: str, asked_by: str) -> SampleMean:
-    """The truth named `of` as a SampleMean, for methods that need its terms.
+def sample_truth(problem: Problem, block: Block, of: str, asked_by: str) -> KroneckerTerms:
+    """The truth named `of` as a KroneckerTerms, for methods that need its terms.
 
     Raises: ValueError naming the block, the method and the reason where there are no such terms.
     """
     found = truth(problem, block, of)
-    if not isinstance(found, SampleMean):
+    if not isinstance(found, KroneckerTerms):
         kinds = [type(problem.model.get_submodule(m.module)).__name__ for m in block.members]
         raise ValueError(
             f"{asked_by} needs a Linear layer called once with one row per example; block "

@@ -12,8 +12,8 @@ from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..registry import approximation
 from ..spectra.kronecker_svd import leading_kronecker
-from ..truths.kronecker_terms import SampleMean
-from ..truths.low_rank_terms import RootMean
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.low_rank_terms import LowRankTerms
 
 STARTS = 3  # leading Kronecker terms whose positive and negative parts are tried as starts
 ROUNDS = 2000
@@ -50,7 +50,7 @@ def best_kronecker_psd(problem: Problem, block: Block, of: str = "ggn") -> Krone
     given = contractions(operator, len(left), len(right))
     starts = [projected(sign * term.right) for term in terms for sign in (1, -1)]
     starts.append(torch.eye(len(right)).to(right))
-    if isinstance(operator, SampleMean):
+    if isinstance(operator, KroneckerTerms):
         starts.append(operator.right_mean)
     ends = [alternate(given, start) for start in starts]
     return max(ends, key=lambda pair: pair.left.norm() * pair.right.norm())
@@ -65,13 +65,13 @@ class Contractions(NamedTuple):
 
 def contractions(operator: Operator, o: int, i: int) -> Contractions:
     """Both partial inner products of a truth, from its terms where it has some."""
-    if isinstance(operator, SampleMean):
+    if isinstance(operator, KroneckerTerms):
         a, left = operator.a, operator.left
         return Contractions(
             lambda A: left.weighted(((a @ A) * a).sum(1)[None] / len(a))[0],
             lambda G: (a * left.inners(G)[:, None]).T @ a / len(a),
         )
-    if isinstance(operator, RootMean):
+    if isinstance(operator, LowRankTerms):
         V = operator.V.reshape(-1, o, i)
         return Contractions(
             lambda A: torch.tensordot(V @ A, V, ([0, 2], [0, 2])) / operator.n,

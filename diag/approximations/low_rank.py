@@ -11,7 +11,7 @@ from ..operators.eigen import Spectral
 from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..registry import approximation
-from ..truths.low_rank_terms import RootMean
+from ..truths.low_rank_terms import LowRankTerms
 
 DENSE_UP_TO = 1500  # rows up to which all eigenvectors are found: seconds, and the surest way
 
@@ -37,7 +37,7 @@ def low_rank(problem: Problem, block: Block, rank: int = 10, of: str = "ggn") ->
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
     operator = truth(problem, block, of)
-    if isinstance(operator, RootMean) and len(operator.columns) <= min(DENSE_UP_TO, block.d):
+    if isinstance(operator, LowRankTerms) and len(operator.columns) <= min(DENSE_UP_TO, block.d):
         return LowRank(_by_gram(operator, rank))
     if block.d <= DENSE_UP_TO or rank >= block.d - 1:  # so many Lanczos cannot find
         values, vectors = torch.linalg.eigh(dense(operator))
@@ -57,7 +57,7 @@ def _assembled(values: Tensor, vectors: Tensor, rank: int) -> Operator:
     return Spectral(vectors, values)
 
 
-def _by_gram(operator: RootMean, rank: int) -> Tensor:
+def _by_gram(operator: LowRankTerms, rank: int) -> Tensor:
     """The factor [d, rank] from C = FᵀF and F Fᵀ u = λu: √λ v = Fᵀu."""
     vectors = torch.linalg.eigh(operator.column_gram).eigenvectors
     return operator.columns.T @ vectors[:, -rank:].to(operator.columns)

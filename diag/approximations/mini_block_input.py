@@ -4,7 +4,7 @@ from ..operators import BlockDiagonal
 from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..registry import approximation
-from ..truths.kronecker_terms import SampleMean
+from ..truths.kronecker_terms import KroneckerTerms
 from ._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
 
 
@@ -21,7 +21,7 @@ def mini_block_input(problem: Problem, block: Block, of: str = "ggn") -> BlockDi
     """
     truth = matrix_truth(problem, block, of, "mini_block_input")
     columns = places(block.members[0]).T
-    if isinstance(truth, SampleMean):
+    if isinstance(truth, KroneckerTerms):
         blocks = truth.left.weighted(truth.a.T.square() / truth.n)
     else:
         blocks = mean_sub_blocks(truth, columns[None])

@@ -6,7 +6,7 @@ from ..operators import Kronecker
 from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..registry import approximation
-from ..truths.kronecker_terms import SampleMean
+from ..truths.kronecker_terms import KroneckerTerms
 from ._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
 
 
@@ -27,7 +27,7 @@ def mini_block_input_shared(problem: Problem, block: Block, of: str = "ggn") -> 
     """
     truth = matrix_truth(problem, block, of, "mini_block_input_shared")
     columns = places(block.members[0]).T
-    if isinstance(truth, SampleMean):
+    if isinstance(truth, KroneckerTerms):
         shared = truth.left.weighted(truth.a.square().mean(1)[None] / truth.n)[0]
     else:
         shared = mean_sub_blocks(truth, columns[:, None])[0]

@@ -6,7 +6,7 @@ from ..operators import Kronecker
 from ..problem.blocks import Block
 from ..problem.problem import Problem
 from ..registry import approximation
-from ..truths.kronecker_terms import SampleMean
+from ..truths.kronecker_terms import KroneckerTerms
 from ._mini_blocks import MBF, matrix_truth, mean_sub_blocks, places
 
 
@@ -27,7 +27,7 @@ def mini_block_shared(problem: Problem, block: Block, of: str = "ggn") -> Kronec
     """
     truth = matrix_truth(problem, block, of, "mini_block_shared")
     rows = places(block.members[0])
-    if isinstance(truth, SampleMean):
+    if isinstance(truth, KroneckerTerms):
         weights = truth.left.diagonals().mean(1)
         shared = (truth.a * weights[:, None]).T @ truth.a / truth.n
     else:

@@ -15,7 +15,7 @@ from ..backward.likelihoods import likelihood_of
 from ..operators import Diagonal, Kronecker
 from ..problem.blocks import Block
 from ..problem.problem import Problem
-from ..truths.low_rank_terms import RootMean
+from ..truths.low_rank_terms import LowRankTerms
 from . import guard
 from .factors import input_factor, matrix_layer, shared_shift
 from .run import run
@@ -24,7 +24,7 @@ from .support import INSTEAD, Extension
 Labels = torch.Generator | None
 
 
-def ggn(problem: Problem, block: Block) -> RootMean:
+def ggn(problem: Problem, block: Block) -> LowRankTerms:
     """GGN block mean_n V_n V_nᵀ from BackPACK's SqrtGGNExact, V [n, c, d] for c outputs.
 
     Raises: ValueError naming a module, loss or setting BackPACK does not support, and the remedy;
@@ -38,7 +38,7 @@ def ggn(problem: Problem, block: Block) -> RootMean:
 
 def fisher_mc(
     problem: Problem, block: Block, samples: int = 1, generator: Labels = None
-) -> RootMean:
+) -> LowRankTerms:
     """Monte-Carlo Fisher block mean_n V_n V_nᵀ from BackPACK's SqrtGGNMC, V [n, samples, d].
 
     generator: for the labels; None takes a new one seeded with 0. The draws are not those of
@@ -55,7 +55,7 @@ def fisher_mc(
     return _roots(problem, block, {drawing.savefield: found[drawing.savefield]})
 
 
-def empirical_fisher(problem: Problem, block: Block) -> RootMean:
+def empirical_fisher(problem: Problem, block: Block) -> LowRankTerms:
     """Second moment mean_n g_n g_nᵀ of the data's own gradients, from BackPACK's BatchGrad.
 
     Any loss will do, and any module around the block's own.
@@ -67,7 +67,7 @@ def empirical_fisher(problem: Problem, block: Block) -> RootMean:
     found = run(problem, block, [extensions.BatchGrad()])["grad_batch"]
     g = problem.n * block.join(found)  # BackPACK's are of the terms of the batch mean, g_n / n
     guard.check_gradients(problem, block, g)
-    return RootMean(g[:, None, :], factor_sizes=_factor_sizes(block))
+    return LowRankTerms(g[:, None, :], factor_sizes=_factor_sizes(block))
 
 
 def diag_hessian(problem: Problem, block: Block) -> Diagonal:
@@ -170,12 +170,12 @@ def _kronecker(
     return Kronecker((G[rows, rows] / positions).contiguous(), A[columns, columns].contiguous())
 
 
-def _roots(problem: Problem, block: Block, found: dict[str, dict[str, Tensor]]) -> RootMean:
+def _roots(problem: Problem, block: Block, found: dict[str, dict[str, Tensor]]) -> LowRankTerms:
     """The mean of V_n V_nᵀ from roots [k, n, *shape], which carry the mean's 1/√n already."""
     (roots,) = found.values()
     joined = block.join({name: root.detach() for name, root in roots.items()})  # [k, n, d]
     V = problem.n**0.5 * joined.transpose(0, 1)
-    return RootMean(V.contiguous(), factor_sizes=_factor_sizes(block))
+    return LowRankTerms(V.contiguous(), factor_sizes=_factor_sizes(block))
 
 
 def _factor_sizes(block: Block) -> tuple[int, int] | None:

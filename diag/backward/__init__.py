@@ -1,17 +1,17 @@
 """Layer inputs and back-propagated gradients, square-root factors and curvature products."""
 
-from .layers import Call, Layer, layers, recording
+from .layers import LayerCall, QualifiedLayer, layers, recording
 from .likelihoods import Likelihood, likelihood_of
-from .loss_roots import output_roots
+from .loss_roots import loss_roots
 from .products import block_products
 
 __all__ = [
-    "Call",
-    "Layer",
+    "LayerCall",
     "Likelihood",
+    "QualifiedLayer",
     "block_products",
     "layers",
     "likelihood_of",
-    "output_roots",
+    "loss_roots",
     "recording",
 ]

@@ -15,7 +15,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from ..operators.batched import Diagonals, Outer
 from ..problem.functional import plain_attention
 from ..problem.problem import Problem
-from .layers import Call, Calls, layers, recording
+from .layers import LayerCall, LayerCalls, layers, recording
 
 # floats back-propagated at once: buffers of this size stay in cache and in memory already touched
 AT_ONCE = 2**22
@@ -24,7 +24,7 @@ FEW = 16  # up to here one pass back per root is as fast as all at once, and nee
 
 
 @dataclass(frozen=True)
-class Returned:
+class LayerRoots:
     """What one layer saw and got back from some examples: per call x and b [k, n, *z]."""
 
     x: list[Tensor]
@@ -37,7 +37,7 @@ class Chunk:
 
     rows: slice
     roots: Tensor
-    layers: dict[str, Returned]
+    layers: dict[str, LayerRoots]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Stage:
     targets: tuple[str, ...]
 
 
-def sweep(
+def backpropagate(
     problem: Problem, names: Sequence[str], roots: Diagonals | Outer, *, joint: bool = False
 ) -> Iterator[Chunk]:
     """Back-propagate roots to the named layers, chunk by chunk of the examples.
@@ -72,7 +72,7 @@ def sweep(
         if stages is None:
             stages = plan(outputs, calls, list(names), narrow) if names else []
         found = _passed_back(outputs, calls, ends, stages)
-        got = {n: Returned([call.x for call in calls[n]], found[n]) for n in names}
+        got = {n: LayerRoots([call.x for call in calls[n]], found[n]) for n in names}
         yield Chunk(rows, ends, got)
 
 
@@ -102,7 +102,7 @@ def _some(roots: Diagonals | Outer, rows: slice, outputs: Tensor) -> Tensor:
 
 
 def _passed_back(
-    outputs: Tensor, calls: Calls, roots: Tensor, stages: Sequence[Stage]
+    outputs: Tensor, calls: LayerCalls, roots: Tensor, stages: Sequence[Stage]
 ) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     for stage in stages:
@@ -115,7 +115,7 @@ def _passed_back(
     return found
 
 
-def _pull(source: Tensor, targets: Sequence[Call], ends: Tensor) -> list[Tensor]:
+def _pull(source: Tensor, targets: Sequence[LayerCall], ends: Tensor) -> list[Tensor]:
     """The gradients of <source, end> for every end [k, *source], each [k, *z]."""
     zs = [call.z for call in targets]
     if len(ends) <= FEW:
@@ -146,7 +146,9 @@ def condensed(b: Tensor) -> Tensor:
     return torch.linalg.qr(b.movedim(0, 1), mode="r").R.movedim(0, 1)
 
 
-def plan(outputs: Tensor, calls: Calls, names: list[str], narrow: Sequence[str]) -> list[Stage]:
+def plan(
+    outputs: Tensor, calls: LayerCalls, names: list[str], narrow: Sequence[str]
+) -> list[Stage]:
     """Which layer is reached from where: from the nearest narrow layer all its paths lead through.
 
     Layers come in calling order; a stage's source is among the targets of an earlier stage.

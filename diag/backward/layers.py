@@ -20,26 +20,26 @@ FEW = 3  # examples on which a layer's qualification is checked
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a layer: its input and its output, the latter in the autograd graph."""
 
     x: Tensor
     z: Tensor
 
 
-Calls = dict[str, list[Call]]
+LayerCalls = dict[str, list[LayerCall]]
 
 
 @contextmanager
-def recording(model: nn.Module, modules: Sequence[str]) -> Iterator[Calls]:
+def recording(model: nn.Module, modules: Sequence[str]) -> Iterator[LayerCalls]:
     """While open, each call of the named modules is recorded; their outputs require gradients."""
-    calls: Calls = {}
+    calls: LayerCalls = {}
     handles = []
     for name in modules:
 
         def record(_m: nn.Module, args: tuple, z: Tensor, name: str = name) -> Tensor:
             z = z if z.requires_grad else z.requires_grad_()
-            calls.setdefault(name, []).append(Call(args[0].detach(), z))
+            calls.setdefault(name, []).append(LayerCall(args[0].detach(), z))
             return z.clone()  # what follows may work in place; z itself stays as it is
 
         handles.append(model.get_submodule(name).register_forward_hook(record))
@@ -52,7 +52,7 @@ def recording(model: nn.Module, modules: Sequence[str]) -> Iterator[Calls]:
 
 
 @dataclass(frozen=True)
-class Layer:
+class QualifiedLayer:
     """A qualified layer: calls per pass, the shape of z of one example.
 
     last: whether its z is the model's output.
@@ -73,7 +73,7 @@ class Layer:
         return self.calls * torch.Size(self.shape).numel()
 
 
-def layers(problem: Problem) -> dict[str, Layer]:
+def layers(problem: Problem) -> dict[str, QualifiedLayer]:
     """The layers that qualify, in calling order; found once per problem.
 
     Each is a Linear, Conv1d or Conv2d (no subclass) that shares its parameters with no other
@@ -84,7 +84,7 @@ def layers(problem: Problem) -> dict[str, Layer]:
     return problem.remember("layers", lambda: _qualified(problem), 0)
 
 
-def _qualified(problem: Problem) -> dict[str, Layer]:
+def _qualified(problem: Problem) -> dict[str, QualifiedLayer]:
     model, few = problem.model, min(FEW, problem.n)
     owners = [name.rpartition(".")[0] for name in problem.trainable]
     names = [
@@ -105,7 +105,9 @@ def _qualified(problem: Problem) -> dict[str, Layer]:
     apart = {n: all(_apart(outputs, call.z) for call in calls[n]) for n in sound}
     exact = _gradients(problem, sound, inputs, targets)
     return {
-        n: Layer(len(calls[n]), tuple(calls[n][0].z.shape[1:]), _is_output(calls[n], outputs))
+        n: QualifiedLayer(
+            len(calls[n]), tuple(calls[n][0].z.shape[1:]), _is_output(calls[n], outputs)
+        )
         for n in calls  # in calling order
         if n in sound and apart[n] and _complete(model, n, calls[n], slopes[n], exact)
     }
@@ -118,7 +120,7 @@ def _shared(model: nn.Module, name: str) -> bool:
     return any(id(p) in own for m in others for p in m.parameters(recurse=False))
 
 
-def _by_example(calls: Sequence[Call], n: int) -> bool:
+def _by_example(calls: Sequence[LayerCall], n: int) -> bool:
     """Whether every call has one entry per example, all of one shape."""
     return len({call.z.shape for call in calls}) == 1 and all(
         len(call.x) == len(call.z) == n for call in calls
@@ -136,7 +138,7 @@ def _apart(outputs: Tensor, z: Tensor) -> bool:
     return True
 
 
-def _is_output(calls: Sequence[Call], outputs: Tensor) -> bool:
+def _is_output(calls: Sequence[LayerCall], outputs: Tensor) -> bool:
     """Whether the outputs are the recording's copy of z and nothing else."""
     node = outputs.grad_fn
     if node is None or node.name() != "CloneBackward0" or len(calls) > 1:
@@ -167,7 +169,7 @@ def _gradients(
 def _complete(
     model: nn.Module,
     name: str,
-    calls: Sequence[Call],
+    calls: Sequence[LayerCall],
     slopes: Sequence[Tensor | None],
     exact: dict[str, Tensor],
 ) -> bool:

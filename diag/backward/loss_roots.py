@@ -16,10 +16,10 @@ from .likelihoods import likelihood_of
 
 Map = Callable[[Tensor], Tensor]
 
-ROUNDING = 50  # epsilons of the largest eigenvalue; what lies below is rounding
+RANK_EPSILONS = 50  # epsilons of the largest eigenvalue; what lies below is rounding
 
 
-def output_roots(
+def loss_roots(
     problem: Problem, of: str, samples: int = 1, generator: torch.Generator | None = None
 ) -> Diagonals | Outer | None:
     """H_n of every example as roots over the flattened outputs, values [N, c] or roots [N, k, c].
@@ -87,7 +87,7 @@ def _factorised(bend: Map, z: Tensor) -> Outer | None:
     directions = torch.eye(c).to(z).reshape(c, 1, *z.shape[1:]).expand(c, *z.shape)
     H = vmap(bend)(directions).reshape(c, len(z), c).movedim(0, 1).double()  # [N, c, c]
     values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-    noise = ROUNDING * torch.finfo(z.dtype).eps * float(values.abs().max())
+    noise = RANK_EPSILONS * torch.finfo(z.dtype).eps * float(values.abs().max())
     if values.min() < -noise:
         return None
     some = values.amax(0) > noise  # [c]: ascending, so the same places for all examples

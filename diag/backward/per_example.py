@@ -15,7 +15,7 @@ from ..problem.problem import Problem
 
 
 @plain_attention()
-def parameter_roots(
+def per_example_roots(
     problem: Problem, names: Sequence[str], rows: slice, roots: Tensor
 ) -> dict[str, Tensor]:
     """Pull the roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}.

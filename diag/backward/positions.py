@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..operators.batched import Diagonals, Outer
 from ..problem.blocks import Block, Member
 from ..problem.problem import Problem
-from .backpropagation import Returned, sweep
+from .backpropagation import LayerRoots, backpropagate
 from .layers import layers
-from .loss_roots import output_roots
+from .loss_roots import loss_roots
 from .patches import by_position, patches
 
 
@@ -51,7 +51,7 @@ def layer_positions(
         return kept()
     roots = required_roots(problem, of, samples, generator)
     module = problem.model.get_submodule(member.module)
-    chunks = sweep(problem, [member.module], roots, joint=joint)
+    chunks = backpropagate(problem, [member.module], roots, joint=joint)
     return joined_positions(module, member, [chunk.layers[member.module] for chunk in chunks])
 
 
@@ -63,7 +63,7 @@ def required_roots(
         raise ValueError("a Hessian has no roots by position; use 'ggn', 'fisher', ...")
     if generator is None:
         generator = torch.Generator(problem.inputs.device).manual_seed(0)
-    roots = output_roots(problem, of, samples, generator)
+    roots = loss_roots(problem, of, samples, generator)
     if roots is None:
         raise ValueError(
             f"the loss is not convex in the outputs, so its {of} has no real root; use "
@@ -72,7 +72,7 @@ def required_roots(
     return roots
 
 
-def joined_positions(module: nn.Module, member: Member, parts: Sequence[Returned]) -> Positions:
+def joined_positions(module: nn.Module, member: Member, parts: Sequence[LayerRoots]) -> Positions:
     """What came back in parts, as one; a layer's calls count as positions."""
     a = [torch.cat([patches(module, x)[:, 0] for x in part.x], dim=1) for part in parts]
     b = [

@@ -14,7 +14,7 @@ from ..problem.blocks import Block
 from ..problem.functional import plain_attention
 from ..problem.problem import Problem
 from .likelihoods import likelihood_of
-from .loss_roots import output_roots
+from .loss_roots import loss_roots
 
 Outputs = Callable[[Tensor], Tensor]
 
@@ -43,7 +43,7 @@ def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
     # row j of every C_n at once: the same direction e_j in each example, which do not interact
     directions = torch.eye(layer.out_features).to(zero)[:, None, :].expand(-1, problem.n, -1)
     products = _products(problem, outputs, zero, of)
-    return _sweep(products, directions, problem.n * _width(problem)).movedim(0, 1)
+    return _in_chunks(products, directions, problem.n * _width(problem)).movedim(0, 1)
 
 
 @plain_attention()
@@ -60,7 +60,7 @@ def block_products(
 
     @plain_attention()  # a product may call the model again
     def multiplied(rows: Tensor) -> Tensor:
-        return _sweep(products, rows, problem.n * _width(problem)) / problem.n
+        return _in_chunks(products, rows, problem.n * _width(problem)) / problem.n
 
     return multiplied
 
@@ -107,7 +107,7 @@ def _output_curvature(
         return lambda u: scale * likelihood.fisher(z, u)
     if of == "ggn":
         return _transposed(grad(problem.total_loss), z)
-    stack = output_roots(problem, of, samples, generator)
+    stack = loss_roots(problem, of, samples, generator)
     assert stack is not None  # gradients are roots whatever the loss
     return lambda u: stack.apply(u.reshape(len(u), -1, 1)).reshape(u.shape)
 
@@ -118,7 +118,7 @@ def _width(problem: Problem) -> int:
     return sum(widths) or 1
 
 
-def _sweep(function: Outputs, directions: Tensor, floats_each: int) -> Tensor:
+def _in_chunks(function: Outputs, directions: Tensor, floats_each: int) -> Tensor:
     """Function over directions [k, ...], batched in chunks that fit CHUNK_BYTES."""
     chunk = max(1, CHUNK_BYTES // (8 * floats_each))
     return vmap(function, chunk_size=min(chunk, len(directions)))(directions)

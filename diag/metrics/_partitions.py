@@ -13,10 +13,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..operators import BlockDiagonal, Damped, Diagonal, Inverse, Kronecker, Operator, dense
-from ..operators.batched import Diagonals, Outer, Packed, Stack, squared_blocks
+from ..operators.batched import BatchedSymmetric, Diagonals, Outer, Packed, squared_blocks
 from ..operators.dtypes import Converted
-from ..truths.kronecker_terms import SampleMean
-from ..truths.low_rank_terms import RootMean
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.low_rank_terms import LowRankTerms
 
 AT_ONCE = 2**24  # entries of a dense matrix compared at a time
 
@@ -90,9 +90,9 @@ def outside_gram(truth: Operator, partition: Tensor) -> tuple[Tensor, Tensor] | 
     None for a truth without per-example terms, and for one of Kronecker products whose parts are
     no grid of output and input groups.
     """
-    if isinstance(truth, RootMean):
+    if isinstance(truth, LowRankTerms):
         return truth.gram - _inside_roots(truth, partition), truth.gram
-    if not isinstance(truth, SampleMean):
+    if not isinstance(truth, KroneckerTerms):
         return None
     o, i = truth.factor_sizes
     table = partition.reshape(o, i)
@@ -104,7 +104,7 @@ def outside_gram(truth: Operator, partition: Tensor) -> tuple[Tensor, Tensor] | 
     return truth.gram - inside, truth.gram
 
 
-def _inside_roots(truth: RootMean, partition: Tensor) -> Tensor:
+def _inside_roots(truth: LowRankTerms, partition: Tensor) -> Tensor:
     """Σ_parts ‖V_nᵀV_m‖² over the part's rows alone, [N, N]."""
     if partition.max() == len(partition) - 1:
         diagonals = truth.V.square().sum(1).double()
@@ -114,7 +114,7 @@ def _inside_roots(truth: RootMean, partition: Tensor) -> Tensor:
     return torch.stack([squared_blocks(part, part) for part in parts]).sum(0)
 
 
-def _inside_stack(stack: Stack, groups: Tensor) -> Tensor:
+def _inside_stack(stack: BatchedSymmetric, groups: Tensor) -> Tensor:
     """Σ_groups <C_n, C_m> over the group's rows and columns alone, [N, N]."""
     count = int(groups.max()) + 1
     if count == 1:
@@ -126,7 +126,7 @@ def _inside_stack(stack: Stack, groups: Tensor) -> Tensor:
     return torch.stack([_part(stack, own).gram() for own in members]).sum(0)
 
 
-def _part(stack: Stack, own: Tensor) -> Stack:
+def _part(stack: BatchedSymmetric, own: Tensor) -> BatchedSymmetric:
     """The stack of the principal sub-matrices on the coordinates `own`."""
     if isinstance(stack, Outer):
         return Outer(stack.roots[:, :, own.to(stack.roots.device)])

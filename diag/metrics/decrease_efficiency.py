@@ -9,7 +9,7 @@ from ..operators import Operator
 from ..registry import metric
 from ..statistics.influence import of_form, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 from ._steps import steps
 
 
@@ -48,7 +48,7 @@ def decrease_efficiency(
         return Estimate(math.nan, n=n)
     value = min(((2 * slope - bend) / best).item(), 1.0)
     influence = None
-    if isinstance(truth, Sampled):
+    if isinstance(truth, PerExampleTerms):
         # d best = -e·dC e: less curvature, more to gain
         grown = value * of_form(truth, exact, exact)
         influence = (grown - of_form(truth, taken, taken)) / best

@@ -12,7 +12,7 @@ from ..spectra.eigenspaces import leading, leading_space, leading_vectors
 from ..spectra.extreme_eigenpairs import DENSE_UP_TO
 from ..statistics.influence import of_form, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -45,12 +45,12 @@ def eigenspace_overlap(truth: Operator, approximation: Operator, k: int = 10) ->
     size = max(U.shape[1], space.size)
     value = min(space.coordinates(U).square().sum().item() / size, 1.0)
     influence = None
-    if isinstance(truth, Sampled) and len(U) <= DENSE_UP_TO:
+    if isinstance(truth, PerExampleTerms) and len(U) <= DENSE_UP_TO:
         influence = _influence(truth, leading_vectors(approximation, kept), k) / size
     return within(from_influence(value, influence, n), 0.0, 1.0)
 
 
-def _influence(truth: Sampled, W: Tensor, k: int) -> Tensor:
+def _influence(truth: PerExampleTerms, W: Tensor, k: int) -> Tensor:
     """Influence of each example on ‖UᵀW‖_F², [N].
 
     du_i = Σ_{j outside} u_j (u_j·dC u_i) / (λ_i - λ_j), hence d‖UᵀW‖² = 2 Σ_i u_i·dC r_i with

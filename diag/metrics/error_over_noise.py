@@ -9,7 +9,7 @@ from ..estimate import Estimate
 from ..operators import Operator, keep
 from ..registry import metric
 from ..statistics.intervals import bootstrap_counts, from_replicates, norms
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 from .noise_floor import noise_floor
 
 
@@ -32,7 +32,7 @@ def error_over_noise(truth: Operator, approximation: Operator) -> Estimate:
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
     floor = noise_floor(truth).value
-    assert isinstance(truth, Sampled)  # noise_floor has seen to it
+    assert isinstance(truth, PerExampleTerms)  # noise_floor has seen to it
     found = norms(truth, approximation)
     noise = floor**2 * found.square[0] * keep(truth, "noise factors", lambda: _factors(truth.gram))
     return from_replicates((found.error / noise).sqrt(), truth, undefined=math.inf)

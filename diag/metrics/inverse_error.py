@@ -9,7 +9,7 @@ from ..registry import metric
 from ..spectra.pencils import inverse_moment, inverses, trace_with_inverse, within_reach
 from ..statistics.influence import of_inner, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -50,7 +50,7 @@ def inverse_error(
         cross = trace_with_inverse(truth, damping, Q, P, inverse_moment(approximation, added, P, 1))
         square = inverse_moment(approximation, added, P, 2) - 2 * cross + own
     value = math.sqrt(max(square, 0.0) / own)
-    if not isinstance(truth, Sampled) or not value:
+    if not isinstance(truth, PerExampleTerms) or not value:
         return Estimate(value, n=n)
     slope = Product([Q, Difference(P, Q, 1 - value**2), Q])  # of value, times value · ‖Q‖²
     influence = of_inner(truth, slope) / (value * own)

@@ -9,7 +9,7 @@ from ..operators import Damped, Operator, solver
 from ..registry import metric
 from ..statistics.influence import of_form, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -44,7 +44,7 @@ def inverse_secant_consistency(
     missed = precondition(Damped(truth, damping) @ gradient) - gradient
     length, error = gradient.norm(), missed.norm()
     value, n = (error / length).item(), getattr(truth, "n", 0)
-    if not isinstance(truth, Sampled) or not error:
+    if not isinstance(truth, PerExampleTerms) or not error:
         return Estimate(value, n=n)
     # d‖Hy - s‖ = r·H dC s for the unit vector r along what is missed; H is symmetric
     influence = of_form(truth, precondition(missed / error), gradient) / length

@@ -10,7 +10,7 @@ from ..operators import Operator
 from ..registry import metric
 from ..statistics.intervals import from_replicates
 from ..statistics.splits import random_splits, split_floors
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 SPLITS = 400
 
@@ -41,7 +41,7 @@ def noise_floor(
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
     del approximation
-    if not isinstance(truth, Sampled) or truth.n < 2:
+    if not isinstance(truth, PerExampleTerms) or truth.n < 2:
         raise ValueError(
             f"the noise floor splits the batch and needs a truth made of per-example terms with "
             f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; "

@@ -9,12 +9,12 @@ from ..operators import Operator
 from ..registry import metric
 from ..spectra.preconditioned import (
     NotPositiveDefiniteError,
-    Pair,
+    PencilPair,
     preconditioned_extremes,
     square_root,
 )
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -47,14 +47,14 @@ def preconditioned_condition(
     except NotPositiveDefiniteError:
         return Estimate(math.inf, n=n)
     condition = greatest.value / least.value
-    if not isinstance(truth, Sampled):
+    if not isinstance(truth, PerExampleTerms):
         return Estimate(condition, n=n)
     shares = [_shares(truth, pair) / pair.value for pair in (greatest, least)]
     found = from_influence(condition, condition * (shares[0] - shares[1]), n, log=True)
     return Estimate(found.value, max(found.low, 1.0), found.high, found.n)
 
 
-def _shares(truth: Sampled, pair: Pair) -> Tensor:
+def _shares(truth: PerExampleTerms, pair: PencilPair) -> Tensor:
     """Each example's influence on an eigenvalue: x·(T_n - C)x, with B held fixed, [N]."""
     each = truth.quadratic(pair.x, pair.x)
     return each - each.mean()

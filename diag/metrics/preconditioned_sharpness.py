@@ -9,7 +9,7 @@ from ..spectra.preconditioned import NotPositiveDefiniteError
 from ..spectra.sharpness import sharpest
 from ..statistics.influence import of_form
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 TOLERANCE = 1e-6  # of the residual, relative: the value's own error is of second order
 
@@ -47,6 +47,6 @@ def preconditioned_sharpness(
         found = sharpest(truth, precondition, tolerance=TOLERANCE)
     except NotPositiveDefiniteError:
         return Estimate(math.inf, n=n)
-    if not isinstance(truth, Sampled):
+    if not isinstance(truth, PerExampleTerms):
         return Estimate(found.value, n=n)
     return from_influence(found.value, of_form(truth, found.vector, found.vector), n)

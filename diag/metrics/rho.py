@@ -7,7 +7,7 @@ from ..problem.problem import Problem
 from ..registry import metric
 from ..statistics.influence import centred
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 from ._steps import example_decreases, example_slopes
 
 
@@ -50,7 +50,7 @@ def rho(
     predicted = gradient @ step - step @ (truth @ step) / 2
     value = (actual.mean() / predicted).item()
     influence = None
-    if isinstance(truth, Sampled):
+    if isinstance(truth, PerExampleTerms):
         expected = example_slopes(problem, block, step) - truth.quadratic(step, step) / 2
         influence = centred(actual - value * expected) / predicted
     return from_influence(value, influence, getattr(truth, "n", 0))

@@ -9,7 +9,7 @@ from ..operators import Operator
 from ..registry import metric
 from ..statistics.influence import of_form, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -36,7 +36,7 @@ def secant_consistency(truth: Operator, approximation: Operator, gradient: Tenso
     missed = y - approximation @ gradient
     length, error = y.norm(), missed.norm()
     value, n = (error / length).item(), getattr(truth, "n", 0)
-    if not isinstance(truth, Sampled) or not error:
+    if not isinstance(truth, PerExampleTerms) or not error:
         return Estimate(value, n=n)
     grown = value * of_form(truth, y / length, gradient)
     influence = (of_form(truth, missed / error, gradient) - grown) / length

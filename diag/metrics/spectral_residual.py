@@ -11,7 +11,7 @@ from ..registry import metric
 from ..spectra.eigenspaces import Eigenpair, dominant
 from ..statistics.influence import of_form, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -37,12 +37,12 @@ def spectral_residual(truth: Operator, approximation: Operator) -> Estimate:
         return Estimate(math.nan, n=n)
     residual = dominant(Difference(truth, approximation), scale)
     value = abs(residual.value) / scale
-    if not isinstance(truth, Sampled) or not residual.value:
+    if not isinstance(truth, PerExampleTerms) or not residual.value:
         return Estimate(value, n=n)
     gained, grown = (_change(truth, pair) / scale for pair in (residual, greatest))
     return within(from_influence(value, gained - value * grown, n), 0.0, math.inf)
 
 
-def _change(truth: Sampled, pair: Eigenpair) -> Tensor:
+def _change(truth: PerExampleTerms, pair: Eigenpair) -> Tensor:
     """Each example's influence on the size of an eigenvalue, [N]."""
     return math.copysign(1.0, pair.value) * of_form(truth, pair.vector, pair.vector)

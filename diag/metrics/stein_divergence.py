@@ -9,7 +9,7 @@ from ..registry import metric
 from ..spectra.pencils import inner_with, inverse_moment, inverses, log_determinant, within_reach
 from ..statistics.influence import of_inner, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -47,7 +47,7 @@ def stein_divergence(
     P, Q = inverses(truth, damping, approximation, added)
     traced = inner_with(truth, P) + damping * inverse_moment(approximation, added, P, 1)
     value = max(traced - logs[0] + logs[1] - d, 0.0)  # rounding below zero
-    if not isinstance(truth, Sampled):
+    if not isinstance(truth, PerExampleTerms):
         return Estimate(value, n=n)
     influence = of_inner(truth, Difference(P, Q))
     return within(from_influence(value, influence, n), 0.0, math.inf)

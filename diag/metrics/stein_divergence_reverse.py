@@ -9,7 +9,7 @@ from ..registry import metric
 from ..spectra.pencils import inverses, log_determinant, trace_with_inverse, within_reach
 from ..statistics.influence import of_inner, within
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -49,7 +49,7 @@ def stein_divergence_reverse(
     damped = Damped(approximation, added)
     traced = trace_with_inverse(truth, damping, Q, damped, trace(approximation) + d * added)
     value = max(traced - logs[1] + logs[0] - d, 0.0)  # rounding below zero
-    if not isinstance(truth, Sampled):
+    if not isinstance(truth, PerExampleTerms):
         return Estimate(value, n=n)
     influence = of_inner(truth, Difference(Q, Product([Q, damped, Q])))
     return within(from_influence(value, influence, n), 0.0, math.inf)

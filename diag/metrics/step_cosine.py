@@ -6,7 +6,7 @@ from ..estimate import Estimate
 from ..operators import Damped, Operator, solve, solver
 from ..registry import metric
 from ..statistics.intervals import from_influence
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -40,7 +40,7 @@ def step_cosine(
     exact = undo(gradient)
     value = (taken @ exact) / (taken.norm() * exact.norm())
     influence = None
-    if isinstance(truth, Sampled):
+    if isinstance(truth, PerExampleTerms):
         # d cos / d exact, then d exact = -(C + λI)⁻¹ (T_n - C) exact for example n
         slope = taken / (taken.norm() * exact.norm()) - value * exact / exact.square().sum()
         each = truth.quadratic(undo(slope), exact)

@@ -9,7 +9,7 @@ All matrices act on row-major vectors of W_bar = [W, b].
 from .forms import BUDGET, dense, diagonal, trace
 from .products import frobenius_norm, inner, inner_rule
 from .scipy_interface import to_scipy
-from .single_step import Taken
+from .single_step import SingleStep
 from .solving import Inverse, dense_inverse, inverse, keep, solve, solver
 from .structures import (
     BlockDiagonal,
@@ -34,7 +34,7 @@ __all__ = [
     "KroneckerSum",
     "LowRank",
     "Operator",
-    "Taken",
+    "SingleStep",
     "dense",
     "dense_inverse",
     "diagonal",

@@ -16,7 +16,7 @@ from torch import Tensor
 COLUMNS = 2**14  # of a Gram product at once: what float32 sums before float64 takes over
 
 
-class Stack(Protocol):
+class BatchedSymmetric(Protocol):
     """What every stack answers."""
 
     @property
@@ -76,12 +76,12 @@ class Packed:
 
     @classmethod
     def of(cls, matrices: Tensor) -> "Packed":
-        """Stack of the symmetric matrices [N, k, k]."""
+        """BatchedSymmetric of the symmetric matrices [N, k, k]."""
         return cls.consume(pack(matrices), matrices.shape[-1])
 
     @classmethod
     def consume(cls, packed: Tensor, size: int) -> "Packed":
-        """Stack of packed matrices [N, p]; takes the tensor over and changes it."""
+        """BatchedSymmetric of packed matrices [N, p]; takes the tensor over and changes it."""
         centre = packed.mean(0)
         return cls(centre, packed.sub_(centre), size)
 
@@ -242,7 +242,7 @@ class Diagonals:
         return torch.diag_embed(weights @ self.values)
 
 
-def difference(first: Stack, second: Stack) -> Stack:
+def difference(first: BatchedSymmetric, second: BatchedSymmetric) -> BatchedSymmetric:
     """C_n − D_n of two stacks."""
     if isinstance(first, Diagonals) and isinstance(second, Diagonals):
         return Diagonals(first.values - second.values)
@@ -254,7 +254,7 @@ def centred(gram: Tensor) -> Tensor:
     return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
-def cross_gram(first: Stack, second: Stack) -> Tensor:
+def cross_gram(first: BatchedSymmetric, second: BatchedSymmetric) -> Tensor:
     """<C_n, D_m> of two stacks, [N, M], float64."""
     if first is second:
         return first.gram()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .eigen import KroneckerEigen, Spectral
 from .forms import dense, to_dense
-from .single_step import Taken
+from .single_step import SingleStep
 from .solving import Inverse, solver, solver_rule
 from .structures import (
     BlockDiagonal,
@@ -181,7 +181,7 @@ for _kind, _names in {
     Damped: ("base", "damping"),
     KroneckerEigen: ("left_basis", "right_basis", "scale"),
     Spectral: ("basis", "values"),
-    Taken: ("gradient", "step"),
+    SingleStep: ("gradient", "step"),
     Inverse: ("base",),
     Converted: ("base", "entries"),
 }.items():

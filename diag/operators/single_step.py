@@ -1,4 +1,4 @@
-"""Taken: a step that came from no matrix, in the place of one."""
+"""SingleStep: a step that came from no matrix, in the place of one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from .forms import to_dense
 from .solving import solver_rule
 
 MEANT = (
-    "a Taken is known by one step alone: {}; step_cosine, step_quality, decrease_efficiency and "
-    "rho ask no more, with gradient=taken.gradient and approximation_damping=0"
+    "a SingleStep is the step for one gradient: {}; step_cosine, step_quality, decrease_efficiency "
+    "and rho need no more, with gradient=step.gradient and approximation_damping=0"
 )
 
 
 @dataclass(frozen=True, eq=False)
-class Taken:
+class SingleStep:
     """B of which this alone is known: B⁻¹ gradient = step, both [d]; the step is θ - step.
 
     For what an iterative solver made of a gradient: truncated conjugate gradients are no linear
@@ -27,7 +27,7 @@ class Taken:
 
     >>> from kronscope.diag.operators import solve
     >>> g = torch.tensor([2.0, 4.0])
-    >>> solve(Taken(gradient=g, step=torch.tensor([1.0, 1.0])), g)
+    >>> solve(SingleStep(gradient=g, step=torch.tensor([1.0, 1.0])), g)
     tensor([1., 1.])
     """
 
@@ -52,12 +52,12 @@ class Taken:
 
 
 @to_dense.register
-def _(_operator: Taken) -> Tensor:
+def _(_operator: SingleStep) -> Tensor:
     raise TypeError(MEANT.format("it has no entries"))
 
 
-@solver_rule(Taken)
-def _(operator: Taken, damping: float) -> Callable[[Tensor], Tensor]:
+@solver_rule(SingleStep)
+def _(operator: SingleStep, damping: float) -> Callable[[Tensor], Tensor]:
     if damping:
         raise ValueError(MEANT.format(f"damping {damping:g} cannot be added to it"))
 

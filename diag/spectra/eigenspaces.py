@@ -10,11 +10,11 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from ..operators import BlockDiagonal, Diagonal, Kronecker, Operator, dense, like, to_scipy
-from ..truths.low_rank_terms import RootMean
+from ..truths.low_rank_terms import LowRankTerms
 from .extreme_eigenpairs import DENSE_UP_TO, SEEDED, NotConvergedError, top_eigenpairs
 
 RESIDUAL = 1e-6  # of a Lanczos pair, relative to |λ|; its eigenvalue errs by about the square
-ROUNDING = 1000  # in units of the dtype's precision: what no eigenvalue can be told from
+TIE_EPSILONS = 1000  # in units of the dtype's precision: what no eigenvalue can be told from
 
 
 class Eigenpair(NamedTuple):
@@ -74,7 +74,7 @@ def leading(values: Tensor, k: int) -> Tensor:
     A mask [d]; fewer than k are set where fewer are positive.
     """
     greatest = values.topk(min(k, len(values))).values
-    rounding = ROUNDING * torch.finfo(values.dtype).eps * greatest[0].abs()
+    rounding = TIE_EPSILONS * torch.finfo(values.dtype).eps * greatest[0].abs()
     return (values > rounding) & (values >= greatest[-1] - rounding)
 
 
@@ -87,7 +87,7 @@ def leading_vectors(operator: Operator, k: int) -> Tensor:
     Raises: NotConvergedError.
     """
     d = operator.shape[0]
-    if isinstance(operator, RootMean) and operator.n * operator.V.shape[1] < d:
+    if isinstance(operator, LowRankTerms) and operator.n * operator.V.shape[1] < d:
         values, small = torch.linalg.eigh(operator.column_gram)
         chosen = leading(values, k)
         roots = (small[:, chosen] / values[chosen].sqrt()).to(operator.V)

@@ -20,8 +20,8 @@ from ..operators import (
     like,
 )
 from ..operators.eigen import KroneckerEigen, Spectral
-from ..truths.kronecker_terms import SampleMean
-from ..truths.low_rank_terms import RootMean
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.low_rank_terms import LowRankTerms
 
 
 def eigenvalues(operator: Operator) -> Tensor:
@@ -95,7 +95,7 @@ def _(operator: Spectral) -> Tensor:
 
 
 @eigenvalues_in_any_order.register
-def _(operator: RootMean) -> Tensor:
+def _(operator: LowRankTerms) -> Tensor:
     (n, k, d), entries = operator.V.shape, like(operator)
     if n * k >= d:
         return _of_dense(operator)
@@ -104,7 +104,7 @@ def _(operator: RootMean) -> Tensor:
 
 
 @eigenvalues_in_any_order.register
-def _(operator: SampleMean) -> Tensor:
+def _(operator: KroneckerTerms) -> Tensor:
     (o, i), roots = operator.factor_sizes, getattr(operator.left, "roots", None)
     if roots is None or len(roots) * roots.shape[1] >= o * i:
         return _of_dense(operator)

@@ -7,8 +7,8 @@ from ..estimate import Estimate
 from ..operators import KroneckerSum, Operator, inner
 from ..problem.blocks import Block
 from ..statistics.intervals import deviations, from_replicates, inner_deviations
-from ..truths.kronecker_terms import SampleMean
-from ..truths.per_example import Sampled
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.per_example import PerExampleTerms
 from .kronecker_svd import best_kronecker_errors, leading_kronecker
 
 
@@ -24,7 +24,7 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, not {ranks}")
     values = best_kronecker_errors(truth, ranks, block).cpu()  # where the deviations are
-    if not isinstance(truth, Sampled) or truth.n == 1:
+    if not isinstance(truth, PerExampleTerms) or truth.n == 1:
         return [Estimate(value, n=getattr(truth, "n", 0)) for value in values.tolist()]
     whole = inner(truth, truth)
     moved = whole + deviations(truth)
@@ -40,8 +40,8 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
     return found
 
 
-def _by_term(truth: Sampled, leading: KroneckerSum) -> Tensor:
+def _by_term(truth: PerExampleTerms, leading: KroneckerSum) -> Tensor:
     """Every example's inner product with every term, [r, N]."""
-    if isinstance(truth, SampleMean):
+    if isinstance(truth, KroneckerTerms):
         return truth.inners_by_term(leading).T
     return torch.stack([truth.inners(term) for term in leading.terms])

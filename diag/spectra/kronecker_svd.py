@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ..operators import KroneckerSum, Operator, dense, inner, keep
 from ..problem.blocks import Block
-from ..truths.kronecker_terms import SampleMean
-from ..truths.low_rank_terms import RootMean
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.low_rank_terms import LowRankTerms
 from .lanczos_svd import leading_triples
 
 REARRANGED_UP_TO = 2**24  # entries of a rearranged block that is decomposed in full
@@ -20,7 +20,7 @@ def kronecker_singular_values(operator: Operator, block: Block | None = None) ->
 
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
-    if isinstance(operator, SampleMean):
+    if isinstance(operator, KroneckerTerms):
         return operator.kronecker_svd.values
     return torch.linalg.svdvals(_rearranged(operator, block))
 
@@ -30,12 +30,12 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
 
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
-    if isinstance(operator, SampleMean):
+    if isinstance(operator, KroneckerTerms):
         values, left, right = operator.kronecker_svd
         lefts, rights = left(rank), right(rank)
         return KroneckerSum(values[:rank, None, None].to(lefts) * lefts, rights)
     o, i = _factor_sizes(operator, block)
-    if isinstance(operator, RootMean) and (o * i) ** 2 > REARRANGED_UP_TO:
+    if isinstance(operator, LowRankTerms) and (o * i) ** 2 > REARRANGED_UP_TO:
         values, U, V = keep(operator, ("svds", rank), lambda: _by_products(operator, rank))
     else:
         U, values, V = keep(operator, ("rearranged", o, i), lambda: _decomposed(operator, block))
@@ -51,7 +51,7 @@ def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = 
 
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
-    if isinstance(operator, SampleMean):
+    if isinstance(operator, KroneckerTerms):
         values = operator.kronecker_svd.values.double()
         tail = values.square().flip(0).cumsum(0).flip(0)  # summed from the small end: no cancelling
         tail = torch.cat([tail, tail.new_zeros(ranks + 1)])
@@ -63,7 +63,7 @@ def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = 
     return left.clamp(min=0).sqrt()
 
 
-def _by_products(mean: RootMean, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_products(mean: LowRankTerms, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triples of R: X -> (1/N) Σ V X Vᵀ, [i, i] -> [o, o], by Lanczos.
 
     Every product is two matrix products over all columns V of all examples, each [o, i].

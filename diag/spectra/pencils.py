@@ -30,9 +30,9 @@ from ..operators import (
 from ..operators.batched import Outer
 from ..operators.compositions import Product, Solved
 from ..operators.solving import cholesky
-from ..truths.kronecker_terms import SampleMean
-from ..truths.low_rank_terms import RootMean
-from ..truths.per_example import Sampled
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.low_rank_terms import LowRankTerms
+from ..truths.per_example import PerExampleTerms
 from .eigenvalues import eigenvalues
 from .extreme_eigenpairs import DENSE_UP_TO
 from .preconditioned import NotPositiveDefiniteError, square_root
@@ -46,7 +46,7 @@ def within_reach(truth: Operator, metric: str) -> Operator:
     Raises: ValueError where the metric would need a dense matrix over the memory budget.
     """
     d = truth.shape[0]
-    if isinstance(truth, SampleMean) and isinstance(truth.left, Outer):
+    if isinstance(truth, KroneckerTerms) and isinstance(truth.left, Outer):
         a, roots = truth.a, truth.left.roots
         if _few(len(roots) * roots.shape[1], d):
             return keep(truth, "columns", lambda: _by_columns(a, roots))
@@ -61,12 +61,12 @@ def within_reach(truth: Operator, metric: str) -> Operator:
 
 def is_thin(truth: Operator) -> bool:
     """Whether C is held by so few columns that its dense matrix need not be formed."""
-    return isinstance(truth, RootMean) and _few(truth.n * truth.V.shape[1], truth.shape[0])
+    return isinstance(truth, LowRankTerms) and _few(truth.n * truth.V.shape[1], truth.shape[0])
 
 
-def _by_columns(a: Tensor, roots: Tensor) -> RootMean:
+def _by_columns(a: Tensor, roots: Tensor) -> LowRankTerms:
     """The mean of R_nᵀR_n ⊗ a_n a_nᵀ from its columns r_nk ⊗ a_n."""
-    return RootMean(torch.einsum("nko,ni->nkoi", roots, a).flatten(2))
+    return LowRankTerms(torch.einsum("nko,ni->nkoi", roots, a).flatten(2))
 
 
 def _few(columns: int, d: int) -> bool:
@@ -88,7 +88,7 @@ def _from_eigenvalues(operator: Operator, damping: float) -> float | None:
     return None if values[0] <= 0 else values.log().sum().item()
 
 
-for _structure in (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, RootMean):
+for _structure in (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, LowRankTerms):
     log_determinant.register(_structure)(_from_eigenvalues)
 
 
@@ -113,7 +113,11 @@ def inverses(
 
 def inner_with(truth: Operator, other: Operator) -> float:
     """<C, other>, by way of the examples where the truth is made of them."""
-    return truth.inners(other).mean().item() if isinstance(truth, Sampled) else inner(truth, other)
+    return (
+        truth.inners(other).mean().item()
+        if isinstance(truth, PerExampleTerms)
+        else inner(truth, other)
+    )
 
 
 def inverse_moment(operator: Operator, damping: float, inverted: Operator, power: int) -> float:
@@ -163,7 +167,7 @@ def count_below(
     are counted by way of [[-I, Fᵀ], [F, E]], whose inertia is that of -I and F Fᵀ + E as well as
     that of E and -I - Fᵀ E⁻¹ F, by its two Schur complements.
     """
-    assert isinstance(truth, RootMean)
+    assert isinstance(truth, LowRankTerms)
     F = truth.columns.T
     shifted = solver(approximation, added - damping / end)  # E = -t (B + (μ - λ/t) I)
     small = F.T @ shifted(F) / end - torch.eye(F.shape[1]).to(F)

@@ -36,7 +36,7 @@ class Root(NamedTuple):
     like: Tensor
 
 
-class Pair(NamedTuple):
+class PencilPair(NamedTuple):
     """An eigenvalue of B^-½ (C + λI) B^-½ and x = B^-½ v, so that x·(C + λI)x = value."""
 
     value: float
@@ -124,7 +124,9 @@ def _root(
     return Root(lambda v: basis(up @ back(v)), lambda v: basis(down @ back(v)), values)
 
 
-def preconditioned_extremes(truth: Operator, damping: float, root: Root) -> tuple[Pair, Pair]:
+def preconditioned_extremes(
+    truth: Operator, damping: float, root: Root
+) -> tuple[PencilPair, PencilPair]:
     """Least and greatest eigenpairs of B^-½ (C + damping·I) B^-½, given B's root.
 
     All of them up to d = 400, else by Lanczos: the greatest from products with C, the least as the
@@ -147,7 +149,7 @@ def preconditioned_extremes(truth: Operator, damping: float, root: Root) -> tupl
         )
         inverse = _lanczos(lambda v: root.apply(undo(root.apply(v))), d, root)
         # the pair's x belongs to B^-½ v of the same v, whichever matrix v was found from
-        least = Pair(1 / inverse.value, inverse.x)
+        least = PencilPair(1 / inverse.value, inverse.x)
     if least.value <= 0:
         raise NotPositiveDefiniteError(f"C + {damping:g} I")
     return least, greatest
@@ -163,11 +165,11 @@ def _inverse(truth: Operator, damping: float) -> Callable[[Tensor], Tensor]:
     return lambda v: undone @ v
 
 
-def _pair(value: Tensor, vector: Tensor, root: Root) -> Pair:
-    return Pair(value.item(), root.inverse(vector))
+def _pair(value: Tensor, vector: Tensor, root: Root) -> PencilPair:
+    return PencilPair(value.item(), root.inverse(vector))
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], d: int, root: Root) -> Pair:
+def _lanczos(product: Callable[[Tensor], Tensor], d: int, root: Root) -> PencilPair:
     """Greatest eigenpair of a symmetric product, by ARPACK from a fixed start vector."""
 
     def matvec(v: np.ndarray) -> np.ndarray:

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from ..estimate import Estimate
 from ..operators import Operator
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
-def of_form(truth: Sampled, u: Tensor, v: Tensor) -> Tensor:
+def of_form(truth: PerExampleTerms, u: Tensor, v: Tensor) -> Tensor:
     """Influence on the bilinear form u·C v: u·(T_n - C)v for every example, [N]."""
     return centred(truth.quadratic(u, v))
 
 
-def of_inner(truth: Sampled, other: Operator) -> Tensor:
+def of_inner(truth: PerExampleTerms, other: Operator) -> Tensor:
     """Influence on the inner product <C, other>: <T_n - C, other> for every example, [N]."""
     return centred(truth.inners(other))
 

@@ -13,7 +13,7 @@ inside, found by simulation with GGN and Hessian blocks of 30 to 300 examples:
 - `from_influence` (inverses and eigenvalues): see there;
 - noise_floor: another claim, see there.
 
-Norms and inner products of a Sampled truth with weights w are w K w and w·t, so a bootstrap
+Norms and inner products of a PerExampleTerms truth with weights w are w K w and w·t, so a bootstrap
 replicate costs O(N²). The naive bootstrap of a norm is biased, because an example drawn twice meets
 itself: replicates leave every n = m pair out (a U-statistic) and only their deviations from the
 U-statistic of the batch are used, put around the batch's own value.
@@ -32,8 +32,8 @@ from ..operators import BUDGET, Kronecker, Operator, dense, inner, keep, like
 from ..operators.batched import difference
 from ..operators.dtypes import convert, entries_of, tensors
 from ..operators.pairing import keep_pair
-from ..truths.kronecker_terms import SampleMean
-from ..truths.per_example import Sampled
+from ..truths.kronecker_terms import KroneckerTerms
+from ..truths.per_example import PerExampleTerms
 from .splits import random_splits, signed_norms
 
 REPLICATES = 1000
@@ -85,18 +85,18 @@ def residual_square(truth: Operator, approximation: Operator) -> float:
 
 
 def _residual_square(truth: Operator, approximation: Operator, whole: float, cross: float) -> float:
-    if isinstance(truth, SampleMean) and isinstance(approximation, Kronecker):
+    if isinstance(truth, KroneckerTerms) and isinstance(approximation, Kronecker):
         return _beside_product(truth, approximation)
     left = whole - 2 * cross
     if left >= CANCELLED * whole:
         return left
     # few digits left: subtract term by term, or entry by entry where these fit, instead
     if (
-        isinstance(truth, SampleMean)
-        and isinstance(approximation, SampleMean)
+        isinstance(truth, KroneckerTerms)
+        and isinstance(approximation, KroneckerTerms)
         and torch.equal(truth.a, approximation.a)
     ):
-        rest = SampleMean(truth.a, difference(truth.left, approximation.left))
+        rest = KroneckerTerms(truth.a, difference(truth.left, approximation.left))
         return inner(rest, rest)
     if 8 * truth.shape[0] ** 2 > BUDGET:
         grain = torch.finfo(like(truth).dtype).eps
@@ -110,7 +110,7 @@ def _residual_square(truth: Operator, approximation: Operator, whole: float, cro
     return (dense(truth) - dense(approximation)).square().sum().item()
 
 
-def _beside_product(truth: SampleMean, approximation: Kronecker) -> float:
+def _beside_product(truth: KroneckerTerms, approximation: Kronecker) -> float:
     G, A = truth.left_mean.double(), truth.right_mean.double()
     left, right = approximation.left.double(), approximation.right.double()
     first, second = Kronecker(G - left, A), Kronecker(left, A - right)
@@ -163,12 +163,12 @@ def _blurred(found: Norms, truth: Operator) -> bool:
 
 def _norms(truth: Operator, approximation: Operator) -> Norms:
     square = inner(truth, truth)
-    inners = truth.inners(approximation).double() if isinstance(truth, Sampled) else None
+    inners = truth.inners(approximation).double() if isinstance(truth, PerExampleTerms) else None
     cross = inner(truth, approximation) if inners is None else inners.mean().item()
     own = inner(approximation, approximation)
     error = _residual_square(truth, approximation, square + own, cross)
     values = torch.tensor([square, cross, error], dtype=torch.float64)[:, None]
-    if not isinstance(truth, Sampled) or inners is None or truth.n == 1:
+    if not isinstance(truth, PerExampleTerms) or inners is None or truth.n == 1:
         return Norms(values[0], values[1], values[2], own, inners)
     d_square = deviations(truth)
     d_cross = inner_deviations(inners).cpu()
@@ -178,7 +178,7 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     return Norms(square_too, cross_too, error_too, own, inners)
 
 
-def deviations(truth: Sampled) -> Tensor:
+def deviations(truth: PerExampleTerms) -> Tensor:
     """`norm_deviations` of a truth, [REPLICATES], float64; kept with it."""
     return keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
 

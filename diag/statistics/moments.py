@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..operators import Operator, keep
 from ..operators.pairing import keep_pair
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 from .bootstrap_t import Variances
 from .intervals import bootstrap_counts, norms
 
@@ -74,7 +74,7 @@ def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) ->
     return keep_pair(terms, "unbiased moments", approximation, compute)
 
 
-def unbiased_squares(truth: Sampled, approximation: Operator) -> Squares:
+def unbiased_squares(truth: PerExampleTerms, approximation: Operator) -> Squares:
     """<E C, B>² as Σ_{n≠m} t_n t_m / (N (N - 1)), beside ‖E C‖² and with their variances."""
     square, n = unbiased_square(truth), truth.n
     inners = norms(truth, approximation).inners
@@ -95,7 +95,7 @@ def batch_moments(truth: Operator, approximation: Operator) -> Moments:
     """
 
     def compute() -> Moments:
-        if isinstance(truth, Sampled) and truth.n > 1:
+        if isinstance(truth, PerExampleTerms) and truth.n > 1:
             return _moments(truth, approximation, batch_square(truth), 0.0)
         own = norms(truth, approximation)
         nothing = Variances(*torch.full((3, 1), torch.nan, dtype=torch.float64))
@@ -123,9 +123,9 @@ def pooled(parts: list[Moments]) -> Moments:
     return Moments(square, cross, error, spread, own, sum(p.n for p in parts))
 
 
-def check_terms(truth: Operator, asked_by: str) -> Sampled:
+def check_terms(truth: Operator, asked_by: str) -> PerExampleTerms:
     """The truth. Raises: ValueError naming `asked_by` where it has no terms, or only one."""
-    if not isinstance(truth, Sampled) or truth.n < 2:
+    if not isinstance(truth, PerExampleTerms) or truth.n < 2:
         raise ValueError(
             f"{asked_by} speaks of the population and needs a truth made of per-example terms with "
             f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; GGN "
@@ -135,13 +135,13 @@ def check_terms(truth: Operator, asked_by: str) -> Sampled:
     return truth
 
 
-def noise(truth: Sampled) -> float:
+def noise(truth: PerExampleTerms) -> float:
     """Squared sampling noise E‖C - E C‖², unbiased: (mean K_nn - U)/N."""
     gram = truth.gram.double()
     return max((gram.diagonal().mean() - gram.mean()).item(), 0.0) / (truth.n - 1)
 
 
-def unbiased_square(truth: Sampled) -> Replicated:
+def unbiased_square(truth: PerExampleTerms) -> Replicated:
     """U, with variances by the jackknife of U-statistics (Arvesen 1969); kept with the truth."""
 
     def compute() -> Replicated:
@@ -154,7 +154,7 @@ def unbiased_square(truth: Sampled) -> Replicated:
     return keep(truth, "unbiased square", compute)
 
 
-def batch_square(truth: Sampled) -> Replicated:
+def batch_square(truth: PerExampleTerms) -> Replicated:
     """‖C‖² of the batch, U + (mean K_nn - U)/N. Kept with the truth."""
 
     def compute() -> Replicated:
@@ -197,7 +197,9 @@ def _counts(n: int) -> Tensor:
     return torch.cat([torch.ones(1, n, dtype=torch.float64), bootstrap_counts(n)])
 
 
-def _moments(truth: Sampled, approximation: Operator, square: Replicated, excess: float) -> Moments:
+def _moments(
+    truth: PerExampleTerms, approximation: Operator, square: Replicated, excess: float
+) -> Moments:
     """The moments whose ‖C‖² is `square`, and ‖C - B‖² less by `excess` than the batch's own.
 
     That one is taken as it is, for it keeps its digits where B is close.

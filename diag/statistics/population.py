@@ -11,7 +11,7 @@ import torch
 
 from ..estimate import Estimate
 from ..operators import Operator
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 from .bootstrap_t import ROUNDING, Part, quantiles, ratio_interval
 from .moments import (
     LEAST,
@@ -26,7 +26,7 @@ from .moments import (
 NEAR = 0.9  # squared cosine above which 1 - cos² would cancel
 
 
-def norm_estimate(truth: Sampled) -> Estimate:
+def norm_estimate(truth: PerExampleTerms) -> Estimate:
     """√max(U, 0), with an interval on the scale of log(U + 2 S²), S² the squared sampling noise.
 
     U + S² is the batch's own ‖C‖², so that U + 2 S² is positive also where U is not.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..truths.per_example import Sampled
+from ..truths.per_example import PerExampleTerms
 
 
 def index_split(n: int, first: Sequence[int], second: Sequence[int]) -> Tensor:
@@ -58,12 +58,12 @@ def signed_norms(gram: Tensor, weights: Tensor) -> Tensor:
     return ((weights @ gram) * weights).sum(1).clamp(min=0)
 
 
-def split_norms(truth: Sampled, weights: Tensor) -> Tensor:
+def split_norms(truth: PerExampleTerms, weights: Tensor) -> Tensor:
     """‖C_P - C_Q‖_F² between the exact blocks of the two parts of each split [s, N], [s]."""
     return signed_norms(truth.gram, weights)
 
 
-def split_floors(truth: Sampled, weights: Tensor) -> Tensor:
+def split_floors(truth: PerExampleTerms, weights: Tensor) -> Tensor:
     """Squared noise floor by each split of any sizes, ‖Σ_n w_n T_n‖² / (N Σ_n w_n² ‖C‖²), [s].
 
     Independent terms of variance σ² = E‖T_n - E C‖² give E‖Σ_n w_n T_n‖² = σ² Σ_n w_n² for weights

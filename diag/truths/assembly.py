@@ -6,19 +6,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..backward.backpropagation import Chunk, Returned, count, sweep
-from ..backward.layers import Layer, layers
+from ..backward.backpropagation import Chunk, LayerRoots, backpropagate, count
+from ..backward.layers import QualifiedLayer, layers
 from ..backward.patches import by_position, patches, per_group
-from ..backward.per_example import parameter_roots
+from ..backward.per_example import per_example_roots
 from ..backward.positions import columns_of, joined_positions
-from ..operators.batched import Diagonals, Outer, Packed, Stack, empty, pack
+from ..operators.batched import BatchedSymmetric, Diagonals, Outer, Packed, empty, pack
 from ..problem.blocks import Block, Member
 from ..problem.problem import Problem
-from .kronecker_terms import SampleMean
-from .low_rank_terms import RootMean
+from .kronecker_terms import KroneckerTerms
+from .low_rank_terms import LowRankTerms
 
 
-def by_rows(problem: Problem, block: Block) -> Layer | None:
+def by_rows(problem: Problem, block: Block) -> QualifiedLayer | None:
     """The layer that sees one row per example of which the block is (a part of) [W, b], if any."""
     member = block.single
     if member is None or not member.w_bar or member.columns:
@@ -41,7 +41,7 @@ def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> i
 
 def assembled(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
-) -> dict[Block, SampleMean | RootMean]:
+) -> dict[Block, KroneckerTerms | LowRankTerms]:
     """The truths of the blocks, given the roots of the curvature at the outputs."""
     collectors = {block: _collector(problem, block, roots) for block in blocks}
     joint = any(len(block.members) > 1 for block in blocks)
@@ -50,8 +50,8 @@ def assembled(
 
 def columns(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
-) -> dict[Block, RootMean]:
-    """The same with every block as a RootMean, its columns V [N, k, d] formed.
+) -> dict[Block, LowRankTerms]:
+    """The same with every block as a LowRankTerms, its columns V [N, k, d] formed.
 
     The k-th columns of all blocks belong together: V_aᵀ V_b is the block between a and b.
     """
@@ -67,8 +67,8 @@ def _collected(
     members = [member for block in collectors for member in block.members]
     names = {m.module for m in members if _by_layer(problem, m)}
     others = sorted({n for m in members if m.module not in names for n in m.parameters})
-    for chunk in sweep(problem, [n for n in known if n in names], roots, joint=joint):
-        pulled = parameter_roots(problem, others, chunk.rows, chunk.roots) if others else {}
+    for chunk in backpropagate(problem, [n for n in known if n in names], roots, joint=joint):
+        pulled = per_example_roots(problem, others, chunk.rows, chunk.roots) if others else {}
         for collector in collectors.values():
             collector.add(chunk, pulled)
     return {block: collector.finish() for block, collector in collectors.items()}
@@ -101,7 +101,7 @@ def _collector(problem: Problem, block: Block, roots: Diagonals | Outer) -> "_Ro
 
 
 class _Rows:
-    """Collects a SampleMean: inputs, and curvatures at the outputs in the smallest form."""
+    """Collects a KroneckerTerms: inputs, and curvatures at the outputs in the smallest form."""
 
     def __init__(self, problem: Problem, member: Member, last: Tensor | None) -> None:
         self.module, self.member, self.n = (
@@ -130,24 +130,24 @@ class _Rows:
             self.packed = empty(roots, self.n, o * (o + 1) // 2)
         self.packed[chunk.rows] = pack(roots.mT @ roots)
 
-    def finish(self) -> SampleMean:
+    def finish(self) -> KroneckerTerms:
         """The operator."""
         if self.values is not None:
-            left: Stack = Diagonals(self.values)
+            left: BatchedSymmetric = Diagonals(self.values)
         elif self.packed is not None:
             left = Packed.consume(self.packed, self.member.matrix_shape[0])
         else:
             left = Outer(torch.cat(self.roots))
-        return SampleMean(torch.cat(self.a), left)
+        return KroneckerTerms(torch.cat(self.a), left)
 
 
 class _Columns:
-    """Collects a RootMean: each example's columns, member after member."""
+    """Collects a LowRankTerms: each example's columns, member after member."""
 
     def __init__(self, problem: Problem, block: Block) -> None:
         self.problem, self.block = problem, block
         self.V: list[Tensor] = []
-        self.returned: list[Returned] = []
+        self.returned: list[LayerRoots] = []
         self.by_position = _by_position(problem, block)
 
     def add(self, chunk: Chunk, pulled: dict[str, Tensor]) -> None:
@@ -166,15 +166,15 @@ class _Columns:
         w_bar = torch.stack(list(map(_products(module), found.x, found.b))).sum(0)
         return member.cut(w_bar[..., columns_of(member)]).flatten(2)
 
-    def finish(self) -> RootMean:
+    def finish(self) -> LowRankTerms:
         """The operator."""
         member = self.block.single
         sizes = member.matrix_shape if member is not None and member.w_bar else None
         if not self.by_position:
-            return RootMean(torch.cat(self.V), None, sizes)
+            return LowRankTerms(torch.cat(self.V), None, sizes)
         assert member is not None
         module = self.problem.model.get_submodule(member.module)
-        return RootMean(
+        return LowRankTerms(
             torch.cat(self.V), partial(joined_positions, module, member, self.returned), sizes
         )
 

@@ -30,10 +30,10 @@ from ..operators import (
     keep,
 )
 from ..operators.batched import (
+    BatchedSymmetric,
     Diagonals,
     Outer,
     Packed,
-    Stack,
     centred,
     cross_gram,
     empty,
@@ -45,20 +45,20 @@ from ..operators.dtypes import made_of
 from ..operators.eigen import KroneckerEigen, Spectral
 from ..operators.forms import to_dense
 from ..operators.structures import by_columns
-from .per_example import Sampled
+from .per_example import PerExampleTerms
 
 THIN_UP_TO = 2**24  # entries of the packed terms up to which they are factorised themselves
 
 
-class SampleMean(Sampled):
+class KroneckerTerms(PerExampleTerms):
     """The operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ, from a [N, i] and C [N, o, o] (each symmetric).
 
-    C may be given as a Stack: packed, as roots, or as diagonals (one block per output neuron).
+    C may be a BatchedSymmetric: packed, as roots, or as diagonals (one block per output neuron).
     """
 
-    def __init__(self, a: Tensor, C: Tensor | Stack) -> None:
+    def __init__(self, a: Tensor, C: Tensor | BatchedSymmetric) -> None:
         self.a = a
-        self.left: Stack = Packed.of(C) if isinstance(C, Tensor) else C
+        self.left: BatchedSymmetric = Packed.of(C) if isinstance(C, Tensor) else C
         self.kept = {}
 
     @property
@@ -128,7 +128,7 @@ class SampleMean(Sampled):
         if isinstance(other, Diagonal):
             weights = other.diagonal.reshape(o, i).to(a)
             return (self.left.diagonals() * (a.square() @ weights.T)).sum(1)
-        if isinstance(other, SampleMean):
+        if isinstance(other, KroneckerTerms):
             across = (a.double() @ other.a.double().T).square()
             return (cross_gram(self.left, other.left) * across).mean(1)
         if isinstance(other, BlockDiagonal) and self._per_output(other):
@@ -186,7 +186,7 @@ class SampleMean(Sampled):
         return ((left - left.mean()) * (right - right.mean())).mean().item()
 
 
-made_of(SampleMean, "a", "left")
+made_of(KroneckerTerms, "a", "left")
 made_of(Packed, "centre", "deviations", "size")
 made_of(Outer, "roots")
 made_of(Diagonals, "values")
@@ -210,7 +210,7 @@ class KroneckerSVD(NamedTuple):
     right: Callable[[int], Tensor]
 
 
-def _by_thin_factors(mean: SampleMean) -> KroneckerSVD:
+def _by_thin_factors(mean: KroneckerTerms) -> KroneckerSVD:
     """From thin factorisations Pᵀ = U R_P, Qᵀ = V R_Q: small values keep their full accuracy.
 
     The rearranged block is PᵀQ/N with rows P_n = vec C_n and Q_n = vec a_n a_nᵀ.
@@ -226,7 +226,7 @@ def _by_thin_factors(mean: SampleMean) -> KroneckerSVD:
     )
 
 
-def _by_gram(mean: SampleMean) -> KroneckerSVD:
+def _by_gram(mean: KroneckerTerms) -> KroneckerSVD:
     """From the N x N Gram matrices alone: values to 1e-8 of the largest, factors by weighting."""
     (P, R_P), (Q, R_Q) = (_gram_root(gram) for gram in (mean.gram_left, mean.gram_right))
     left, values, right = torch.linalg.svd(R_P @ R_Q.T / mean.n, full_matrices=False)
@@ -253,7 +253,7 @@ def _thin(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @to_dense.register
-def _(operator: SampleMean) -> Tensor:
+def _(operator: KroneckerTerms) -> Tensor:
     """One product of packed halves, [o(o+1)/2, N] x [N, i(i+1)/2], then re-ordered.
 
     Both factors are symmetric, so a quarter of the arithmetic of [o², N] x [N, i²] is enough.
@@ -274,7 +274,7 @@ def _(operator: SampleMean) -> Tensor:
     return matrix.reshape(o * i, o * i)
 
 
-def output_blocks(mean: SampleMean) -> Tensor:
+def output_blocks(mean: KroneckerTerms) -> Tensor:
     """The exact sub-blocks of the output neurons, mean_n C_n[o, o] a_n a_nᵀ, [o, i, i]."""
     weights = mean.left.diagonals().T  # [o, N]
     return (weights[:, None, :] * mean.a.T) @ mean.a / mean.n
@@ -287,19 +287,19 @@ def _taken(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 @diagonal.register
-def _(operator: SampleMean) -> Tensor:
+def _(operator: KroneckerTerms) -> Tensor:
     weights = operator.left.diagonals()
     return (weights.T @ operator.a.square() / operator.n).reshape(-1)
 
 
-@inner_rule(SampleMean, SampleMean)
-def _(first: SampleMean, second: SampleMean) -> Tensor:
+@inner_rule(KroneckerTerms, KroneckerTerms)
+def _(first: KroneckerTerms, second: KroneckerTerms) -> Tensor:
     if first is second:
         return first.gram.mean()
     return first.inners(second).mean()
 
 
-def _mean_inner(first: SampleMean, second: Operator) -> Tensor:
+def _mean_inner(first: KroneckerTerms, second: Operator) -> Tensor:
     return first.inners(second).mean()
 
 
@@ -313,4 +313,4 @@ for _structure in (
     Spectral,
     Damped,
 ):
-    inner_rule(SampleMean, _structure)(_mean_inner)
+    inner_rule(KroneckerTerms, _structure)(_mean_inner)

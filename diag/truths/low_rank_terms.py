@@ -29,13 +29,13 @@ from ..operators.batched import squared_blocks
 from ..operators.dtypes import conversion, convert, made_of
 from ..operators.eigen import KroneckerEigen, Spectral
 from ..operators.forms import to_dense
-from .kronecker_terms import SampleMean
-from .per_example import Sampled
+from .kronecker_terms import KroneckerTerms
+from .per_example import PerExampleTerms
 
 AT_ONCE = 2**24  # floats of columns another operator is applied to at a time
 
 
-class RootMean(Sampled):
+class LowRankTerms(PerExampleTerms):
     """The operator (1/N) Σ_n Σ_k V_nk V_nkᵀ with V [N, k, d].
 
     positions: makes a layer's inputs and roots by position, V_nk = Σ_t b_nkt a_ntᵀ, where they are
@@ -91,7 +91,7 @@ class RootMean(Sampled):
 
     def inners(self, other: Operator) -> Tensor:
         """<V_n V_nᵀ, other> = Σ_k V_nk·other V_nk for every example, [N]."""
-        if isinstance(other, RootMean):
+        if isinstance(other, LowRankTerms):
             return squared_blocks(self.V, other.V.to(self.V)).mean(1)
         some, own = max(1, AT_ONCE // self.V[0].numel()), convert(other, self.V)
         return torch.cat([_quadratics(part, own) for part in self.V.split(some)])
@@ -128,32 +128,32 @@ def gram_by_position(positions: Positions) -> Tensor:
     return torch.stack(rows)
 
 
-made_of(RootMean, "V")
+made_of(LowRankTerms, "V")
 
 
 @conversion.register
-def _(operator: RootMean, entries: Tensor) -> RootMean:
+def _(operator: LowRankTerms, entries: Tensor) -> LowRankTerms:
     # its positions, in another dtype than V, would be another matrix
-    return RootMean(operator.V.to(entries), None, operator.factor_sizes)
+    return LowRankTerms(operator.V.to(entries), None, operator.factor_sizes)
 
 
 @to_dense.register
-def _(operator: RootMean) -> Tensor:
+def _(operator: LowRankTerms) -> Tensor:
     flat = operator.V.flatten(0, 1)
     return flat.T @ flat / operator.n
 
 
 @diagonal.register
-def _(operator: RootMean) -> Tensor:
+def _(operator: LowRankTerms) -> Tensor:
     return operator.V.square().sum((0, 1)) / operator.n
 
 
-@inner_rule(RootMean, RootMean)
-def _(first: RootMean, second: RootMean) -> Tensor:
+@inner_rule(LowRankTerms, LowRankTerms)
+def _(first: LowRankTerms, second: LowRankTerms) -> Tensor:
     return first.gram.mean() if first is second else first.inners(second).mean()
 
 
-def _mean_inner(first: RootMean, second: Operator) -> Tensor:
+def _mean_inner(first: LowRankTerms, second: Operator) -> Tensor:
     return first.inners(second).mean()
 
 
@@ -168,6 +168,6 @@ for _structure in (
     KroneckerEigen,
     Spectral,
     Damped,
-    SampleMean,
+    KroneckerTerms,
 ):
-    inner_rule(RootMean, _structure)(_mean_inner)
+    inner_rule(LowRankTerms, _structure)(_mean_inner)

@@ -1,4 +1,4 @@
-"""Sampled: what every truth made of per-example terms can answer, whatever its terms look like."""
+"""Interface of exact curvatures stored as a mean of per-example terms."""
 
 from abc import ABC, abstractmethod
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from ..operators import Operator
 
 
-class Sampled(ABC):
+class PerExampleTerms(ABC):
     """An operator C = (1/N) Σ_n T_n with symmetric terms T_n [d, d] that are never formed.
 
     Norms, errors, sampling noise and intervals are made of the inner products below alone.

@@ -15,8 +15,8 @@ from ..operators import Damped, Operator, like, to_scipy
 from ..operators.batched import Outer
 from ..operators.solving import dense_solver, solver_rule
 from ..operators.structures import by_columns
-from .kronecker_terms import SampleMean
-from .low_rank_terms import RootMean
+from .kronecker_terms import KroneckerTerms
+from .low_rank_terms import LowRankTerms
 from .matrix_free import MatrixFree
 
 DENSE_UP_TO = 6000  # parameters; a factorisation of this size takes seconds
@@ -31,8 +31,8 @@ class NotSolvedError(ArithmeticError):
     """Conjugate gradients did not reach the residual asked for."""
 
 
-@solver_rule(RootMean)
-def _(operator: RootMean, damping: float) -> Solve:
+@solver_rule(LowRankTerms)
+def _(operator: LowRankTerms, damping: float) -> Solve:
     m, d = operator.V.shape[0] * operator.V.shape[1], operator.shape[0]
     if damping > 0 and m < d and m <= COLUMNS_UP_TO:
         F = operator.columns
@@ -40,8 +40,8 @@ def _(operator: RootMean, damping: float) -> Solve:
     return dense_solver(operator, damping) if d <= DENSE_UP_TO else _by_products(operator, damping)
 
 
-@solver_rule(SampleMean)
-def _(operator: SampleMean, damping: float) -> Solve:
+@solver_rule(KroneckerTerms)
+def _(operator: KroneckerTerms, damping: float) -> Solve:
     d = operator.shape[0]
     if d <= DENSE_UP_TO:
         return dense_solver(operator, damping)
@@ -57,7 +57,7 @@ def _(operator: MatrixFree, damping: float) -> Solve:
     return _by_products(operator, damping)
 
 
-def _in_sample_space(operator: SampleMean, R: Tensor, damping: float) -> Solve:
+def _in_sample_space(operator: KroneckerTerms, R: Tensor, damping: float) -> Solve:
     """Woodbury with the columns r_nk ⊗ a_n, which are never formed."""
     (n, k, o), a = R.shape, operator.a
     scale = n**-0.5

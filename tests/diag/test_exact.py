@@ -9,7 +9,7 @@ from kronscope.diag import Problem, dense, exact, frobenius_norm, inner
 from kronscope.diag.backward.products import dense_block
 from kronscope.diag.operators import Dense, Kronecker
 from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 ACTIVATIONS = [nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.ReLU]
 
@@ -39,7 +39,7 @@ def test_hessian_equals_torch_func(network, by_autograd, activation, loss_name, 
     problem = Problem(model, loss, torch.randn(12, 5), targets(12))
     for block in problem.blocks():
         truth = exact.hessian(problem, block)
-        assert isinstance(truth, SampleMean)
+        assert isinstance(truth, KroneckerTerms)
         # 1e-12: sums of some hundred products of order one in float64
         close(dense(truth), by_autograd(problem, block.name), 1e-12)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from kronscope.diag import Block, Operator, Problem, exact, live, metrics
-from kronscope.diag.operators import Taken, like
+from kronscope.diag.operators import SingleStep, like
 from kronscope.diag.spectra import NotFiniteError, NotPositiveDefiniteError, sharpest, side_by_side
 
 from ... import training
@@ -122,7 +122,7 @@ def efficiency(seen: Seen, lr: float, damping: float) -> Iterator[Row]:
     """How much of the GGN model's possible decrease a step lr P g, without momentum, takes."""
     g = seen.problem.gradient(seen.whole).detach()
     P = side_by_side([seen.P[block.name] for block in seen.layers])
-    step = Taken(gradient=g, step=lr * P(g))
+    step = SingleStep(gradient=g, step=lr * P(g))
     found = metrics.decrease_efficiency(seen.C["ggn"], step, damping, g, approximation_damping=0.0)
     yield row("decrease_efficiency", found.value, size=seen.whole.d, truth="ggn", damping=damping)
 

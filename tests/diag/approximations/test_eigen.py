@@ -25,7 +25,7 @@ from kronscope.diag.operators import (
     trace,
 )
 from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 
 def symmetric(*shape):
@@ -51,7 +51,7 @@ OTHERS = {
     "diagonal": lambda: Diagonal(torch.randn(6)),
     "low_rank": lambda: LowRank(torch.randn(6, 2)),
     "damped": lambda: Damped(KroneckerEigen(basis(2), basis(3), torch.randn(2, 3)), 0.3),
-    "sample_mean": lambda: SampleMean(torch.randn(7, 3), symmetric(7, 2, 2)),
+    "kronecker_terms": lambda: KroneckerTerms(torch.randn(7, 3), symmetric(7, 2, 2)),
 }
 
 

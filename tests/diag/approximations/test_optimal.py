@@ -113,7 +113,7 @@ def test_psd_of_a_negative_truth_is_zero():
 @pytest.mark.parametrize("make", [indefinite, convolution])
 @pytest.mark.parametrize("of", ["hessian", "ggn"])
 def test_contractions_of_terms_equal_those_of_the_dense_matrix(make, of):
-    """Of a SampleMean, a RootMean and a dense Hessian."""
+    """Of a KroneckerTerms, a LowRankTerms and a dense Hessian."""
     problem = make()
     tiles, truth = tiled(problem, of), exact.truth(problem, problem.block("0"), of)
     o, i = problem.block("0").single.matrix_shape

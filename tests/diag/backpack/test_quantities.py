@@ -6,7 +6,7 @@ from torch import nn
 
 from kronscope.diag import Problem, approximations, dense, diagonal, exact, metrics
 from kronscope.diag.backpack import quantities as crosscheck
-from kronscope.diag.truths.per_example import Sampled
+from kronscope.diag.truths.per_example import PerExampleTerms
 
 # 1e-9 of the largest entry: float64 rounding of two engines, with room for sums of some thousands
 CLOSE = 1e-9
@@ -53,7 +53,7 @@ def test_full_blocks_agree(net, loss):
     for block in all_blocks(problem):
         for truth in (exact.ggn, exact.empirical_fisher):
             found = truth(problem, block, backend="backpack")
-            assert isinstance(found, Sampled)
+            assert isinstance(found, PerExampleTerms)
             close(dense(found), dense(truth(problem, block)))
 
 

@@ -10,9 +10,9 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 
 from kronscope.diag import Problem, dense, exact
-from kronscope.diag.backward.backpropagation import sweep
+from kronscope.diag.backward.backpropagation import backpropagate
 from kronscope.diag.backward.layers import layers
-from kronscope.diag.backward.loss_roots import output_roots
+from kronscope.diag.backward.loss_roots import loss_roots
 
 N = 5
 TRUTHS = ("ggn", "empirical_fisher", "hessian")
@@ -67,7 +67,7 @@ class Skip(nn.Module):
 
 def roots_at(problem, name):
     """How many roots the sweep brings to a layer."""
-    (chunk,) = sweep(problem, [name], output_roots(problem, "ggn"))
+    (chunk,) = backpropagate(problem, [name], loss_roots(problem, "ggn"))
     return len(chunk.layers[name].b[0])
 
 
@@ -115,7 +115,7 @@ def test_chunks_of_one_example_and_roots_all_at_once(monkeypatch, at_once, few):
     monkeypatch.setattr("kronscope.diag.backward.backpropagation.AT_ONCE", at_once)
     monkeypatch.setattr("kronscope.diag.backward.backpropagation.FEW", few)
     problem = problem_of(mixed(), torch.randn(N, 2, 3))
-    chunks = sweep(problem, ["0", "4"], output_roots(problem, "ggn"))
+    chunks = backpropagate(problem, ["0", "4"], loss_roots(problem, "ggn"))
     assert len(list(chunks)) == (1 if at_once > 1 else N)
     check_truths(problem)
 

@@ -13,7 +13,7 @@ from kronscope import diag
 from kronscope.diag import Damped, Dense, Estimate, Inverse, LowRank, Problem, dense, exact
 from kronscope.diag.operators import inverse
 from kronscope.diag.registry import approximation, metric
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 LAMBDA = 0.05
 APPROXIMATIONS = ("kfac", "diagonal", "mini_block", "mini_block_shared", "best_kronecker")
@@ -125,7 +125,7 @@ def test_every_value_is_in_its_range(name, of):
     count = 0
     for problem, block in cases(of):
         truth = exact.truth(problem, block, of)
-        layer = isinstance(truth, RootMean)
+        layer = isinstance(truth, LowRankTerms)
         names = ("diagonal",) if layer else APPROXIMATIONS
         made = [approximation[n].function(problem, block, of=of) for n in names]
         if name in KRONECKER_ONLY:

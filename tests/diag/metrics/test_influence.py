@@ -9,7 +9,7 @@ from torch import nn
 from kronscope.diag import Dense, Diagonal, Problem, approximations, dense, exact
 from kronscope.diag.registry import metric
 from kronscope.diag.statistics.intervals import Z
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 LAMBDA, STEP = 0.05, 1e-5
 FIRST_ORDER = (
@@ -29,7 +29,7 @@ BOOTSTRAP = ("trace_ratio", "effective_rank", "off_block_mass", "error_over_nois
 
 
 def explicit(truth):
-    if isinstance(truth, RootMean):
+    if isinstance(truth, LowRankTerms):
         return truth.V.mT @ truth.V
     o, i = truth.factor_sizes
     terms = torch.einsum("nop,ni,nj->noipj", truth.C, truth.a, truth.a)
@@ -41,8 +41,8 @@ def pairs(classifier):
     """(truth, approximation, gradient): a mean of Kronecker products, and one of V Vᵀ."""
     block = classifier.block("2")
     layer = exact.ggn(classifier, block), approximations.kfac(classifier, block)
-    roots = RootMean(torch.randn(6, 2, 14))
-    other = RootMean(roots.V + 0.5 * torch.randn(6, 2, 14))
+    roots = LowRankTerms(torch.randn(6, 2, 14))
+    other = LowRankTerms(roots.V + 0.5 * torch.randn(6, 2, 14))
     return [
         (*layer, classifier.gradient(block)),
         (roots, Dense(dense(other)), torch.randn(14)),
@@ -77,7 +77,7 @@ def test_half_widths(pairs, name):
 
 
 def test_no_interval_where_a_norm_has_no_derivative():
-    truth = RootMean(torch.randn(5, 2, 9))
+    truth = LowRankTerms(torch.randn(5, 2, 9))
     found = metric["secant_consistency"].function(truth, truth, gradient=torch.randn(9))
     assert found.value == 0
     assert math.isnan(found.low)
@@ -85,7 +85,7 @@ def test_no_interval_where_a_norm_has_no_derivative():
 
 
 def test_large_truths_claim_no_interval_for_the_eigenspace():
-    truth = RootMean(torch.randn(3, 2, 401))
+    truth = LowRankTerms(torch.randn(3, 2, 401))
     overlap = metric["eigenspace_overlap"].function
     found = overlap(truth, Diagonal(torch.arange(1.0, 402)), k=2)
     assert 0 < found.value < 1

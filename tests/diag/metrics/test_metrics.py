@@ -13,7 +13,7 @@ from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exa
 from kronscope.diag.registry import approximation, metric
 from kronscope.diag.spectra import preconditioned
 from kronscope.diag.statistics.intervals import half_split_norms
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 FOLDER = Path(diag.metrics.__file__).parent
 LAMBDA = 0.05
@@ -226,7 +226,7 @@ def test_a_truth_that_cannot_be_told_from_zero_has_an_open_interval():
     """Terms that cancel but for noise: some resampled batches leave no norm to divide by."""
     C, a = torch.randn(8, 2, 2), torch.randn(8, 3)
     C = torch.cat([C + C.mT, -C - C.mT]) + 0.01 * torch.eye(2)
-    truth = SampleMean(torch.cat([a, a]), C)
+    truth = KroneckerTerms(torch.cat([a, a]), C)
     approx = Kronecker(torch.eye(2), torch.eye(3))
     error = metrics.relative_error(truth, approx)
     assert error.low <= error.value <= error.high == math.inf

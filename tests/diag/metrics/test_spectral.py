@@ -22,8 +22,8 @@ from kronscope.diag.registry import approximation
 from kronscope.diag.spectra import eigenspaces, pencils
 from kronscope.diag.spectra.eigenspaces import dominant
 from kronscope.diag.spectra.pencils import count_below
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 LAMBDA = 0.05
 NAMES = ("kfac", "diagonal", "mini_block", "mini_block_input", "mini_block_shared")
@@ -37,7 +37,7 @@ def pairs(problem, of="ggn"):
 
 
 def roots(d, n=4, k=2):
-    return RootMean(torch.randn(n, k, d))
+    return LowRankTerms(torch.randn(n, k, d))
 
 
 def pencil(truth, approx, added=LAMBDA):
@@ -81,7 +81,7 @@ def test_spectral_residual_by_products_alone(monkeypatch):
         assert math.isnan(found.low)
     assert metrics.spectral_residual(Products(C), Products(C)).value == 0
     # summed in another order: nothing but rounding is left
-    truth = RootMean(torch.randn(7, 3, 60))
+    truth = LowRankTerms(torch.randn(7, 3, 60))
     assert metrics.spectral_residual(truth, Dense(dense(truth))).value == 0
     small = Dense(dense(truth) * (1 + 1e-9))
     assert metrics.spectral_residual(truth, small).value == pytest.approx(1e-9, rel=1e-4)
@@ -163,13 +163,13 @@ def test_stein_divergence_of_an_indefinite_matrix_is_infinite():
         assert metric(Dense(positive), Diagonal(indefinite.diagonal()), 0.1).value == math.inf
 
 
-@pytest.mark.parametrize("kind", [RootMean, SampleMean])
+@pytest.mark.parametrize("kind", [LowRankTerms, KroneckerTerms])
 @pytest.mark.parametrize("name", ["kronecker", "diagonal", "blocks", "dense", "live"])
 def test_thin_truths_by_small_matrices_alone(monkeypatch, name, kind):
     """The route of a truth with fewer columns than rows agrees with the dense one."""
     truth = roots(30, n=5, k=3)
-    if kind is SampleMean:
-        truth = SampleMean(torch.randn(5, 6), Outer(torch.randn(5, 3, 5)))
+    if kind is KroneckerTerms:
+        truth = KroneckerTerms(torch.randn(5, 6), Outer(torch.randn(5, 3, 5)))
     left, right, wide = (torch.randn(s, s + 2) for s in (5, 6, 10))
     B = {
         "kronecker": Kronecker(left @ left.T, right @ right.T),

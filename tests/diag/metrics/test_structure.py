@@ -26,8 +26,8 @@ from kronscope.diag.registry import approximation
 from kronscope.diag.spectra import eigenspaces
 from kronscope.diag.spectra.eigenspaces import leading_space, leading_vectors
 from kronscope.diag.statistics.intervals import bootstrap_counts
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 NAMES = ("kfac", "diagonal", "mini_block", "mini_block_input", "mini_block_shared")
 
@@ -40,7 +40,7 @@ def pairs(problem, of="ggn"):
 
 
 def roots(d, n=4, k=2):
-    return RootMean(torch.randn(n, k, d))
+    return LowRankTerms(torch.randn(n, k, d))
 
 
 class Products:
@@ -147,7 +147,7 @@ def test_effective_rank_counts_equal_directions():
 
 def explicit(truth):
     """Terms [N, d, d]."""
-    if isinstance(truth, RootMean):
+    if isinstance(truth, LowRankTerms):
         return truth.V.mT @ truth.V
     o, i = truth.factor_sizes
     terms = torch.einsum("nop,ni,nj->noipj", truth.C, truth.a, truth.a)
@@ -162,8 +162,8 @@ def test_off_block_mass_of_random_partitions(seed, o, i, of):
     n, d = 5, o * i
     C, a = torch.randn(n, o, o), torch.randn(n, i)
     stacks = [C + C.mT, Outer(torch.randn(n, 2, o)), Diagonals(torch.randn(n, o))]
-    truth = RootMean(torch.randn(n, 2, d)) if of == 3 else None
-    truth = Dense(torch.randn(d, d)) if of == 4 else truth or SampleMean(a, stacks[of % 3])
+    truth = LowRankTerms(torch.randn(n, 2, d)) if of == 3 else None
+    truth = Dense(torch.randn(d, d)) if of == 4 else truth or KroneckerTerms(a, stacks[of % 3])
     rows, columns = torch.randint(3, (o,)), torch.randint(3, (i,))
     grid = (rows[:, None] * 3 + columns).reshape(-1)
     for parts in (grid, torch.randint(3, (d,)), torch.arange(d), torch.zeros(d, dtype=torch.long)):
@@ -203,7 +203,7 @@ def test_off_block_mass_of_a_group_of_layers(classifier):
     expected = (2 * C[:d, d:].square().sum()).sqrt() / C.norm()
     found = metrics.off_block_mass(truth, blocks)
     assert found.value == pytest.approx(expected.item(), abs=1e-9)
-    assert isinstance(truth, RootMean)
+    assert isinstance(truth, LowRankTerms)
     assert found.low < found.value < found.high
 
 

@@ -22,7 +22,7 @@ from kronscope.diag.operators import (
 )
 from kronscope.diag.operators.batched import pack, unpack
 from kronscope.diag.spectra.preconditioned import square_root
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 
 def spd(k: int) -> torch.Tensor:
@@ -49,7 +49,9 @@ OPERATORS = {
     ),
     "diagonal": lambda: Diagonal(torch.rand(6) + 0.5),
     "low_rank": lambda: LowRank(torch.randn(6, 2)),
-    "sample_mean": lambda: SampleMean(torch.randn(7, 3), torch.stack([spd(2) for _ in range(7)])),
+    "kronecker_terms": lambda: KroneckerTerms(
+        torch.randn(7, 3), torch.stack([spd(2) for _ in range(7)])
+    ),
     "damped": lambda: Damped(Kronecker(spd(2), spd(3)), 0.3),
     "inverse": lambda: Inverse(Kronecker(spd(2), spd(3))),
 }

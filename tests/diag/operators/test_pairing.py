@@ -27,7 +27,7 @@ from kronscope.diag import (
     solve,
 )
 from kronscope.diag.metrics._partitions import partition_of
-from kronscope.diag.operators import Taken, like
+from kronscope.diag.operators import SingleStep, like
 from kronscope.diag.operators.dtypes import Converted, convert, tensors, versions
 from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
 from kronscope.diag.operators.pairing import keep_pair
@@ -86,9 +86,9 @@ def test_operators_of_two_blocks_are_refused(name, classifier):
     first, last = classifier.block("0"), classifier.block("4")
     truth, approx = exact.ggn(classifier, first), approximations.kfac(classifier, last)
     given = keywords(metric[name], classifier, first)
-    said = rf"{name} compares .* a SampleMean \[35, 35\] with a Kronecker \[15, 15\]"
+    said = rf"{name} compares .* a KroneckerTerms \[35, 35\] with a Kronecker \[15, 15\]"
     for other in (truth, Dense(dense(truth))):
-        with pytest.raises(ValueError, match=said.replace("SampleMean", type(other).__name__)):
+        with pytest.raises(ValueError, match=said.replace("KroneckerTerms", type(other).__name__)):
             metric[name].function(other, approx, **given)
     with pytest.raises(ValueError, match=r"\[35, 35\] with a Tensor \[35, 2\]"):
         metric[name].function(truth, approximation=torch.ones(35, 2), **given)
@@ -152,7 +152,7 @@ def test_what_is_no_structure_computes_in_its_own_dtype(case):
 def test_a_gradient_in_another_dtype():
     whole, half = (network(dtype) for dtype in (DOUBLE, SINGLE))
     block = whole.block("3")
-    taken = Taken(whole.gradient(block), whole.gradient(block) / 3)
+    taken = SingleStep(whole.gradient(block), whole.gradient(block) / 3)
     found = metrics.step_cosine(
         exact.ggn(half, block), taken, LAMBDA, taken.gradient, approximation_damping=0.0
     )

@@ -37,8 +37,8 @@ from kronscope.diag.spectra.extreme_eigenpairs import (
     bottom_eigenpairs,
     top_eigenpairs,
 )
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 from kronscope.diag.truths.matrix_free import MatrixFree
 
 
@@ -67,11 +67,13 @@ OPERATORS = {
     "diagonal": lambda: Diagonal(torch.randn(6)),
     "low_rank": lambda: LowRank(torch.randn(6, 2)),
     "low_rank_wide": lambda: LowRank(torch.randn(6, 9)),
-    "sample_mean": lambda: SampleMean(torch.randn(7, 3), torch.stack([spd(2) for _ in range(7)])),
-    "sample_mean_of_roots": lambda: SampleMean(torch.randn(7, 3), Outer(torch.randn(7, 1, 2))),
-    "sample_mean_of_few_roots": lambda: SampleMean(torch.randn(2, 3), Outer(torch.randn(2, 2, 2))),
-    "root_mean": lambda: RootMean(torch.randn(7, 2, 6)),
-    "root_mean_of_few": lambda: RootMean(torch.randn(2, 2, 6)),
+    "kronecker_terms": lambda: KroneckerTerms(
+        torch.randn(7, 3), torch.stack([spd(2) for _ in range(7)])
+    ),
+    "of_roots": lambda: KroneckerTerms(torch.randn(7, 3), Outer(torch.randn(7, 1, 2))),
+    "of_few_roots": lambda: KroneckerTerms(torch.randn(2, 3), Outer(torch.randn(2, 2, 2))),
+    "low_rank_terms": lambda: LowRankTerms(torch.randn(7, 2, 6)),
+    "low_rank_terms_of_few": lambda: LowRankTerms(torch.randn(2, 2, 6)),
     "matrix_free": lambda: MatrixFree(functools.partial(torch.mul, 2.0), torch.ones(6), n=3),
     "damped": lambda: Damped(Kronecker(symmetric(2), symmetric(3)), 0.3),
     "inverse": lambda: Inverse(Kronecker(spd(2), spd(3))),
@@ -213,11 +215,11 @@ def test_eigenvalues_from_structure_beyond_the_dense_budget():
     assert eigenvalues(blocks)[-1].item() == pytest.approx(torch.linalg.eigvalsh(left)[-1].item())
     for kind in (Inverse(Damped(Diagonal(right.repeat(4)), 1.0)), Damped(Diagonal(right), 2.0)):
         assert (eigenvalues(kind) > 0).all()
-    few = SampleMean(torch.ones(1, d // 4), Outer(torch.ones(1, 2, 4)))
+    few = KroneckerTerms(torch.ones(1, d // 4), Outer(torch.ones(1, 2, 4)))
     assert eigenvalues(few)[-1].item() == pytest.approx(2 * 4 * d / 4)
-    assert eigenvalues(RootMean(torch.ones(1, 2, d)))[-2:].tolist() == pytest.approx([0, 2 * d])
-    truth = SampleMean(torch.ones(1, d // 4), torch.eye(4)[None])
-    with pytest.raises(ValueError, match=r"SampleMean of 40000 rows.*11\.9 GiB.*top_eigen"):
+    assert eigenvalues(LowRankTerms(torch.ones(1, 2, d)))[-2:].tolist() == pytest.approx([0, 2 * d])
+    truth = KroneckerTerms(torch.ones(1, d // 4), torch.eye(4)[None])
+    with pytest.raises(ValueError, match=r"KroneckerTerms of 40000 rows.*11\.9 GiB.*top_eigen"):
         eigenvalues(truth)
     with pytest.raises(ValueError, match="11\\.9 GiB"):
         top_eigenpairs(truth, k=d // 2)

@@ -28,8 +28,8 @@ from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
 from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values, leading_kronecker
 from kronscope.diag.spectra.lanczos_svd import leading_triples
 from kronscope.diag.spectra.preconditioned import preconditioned_extremes, square_root
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 from kronscope.diag.truths.matrix_free import MatrixFree
 
 
@@ -77,7 +77,7 @@ def images():
 def test_leading_terms_of_a_convolution(images, monkeypatch, rank):
     for of in ("ggn", "empirical_fisher"):
         truth = exact.truth(images, images.block("0"), of)
-        assert isinstance(truth, RootMean)
+        assert isinstance(truth, LowRankTerms)
         check_leading_terms(truth, rank, 1e-9)
         full = metrics.relative_error(truth, leading_kronecker(truth, rank)).value
         with monkeypatch.context() as patch:
@@ -167,10 +167,10 @@ def large_truths():
     root, packed = torch.randn(12, 12), torch.randn(6, 2, 3)
     matrix = root @ root.T
     return {
-        "few columns": RootMean(torch.randn(3, 2, 12)),
-        "many columns": RootMean(torch.randn(9, 2, 12)),
-        "outer": SampleMean(torch.randn(6, 4), Outer(torch.randn(6, 2, 3))),
-        "packed": SampleMean(torch.randn(6, 4), packed.mT @ packed),
+        "few columns": LowRankTerms(torch.randn(3, 2, 12)),
+        "many columns": LowRankTerms(torch.randn(9, 2, 12)),
+        "outer": KroneckerTerms(torch.randn(6, 4), Outer(torch.randn(6, 2, 3))),
+        "packed": KroneckerTerms(torch.randn(6, 4), packed.mT @ packed),
         "matrix-free": MatrixFree(lambda rows: rows @ matrix, torch.zeros(12), 5),
     }
 

@@ -9,14 +9,14 @@ from kronscope.diag import Dense, metrics
 from kronscope.diag.statistics.bootstrap_t import Part, Variances, quantiles, ratio_interval
 from kronscope.diag.statistics.moments import batch_moments
 from kronscope.diag.statistics.population import best_scale_estimate
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 
 def rows_of_a_layer(n, o, i):
     """A truth and its terms [n, d, d], one by one."""
     C, a = torch.randn(n, o, o), torch.randn(n, i)
     C = C + C.mT
-    return SampleMean(a, C), torch.stack(
+    return KroneckerTerms(a, C), torch.stack(
         [torch.kron(c, torch.outer(x, x)) for c, x in zip(C, a, strict=True)]
     )
 

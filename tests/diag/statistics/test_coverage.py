@@ -27,7 +27,7 @@ from kronscope.diag.metrics import (
     step_cosine,
 )
 from kronscope.diag.statistics.moments import noise, unbiased_moments
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 POPULATION, DRAWS = 5000, 1000
 SIZES = {"ggn": 30, "hessian": 100}
@@ -62,7 +62,7 @@ def batches(a, C, n, draws):
     generator = torch.Generator().manual_seed(n)
     for _ in range(draws):
         rows = torch.randint(POPULATION, (n,), generator=generator)
-        yield SampleMean(a[rows], C[rows])
+        yield KroneckerTerms(a[rows], C[rows])
 
 
 def numbers(square, cross, noise, own):
@@ -86,7 +86,7 @@ def simulated(request):
     found.everywhere, found.typical = {}, {}
     metrics = (population_error, population_cosine, relative_error, cosine)
     metrics += (relative_error_best_scale,)
-    inners = {name: SampleMean(a, C).inners(B) for name, B in fixed.items()}
+    inners = {name: KroneckerTerms(a, C).inners(B) for name, B in fixed.items()}
     for name, t in inners.items():
         own = dense(fixed[name]).square().sum().item()
         noise_too = t.var(correction=0).item() / n
@@ -182,7 +182,7 @@ def test_nearly_orthogonal_approximations():
     away = torch.randn(EC.shape, generator=torch.Generator().manual_seed(0))
     away = away + away.T
     away -= (away * EC).sum() / EC.square().sum() * EC
-    inners = SampleMean(a, C).inners(away)
+    inners = KroneckerTerms(a, C).inners(away)
     B = Dense(away + inners.std() / 30**0.5 / EC.square().sum() * EC)
     cos = ((EC * dense(B)).sum() / EC.norm() / dense(B).norm()).item()
     estimates = [population_cosine(truth, B) for truth in batches(a, C, 30, 300)]

@@ -20,22 +20,22 @@ from kronscope.diag.statistics.moments import (
     unbiased_square,
     unbiased_squares,
 )
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 
 def rows_of_a_layer(n, o, i):
     """A truth and its terms [n, d, d], one by one."""
     C, a = torch.randn(n, o, o), torch.randn(n, i)
     C = C + C.mT
-    return SampleMean(a, C), torch.stack(
+    return KroneckerTerms(a, C), torch.stack(
         [torch.kron(c, torch.outer(x, x)) for c, x in zip(C, a, strict=True)]
     )
 
 
 def roots(n, k, d):
     V = torch.randn(n, k, d)
-    return RootMean(V), torch.einsum("nki,nkj->nij", V, V)
+    return LowRankTerms(V), torch.einsum("nki,nkj->nij", V, V)
 
 
 def over_pairs(first, second):
@@ -76,10 +76,10 @@ def test_the_mean_over_all_samples_is_the_population_s(n):
     """All 4ⁿ samples with replacement from four terms: unbiased to rounding, not on average."""
     torch.manual_seed(3)
     C, a = torch.randn(4, 2, 2), torch.randn(4, 3)
-    whole = SampleMean(a, C + C.mT)
+    whole = KroneckerTerms(a, C + C.mT)
     EC, B = dense(whole), Kronecker(torch.eye(2), torch.randn(3, 3))
     parts = [list(rows) for rows in product(range(4), repeat=n)]
-    truths = [SampleMean(a[rows], (C + C.mT)[rows]) for rows in parts]
+    truths = [KroneckerTerms(a[rows], (C + C.mT)[rows]) for rows in parts]
     found = [unbiased_moments(truth, B, "test") for truth in truths]
     square, error = (sum(m[k][0].item() for m in found) / len(parts) for k in (0, 2))
     assert square == pytest.approx(EC.square().sum().item(), rel=1e-10)
@@ -149,7 +149,7 @@ def test_a_replicate_counts_pairs_of_distinct_examples():
 def test_a_cosine_of_unknown_sign_is_said_to_be_so():
     torch.manual_seed(2)
     C, a = torch.randn(30, 2, 2), torch.randn(30, 2)
-    truth = SampleMean(a, C + C.mT + 4 * torch.eye(2))
+    truth = KroneckerTerms(a, C + C.mT + 4 * torch.eye(2))
     C = dense(truth)
     away = torch.randn(4, 4)
     away = away + away.T - (C * (away + away.T)).sum() / C.square().sum() * C
@@ -175,7 +175,7 @@ def test_every_kind_of_truth(classifier):
             assert 0 <= error.low <= error.value <= error.high
             assert -1 <= cosine.low <= cosine.value <= cosine.high <= 1
             assert error.n == cosine.n == population_norm(truth).n == problem.n
-    assert seen == {SampleMean, RootMean}
+    assert seen == {KroneckerTerms, LowRankTerms}
 
 
 def test_refusals_and_limits():
@@ -186,7 +186,7 @@ def test_refusals_and_limits():
             ValueError, match=f"{metric.__name__} speaks of the population.*Dense of 0"
         ):
             metric(Dense(torch.eye(4)), B)
-        with pytest.raises(ValueError, match="at least 2 examples, not a SampleMean of 1"):
+        with pytest.raises(ValueError, match="at least 2 examples, not a KroneckerTerms of 1"):
             metric(one, B)
         assert math.isnan(metric(two, B).low)
         assert metric(three, B).low <= metric(three, B).high
@@ -194,13 +194,13 @@ def test_refusals_and_limits():
 
 def test_identical_examples_leave_no_doubt():
     C, a = torch.randn(2, 2), torch.randn(3)
-    truth = SampleMean(a.expand(9, 3), (C + C.T).expand(9, 2, 2))
+    truth = KroneckerTerms(a.expand(9, 3), (C + C.T).expand(9, 2, 2))
     B = Kronecker(torch.eye(2), torch.eye(3))
     for metric in (population_norm, population_error, population_cosine):
         found = metric(truth, B)
         # the terms' spread is rounding, and its size relative to the value 1e-8 after a root
         assert found.high - found.low < 1e-6 * abs(found.value)
-    zero = SampleMean(torch.zeros(9, 3), torch.zeros(9, 2, 2))
+    zero = KroneckerTerms(torch.zeros(9, 3), torch.zeros(9, 2, 2))
     assert population_norm(zero).value == population_norm(zero).high == 0
 
 

@@ -12,14 +12,14 @@ from kronscope.diag.cross_fit import cross_fit, held_out_moments, restricted
 from kronscope.diag.statistics.moments import noise, unbiased_moments
 from kronscope.diag.statistics.population import error_estimate
 from kronscope.diag.statistics.splits import index_split, random_splits, split_floors, split_norms
-from kronscope.diag.truths.kronecker_terms import SampleMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 
 def rows_of_a_layer(n, o, i):
     """A truth and its terms [n, d, d], one by one."""
     C, a = torch.randn(n, o, o), torch.randn(n, i)
     C = C + C.mT
-    return SampleMean(a, C), torch.stack(
+    return KroneckerTerms(a, C), torch.stack(
         [torch.kron(c, torch.outer(x, x)) for c, x in zip(C, a, strict=True)]
     )
 

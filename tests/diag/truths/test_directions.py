@@ -15,7 +15,15 @@ from torch.nn import functional as F
 from kronscope import optim
 from kronscope.diag import Block, Dense, Problem, approximations, dense, exact, live, metrics
 from kronscope.diag.cross_fit import restricted
-from kronscope.diag.operators import BlockDiagonal, Damped, Diagonal, Taken, diagonal, inner, solve
+from kronscope.diag.operators import (
+    BlockDiagonal,
+    Damped,
+    Diagonal,
+    SingleStep,
+    diagonal,
+    inner,
+    solve,
+)
 from tests.optim.models import CASES
 
 LOSSES = {
@@ -39,7 +47,7 @@ class Compared(NamedTuple):
 
     block: Block
     truth: object
-    step: Taken
+    step: SingleStep
     damping: float
 
     def by(self, metric):
@@ -172,7 +180,7 @@ def test_intervals_are_those_of_the_same_step_from_a_matrix():
 
 def test_a_direction_reversed():
     for one in compared("cnn", [["0", "2"], ["4", "6"]], 400):
-        back = one._replace(step=Taken(one.step.gradient, -one.step.step))
+        back = one._replace(step=SingleStep(one.step.gradient, -one.step.step))
         assert back.by(metrics.step_cosine).value == pytest.approx(-1, abs=1e-8)
         assert back.by(metrics.decrease_efficiency).value == pytest.approx(-3, abs=1e-8)
         assert back.by(metrics.step_quality).value == pytest.approx(1, abs=1e-8)
@@ -186,7 +194,7 @@ def test_each_iteration_from_zero_decreases_the_model(seed, d, damping):
     C = root @ root.T
     M = C + damping * torch.eye(d)
     values = [
-        metrics.decrease_efficiency(Dense(C), Taken(g, x), damping, g, 0.0).value
+        metrics.decrease_efficiency(Dense(C), SingleStep(g, x), damping, g, 0.0).value
         for x in conjugate_gradients(M, g, d)
         if x.isfinite().all()  # a residual of exact zero: done early
     ]
@@ -256,12 +264,12 @@ def test_directions_that_are_not_of_the_problem(classifier):
 )
 def test_a_pair_that_is_none(gradient, step):
     with pytest.raises(ValueError, match=r"must both be \[d\], not"):
-        Taken(gradient, step)
+        SingleStep(gradient, step)
 
 
 def test_nothing_else_is_known_of_a_step():
     g = torch.randn(6)
-    step, truth = Taken(g, torch.randn(6)), Dense(torch.eye(6))
+    step, truth = SingleStep(g, torch.randn(6)), Dense(torch.eye(6))
     assert step.shape == (6, 6)
     assert torch.equal(solve(Damped(step, 0.0), g), step.step)
     for ask in (
@@ -274,12 +282,12 @@ def test_nothing_else_is_known_of_a_step():
         lambda: metrics.secant_consistency(truth, step, gradient=g),
         lambda: metrics.preconditioned_condition(truth, step, 0.1, approximation_damping=0.0),
     ):
-        with pytest.raises(TypeError, match=r"known by one step alone: it has no .*step_cosine"):
+        with pytest.raises(TypeError, match=r"the step for one gradient: it has no .*step_cosine"):
             ask()
     with pytest.raises(ValueError, match=r"damping 0\.1 cannot be added.*approximation_damping=0"):
         metrics.step_cosine(truth, step, damping=0.1, gradient=g)
     for other in (2 * g, g.float(), g[:5], torch.stack([g, g], 1)):
-        with pytest.raises(ValueError, match=r"another gradient.*gradient=taken\.gradient"):
+        with pytest.raises(ValueError, match=r"another gradient.*gradient=step\.gradient"):
             solve(step, other)
 
 

@@ -29,8 +29,8 @@ from kronscope.diag.operators.batched import (
     unpack,
 )
 from kronscope.diag.operators.eigen import KroneckerEigen, Spectral
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 N, O, I = 6, 3, 4  # noqa: E741
 
@@ -122,7 +122,7 @@ def test_large_stacks_in_parts(monkeypatch):
 
 @pytest.fixture(params=KINDS)
 def mean(request):
-    """SampleMean of every kind of stack, with its terms [N, d, d]."""
+    """KroneckerTerms of every kind of stack, with its terms [N, d, d]."""
     stack, C = stacks_and_matrices(N, O, 2)[request.param]
     return mean_and_terms(stack, C)
 
@@ -130,7 +130,7 @@ def mean(request):
 def mean_and_terms(stack, C):
     a = torch.randn(N, I)
     terms = torch.einsum("nop,ni,nj->noipj", C, a, a).reshape(N, O * I, O * I)
-    return SampleMean(a, stack), terms
+    return KroneckerTerms(a, stack), terms
 
 
 def others():
@@ -152,10 +152,10 @@ def others():
         "Damped twice": Damped(Damped(Spectral(basis, torch.randn(12)), 0.3), 0.1),
         "Dense": Dense(symmetric(12, 12)),
         "Tensor": symmetric(12, 12),
-        "RootMean": RootMean(torch.randn(5, 2, 12)),
+        "LowRankTerms": LowRankTerms(torch.randn(5, 2, 12)),
     }
     for kind, (stack, C) in stacks_and_matrices(N, O, 2).items():
-        found[f"SampleMean, {kind}"] = mean_and_terms(stack, C)[0]
+        found[f"KroneckerTerms, {kind}"] = mean_and_terms(stack, C)[0]
     return found
 
 
@@ -179,12 +179,12 @@ def check_against_terms(mean, terms):
             assert value == pytest.approx(expected.mean().item(), rel=1e-9, abs=1e-10), name
 
 
-def test_sample_mean_against_every_structure(mean):
+def test_kronecker_terms_against_every_structure(mean):
     check_against_terms(*mean)
 
 
 @pytest.mark.parametrize("at_once", [2**24, 1])
-def test_root_mean_against_every_structure(monkeypatch, at_once):
+def test_low_rank_terms_against_every_structure(monkeypatch, at_once):
     monkeypatch.setattr("kronscope.diag.truths.low_rank_terms.AT_ONCE", at_once)
     V = torch.randn(N, 2, 12)
-    check_against_terms(RootMean(V), torch.einsum("nki,nkj->nij", V, V))
+    check_against_terms(LowRankTerms(V), torch.einsum("nki,nkj->nij", V, V))

@@ -10,8 +10,8 @@ from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exa
 from kronscope.diag.registry import metric
 from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
 from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
 TRUTHS = ("ggn", "fisher", "empirical_fisher", "hessian")
 
@@ -47,7 +47,7 @@ def test_grams_by_position_and_through_parameters(network_of_all, monkeypatch, o
         )
         problem = problem_of(network_of_all)  # a new one: truths are kept
         truth = exact.truth(problem, problem.block("0"), of)
-        assert isinstance(truth, RootMean)
+        assert isinstance(truth, LowRankTerms)
         assert truth.positions is not None
         grams.append(truth.gram)
     V = truth.V
@@ -63,7 +63,7 @@ def test_curvatures_over_the_budget_are_refused_with_the_remedy(network_of_all):
         exact.hessian(problem, problem.block("4"))
     with pytest.raises(ValueError, match=r"fewer examples, dtype=torch.float32 or a larger budg"):
         exact.hessian(problem, problem.block("4"))
-    assert isinstance(exact.hessian(problem, problem.block("6")), SampleMean)  # 12 x 2 x 3² do
+    assert isinstance(exact.hessian(problem, problem.block("6")), KroneckerTerms)  # 12 x 2 x 3² do
 
 
 def test_float32_agrees_with_float64(network_of_all):
@@ -106,7 +106,7 @@ def test_a_small_residual_keeps_its_digits_in_float32(gap):
     a, C = almost_kronecker(gap)
     errors = {}
     for dtype in (torch.float32, torch.float64):
-        truth = SampleMean(a.to(dtype), C.to(dtype))
+        truth = KroneckerTerms(a.to(dtype), C.to(dtype))
         kfac = Kronecker(truth.left_mean, truth.right_mean)
         errors[dtype] = metrics.relative_error(truth, kfac).value
         matrix = dense(truth)
@@ -178,7 +178,7 @@ def test_a_truth_too_large_to_copy_keeps_the_digits_it_has(network_of_all, monke
 def test_two_means_over_the_same_inputs_are_subtracted_term_by_term(monkeypatch):
     a, C = almost_kronecker(1.0)
     moved = torch.randn_like(C) * 1e-5
-    truth, near = SampleMean(a, C), SampleMean(a, C + moved + moved.mT)
+    truth, near = KroneckerTerms(a, C), KroneckerTerms(a, C + moved + moved.mT)
     expected = ((dense(truth).double() - dense(near).double()).norm() / dense(truth).norm()).item()
     monkeypatch.setattr("kronscope.diag.statistics.intervals.dense", None)
     assert metrics.relative_error(truth, near).value == pytest.approx(expected, rel=2e-2)

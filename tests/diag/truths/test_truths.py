@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from kronscope.diag import Problem, dense, diagonal, exact, frobenius_norm, inner, trace
-from kronscope.diag.truths.kronecker_terms import SampleMean
-from kronscope.diag.truths.low_rank_terms import RootMean
+from kronscope.diag.truths.kronecker_terms import KroneckerTerms
+from kronscope.diag.truths.low_rank_terms import LowRankTerms
 from kronscope.diag.truths.matrix_free import MatrixFree
 
 N = 4
@@ -254,7 +254,12 @@ def test_kernel_slices_are_units_of_a_convolution():
 def test_the_kinds_of_truths():
     problem = problem_of("residual", "cross-entropy", True)
     kinds = {block.name: type(exact.ggn(problem, block)) for block in problem.blocks()}
-    assert kinds == {"first": RootMean, "norm": RootMean, "second": RootMean, "out": SampleMean}
+    assert kinds == {
+        "first": LowRankTerms,
+        "norm": LowRankTerms,
+        "second": LowRankTerms,
+        "out": KroneckerTerms,
+    }
 
 
 def test_sampled_labels_of_shared_layers_average_to_the_fisher():
@@ -359,5 +364,5 @@ def test_a_budget_too_small_for_columns_gives_a_dense_or_a_matrix_free_truth():
     # bytes: half of it holds no 4 x 3 columns of 10 with positions, a quarter holds 10 x 10
     tight.budget = 3400
     found = exact.ggn(tight, tight.block("first"))
-    assert not isinstance(found, RootMean)
+    assert not isinstance(found, LowRankTerms)
     torch.testing.assert_close(dense(found), expected)
