@@ -1,12 +1,14 @@
-"""Training problems: one family per file, this folder is the registry."""
+"""Training problems (model, data, loss and settings) and their registry; one family per file."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 from torch import Generator, Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ..data import Data
 from . import _hyper
@@ -57,24 +59,37 @@ class TrainingProblem:
         return self.schedule[optimizer].epochs if optimizer in self.schedule else self.epochs
 
 
+# a problem whose outputs are logits of classes
+classifier = partial(TrainingProblem, loss=cross_entropy, likelihood="categorical")
+
 PROBLEMS: dict[str, TrainingProblem] = {}
 
 
-def register(problem: TrainingProblem) -> TrainingProblem:
-    """Add a problem to the registry under its name.
+def register(problem: TrainingProblem, **twin: Any) -> None:
+    """Add a problem and, from the fields in `twin`, its small twin to the registry.
 
-    Where nothing is said of an optimizer's search, it is `_hyper.ours`. What the problem has for
-    kbfgs goes for kbfgs_limited too, which is to be judged at the same settings.
+    An optimizer without a search of its own gets `_hyper.ours`. Settings of kbfgs hold for
+    kbfgs_limited too, so that both are judged alike.
     """
-    found = {name: _hyper.ours(own) for name, own in problem.optimizers.items()}
-    problem = replace(problem, searched=found | problem.searched)
-    limited = {
-        name: own | {"kbfgs_limited": own["kbfgs"]}
-        for name in ("optimizers", "schedule", "searched")
-        if "kbfgs" in (own := getattr(problem, name))
-    }
-    PROBLEMS[problem.name] = problem = replace(problem, **limited)
-    return problem
+    for each in (problem, *([small(problem, **twin)] if twin else [])):
+        found = {name: _hyper.ours(own) for name, own in each.optimizers.items()}
+        each = replace(each, searched=found | each.searched)
+        limited = {
+            name: own | {"kbfgs_limited": own["kbfgs"]}
+            for name in ("optimizers", "schedule", "searched")
+            if "kbfgs" in (own := getattr(each, name))
+        }
+        PROBLEMS[each.name] = replace(each, **limited)
+
+
+def small(problem: TrainingProblem, **own: Any) -> TrainingProblem:
+    """The small twin of a problem, `<name>-small`, which trains in seconds and needs no file.
+
+    own: its summary, model and data, and whatever else differs. All other fields are the
+    problem's, but for batches of 150, 10 epochs, and no schedule, augmentation or sources.
+    """
+    plain = {"batch_size": 150, "epochs": 10, "schedule": {}, "augment": None, "sources": {}}
+    return replace(problem, **{"name": f"{problem.name}-small", **plain, **own})
 
 
 def get(name: str) -> TrainingProblem:

@@ -3,12 +3,10 @@
 from functools import partial
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from .. import data
-from . import TrainingProblem, _hyper, register
+from . import _hyper, classifier, register
 from ._networks import all_cnn
-from .convolutional import MADE_UP
+from .convolutional import MOVED
 
 EVERY = {"update_every": 10, "refresh_every": 100}  # the curvature papers' periods
 DECAY = {"weight_decay": 5e-4}  # arXiv:2102.06737, in its published code
@@ -32,29 +30,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SPRINGENBERG = "recalled: arXiv:1412.6806"
 EVA = f"{_hyper.EVA_CODE}; weight decay ours"
 
-whole: dict[str, Any] = {
-    "loss": cross_entropy,
-    "likelihood": "categorical",
-    "data": data.cifar10,
-    "batch_size": 256,
-    "epochs": 100,
-    "measure_damping": 0.1,
-    "augment": partial(
+whole = partial(
+    classifier,
+    data=data.cifar10,
+    batch_size=256,
+    epochs=100,
+    measure_damping=0.1,
+    augment=partial(
         data.crop_and_flip, padding=5, fill=data.black(data.CIFAR_MEAN, data.CIFAR_STD)
     ),
-    "initialisation": _hyper.KAIMING,
-}
-small: dict[str, Any] = whole | {
+    initialisation=_hyper.KAIMING,
+)
+few = MOVED | {
+    "summary": "300 made-up pictures of 16x16, moved and mirrored; the same, 8 wide; for tests",
     "data": partial(data.made_up_pictures, 200, 100, size=16),
-    "batch_size": 50,
-    "epochs": 5,
-    "optimizers": MADE_UP,
-    "augment": partial(data.crop_and_flip, padding=1),
-    "schedule": {"sgd": _hyper.Schedule(5, (3, 4))},
 }
 
 register(
-    TrainingProblem(
+    whole(
         name="cifar10-allcnn",
         summary="CIFAR-10, cropped and mirrored; All-CNN-C, nine convolutions, ReLU; K-BFGS paper",
         model=all_cnn,
@@ -62,21 +55,13 @@ register(
         schedule=_hyper.CIFAR_SCHEDULES,
         searched=_hyper.CONVOLUTIONAL,
         sources={"eva": EVA},
-        **whole,
-    )
+    ),
+    model=lambda: all_cnn(width=8),
+    **few,
 )
 
 register(
-    TrainingProblem(
-        name="cifar10-allcnn-small",
-        summary="300 made-up pictures of 16x16, moved and mirrored; the same, 8 wide; for tests",
-        model=lambda: all_cnn(width=8),
-        **small,
-    )
-)
-
-register(
-    TrainingProblem(
+    whole(
         name="cifar10-allcnn-dropout",
         summary="CIFAR-10, cropped and mirrored; All-CNN-C with dropout, as in its own paper",
         model=lambda: all_cnn(dropout=(0.2, 0.5)),
@@ -87,15 +72,7 @@ register(
         searched=_hyper.CONVOLUTIONAL
         | {"sgd": _hyper.Searched({"lr": (0.01, 0.05, 0.1, 0.25)}, SPRINGENBERG)},
         sources={"eva": EVA, "sgd": SPRINGENBERG},
-        **whole,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="cifar10-allcnn-dropout-small",
-        summary="300 made-up pictures of 16x16, moved and mirrored; the same, 8 wide; for tests",
-        model=lambda: all_cnn(width=8, dropout=(0.2, 0.5)),
-        **small,
-    )
+    ),
+    model=lambda: all_cnn(width=8, dropout=(0.2, 0.5)),
+    **few,
 )

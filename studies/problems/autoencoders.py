@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +27,10 @@ def summed_squared_error(output: Tensor, targets: Tensor) -> Tensor:
     The negative log-likelihood, less a constant, of independent Gaussian pixels of variance 1.
     """
     return (output - targets).square().sum() / (2 * len(output))
+
+
+grey_pixels = partial(TrainingProblem, loss=summed_logistic_loss, likelihood="bernoulli")
+real_pixels = partial(TrainingProblem, loss=summed_squared_error, likelihood="gaussian")
 
 
 def autoencoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
@@ -70,33 +75,19 @@ DIGITS: dict[str, dict[str, Any]] = {
 }
 
 register(
-    TrainingProblem(
+    grey_pixels(
         name="digits-autoencoder",
         summary="1,797 real 8x8 digits of scikit-learn, 64-48-24-8-24-48-64, tanh; no download",
         model=lambda: autoencoder((64, 48, 24, 8, 24, 48, 64), nn.Tanh),
-        loss=summed_logistic_loss,
-        likelihood="bernoulli",
         data=data.digits,
         batch_size=150,
         epochs=60,
         measure_damping=0.1,
         optimizers=DIGITS,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="digits-autoencoder-small",
-        summary="the same digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
-        model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
-        loss=summed_logistic_loss,
-        likelihood="bernoulli",
-        data=data.digits,
-        batch_size=150,
-        epochs=10,
-        measure_damping=0.1,
-        optimizers=DIGITS,
-    )
+    ),
+    summary="the same digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
+    model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
+    data=data.digits,
 )
 
 MNIST: dict[str, dict[str, Any]] = {
@@ -118,12 +109,10 @@ MNIST: dict[str, dict[str, Any]] = {
 }
 
 register(
-    TrainingProblem(
+    grey_pixels(
         name="mnist-autoencoder",
         summary="MNIST 28x28, 784-1000-500-250-30-250-500-1000-784, ReLU; K-BFGS paper",
         model=lambda: autoencoder((784, 1000, 500, 250, 30, 250, 500, 1000, 784), nn.ReLU),
-        loss=summed_logistic_loss,
-        likelihood="bernoulli",
         data=data.mnist,
         batch_size=1000,
         epochs=20,
@@ -140,34 +129,21 @@ register(
             "adam": f"{_hyper.TNT_DEMO}, whose Adam squares the momentum",
             "sgd": _hyper.TNT_DEMO,
         },
-    )
-)
-
-register(
-    TrainingProblem(
-        name="mnist-autoencoder-small",
-        summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, ReLU; runs in seconds, for tests",
-        model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.ReLU),
-        loss=summed_logistic_loss,
-        likelihood="bernoulli",
-        data=data.digits,
-        batch_size=150,
-        epochs=10,
-        measure_damping=0.1,
-        optimizers=DIGITS | {"tkfac": {"lr": 0.03, "damping": 0.01}},
-        searched=_hyper.AUTOENCODERS,
-    )
+    ),
+    summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, ReLU; runs in seconds, for tests",
+    model=lambda: autoencoder((64, 20, 10, 4, 10, 20, 64), nn.ReLU),
+    data=data.digits,
+    measure_damping=0.1,
+    optimizers=DIGITS | {"tkfac": {"lr": 0.03, "damping": 0.01}},
 )
 
 HALVES = (("encoder",), ("decoder",))  # the blocks of arXiv:1712.07296
 
 register(
-    TrainingProblem(
+    real_pixels(
         name="mnist-autoencoder-tanh",
         summary="MNIST 28x28, 784-1000-500-250-30-250-500-1000-784, tanh; Hessian-free papers",
         model=lambda: encoder_and_decoder((784, 1000, 500, 250, 30, 250, 500, 1000, 784), nn.Tanh),
-        loss=summed_squared_error,
-        likelihood="gaussian",
         data=data.mnist,
         batch_size=1000,
         epochs=20,
@@ -179,26 +155,15 @@ register(
             "block_hessian_free": {"lr": 0.1, "damping": 0.01},
         },
         partition=HALVES,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="mnist-autoencoder-tanh-small",
-        summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
-        model=lambda: encoder_and_decoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
-        loss=summed_squared_error,
-        likelihood="gaussian",
-        data=data.digits,
-        batch_size=150,
-        epochs=10,
-        measure_damping=0.1,
-        optimizers={
-            "adam": {"lr": 0.01},
-            "sgd": {"lr": 0.1, "momentum": 0.9},
-            "hessian_free": {"lr": 0.1, "damping": 0.01},
-            "block_hessian_free": {"lr": 0.1, "damping": 0.01},
-        },
-        partition=HALVES,
-    )
+    ),
+    summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
+    model=lambda: encoder_and_decoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
+    data=data.digits,
+    measure_damping=0.1,
+    optimizers={
+        "adam": {"lr": 0.01},
+        "sgd": {"lr": 0.1, "momentum": 0.9},
+        "hessian_free": {"lr": 0.1, "damping": 0.01},
+        "block_hessian_free": {"lr": 0.1, "damping": 0.01},
+    },
 )

@@ -3,10 +3,8 @@
 from functools import partial
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from .. import data
-from . import TrainingProblem, _hyper, register
+from . import _hyper, classifier, register
 from ._networks import pooled_cnn, strided_cnn
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -27,51 +25,40 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.03, "momentum": 0.9},
 }
 
-# of the small versions, at which no optimizer diverges on any of them
-MADE_UP: dict[str, dict[str, Any]] = SETTINGS | {
+# of small twins on made-up pictures: with these settings no optimizer diverges on any of them
+MADE_UP: dict[str, Any] = {"batch_size": 50, "epochs": 5, "searched": {}}
+MADE_UP["optimizers"] = SETTINGS | {
     "tnt": {"lr": 3e-5, "damping": 0.01},
     "hessian_free": {"lr": 0.1, "damping": 0.3},
     "block_hessian_free": {"lr": 0.1, "damping": 0.3},
     "adam": {"lr": 0.01},
 }
+SCHEDULED = MADE_UP | {"schedule": {"sgd": _hyper.Schedule(5, (3, 4))}}
+MOVED = SCHEDULED | {"augment": partial(data.crop_and_flip, padding=1)}
 
 register(
-    TrainingProblem(
+    classifier(
         name="cifar10-subset-cnn",
         summary="8,068 CIFAR-10 pictures; strided convolutions 3-32-64-64 and Linear, ReLU",
         model=lambda: strided_cnn((3, 32, 64, 64), 32),
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.cifar10_subset,
         batch_size=128,
         epochs=10,
         measure_damping=0.1,
         optimizers=SETTINGS,
-    )
+    ),
+    summary="600 made-up pictures in CIFAR-10's shape; 3-8-8-8 and Linear, ReLU; for tests",
+    model=lambda: strided_cnn((3, 8, 8, 8), 32),
+    data=data.made_up_pictures,
+    batch_size=50,
+    epochs=5,
 )
 
 register(
-    TrainingProblem(
-        name="cifar10-subset-cnn-small",
-        summary="600 made-up pictures in CIFAR-10's shape; 3-8-8-8 and Linear, ReLU; for tests",
-        model=lambda: strided_cnn((3, 8, 8, 8), 32),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=data.made_up_pictures,
-        batch_size=50,
-        epochs=5,
-        measure_damping=0.1,
-        optimizers=SETTINGS,
-    )
-)
-
-register(
-    TrainingProblem(
+    classifier(
         name="fashion-cnn",
         summary="Fashion-MNIST 28x28; 5x5 convolutions 1-32-64 with pooling, 3136-1024-10, ReLU",
         model=lambda: pooled_cnn((1, 32, 64), 1024, 28),
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.fashion_mnist_pictures,
         batch_size=256,
         epochs=20,
@@ -87,20 +74,9 @@ register(
                 f"{_hyper.TENGRAD_CODE}, a network of its own on Fashion-MNIST",
             )
         },
-    )
-)
-
-register(
-    TrainingProblem(
-        name="fashion-cnn-small",
-        summary="300 made-up grey pictures of 8x8; the same with 1-4-8 and 32-16-10; for tests",
-        model=lambda: pooled_cnn((1, 4, 8), 16, 8),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=partial(data.made_up_pictures, 200, 100, size=8, channels=1),
-        batch_size=50,
-        epochs=5,
-        measure_damping=0.1,
-        optimizers=MADE_UP,
-    )
+    ),
+    summary="300 made-up grey pictures of 8x8; the same with 1-4-8 and 32-16-10; for tests",
+    model=lambda: pooled_cnn((1, 4, 8), 16, 8),
+    data=partial(data.made_up_pictures, 200, 100, size=8, channels=1),
+    **MADE_UP,
 )

@@ -5,10 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from .. import data
-from . import TrainingProblem, register
+from . import classifier, register
 
 
 def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
@@ -38,31 +37,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 register(
-    TrainingProblem(
+    classifier(
         name="mnist16-tanh",
         summary="MNIST at 16x16, 256-20-20-20-20-20-10, tanh; exact curvature in KFAC's paper",
         model=lambda: tanh_network((256, 20, 20, 20, 20, 20, 10)),
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.mnist16,
         batch_size=1000,
         epochs=20,
         measure_damping=0.01,
         optimizers=SETTINGS,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="mnist16-tanh-small",
-        summary="scikit-learn's 8x8 digits, 64-20-20-20-20-20-10, tanh; runs in seconds, for tests",
-        model=lambda: tanh_network((64, 20, 20, 20, 20, 20, 10)),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=data.digits_classes,
-        batch_size=150,
-        epochs=10,
-        measure_damping=0.01,
-        optimizers=SETTINGS,
-    )
+    ),
+    summary="scikit-learn's 8x8 digits, 64-20-20-20-20-20-10, tanh; runs in seconds, for tests",
+    model=lambda: tanh_network((64, 20, 20, 20, 20, 20, 10)),
+    data=data.digits_classes,
 )

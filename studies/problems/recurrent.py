@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from .. import data
-from . import TrainingProblem, _hyper, register
+from . import _hyper, classifier, register
 from ._lstm import SequenceClassifier
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -18,12 +16,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 LAYERS = (("lstm1",), ("lstm2",), ("lstm3", "head"))  # the blocks of arXiv:1712.07296
 
 register(
-    TrainingProblem(
+    classifier(
         name="sequential-mnist-lstm",
         summary="MNIST pooled to 7x7, 49 steps of one pixel; three peephole LSTM layers of 10",
         model=lambda: SequenceClassifier(inputs=1, hidden=10, layers=3, classes=10),
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.mnist_sequences,
         batch_size=1000,
         epochs=20,
@@ -31,22 +27,9 @@ register(
         optimizers=SETTINGS,
         partition=LAYERS,
         initialisation=_hyper.LSTM,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="sequential-mnist-lstm-small",
-        summary="scikit-learn's 8x8 digits pooled to 4x4, 16 steps; the same network; for tests",
-        model=lambda: SequenceClassifier(inputs=1, hidden=10, layers=3, classes=10),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=data.digits_sequences,
-        batch_size=150,
-        epochs=15,
-        measure_damping=0.1,
-        optimizers=SETTINGS,
-        partition=LAYERS,
-        initialisation=_hyper.LSTM,
-    )
+    ),
+    summary="scikit-learn's 8x8 digits pooled to 4x4, 16 steps; the same network; for tests",
+    model=lambda: SequenceClassifier(inputs=1, hidden=10, layers=3, classes=10),
+    data=data.digits_sequences,
+    epochs=15,
 )

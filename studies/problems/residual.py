@@ -3,12 +3,10 @@
 from functools import partial
 from typing import Any
 
-from torch.nn.functional import cross_entropy
-
 from .. import data
-from . import TrainingProblem, _hyper, register
+from . import _hyper, classifier, register
 from ._networks import norm_free_resnet, resnet, resnet32
-from .convolutional import MADE_UP
+from .convolutional import MOVED
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.003},
@@ -20,12 +18,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 BLOCKS = (("stem", "block1"), ("block2",), ("block3", "head"))  # as in arXiv:1712.07296
 
 register(
-    TrainingProblem(
+    classifier(
         name="cifar10-small-resnet",
         summary="CIFAR-10; convolution, three residual blocks 16-32-64 without norms, ReLU",
         model=lambda: norm_free_resnet((16, 32, 64)),
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.cifar10,
         batch_size=1000,
         epochs=10,
@@ -34,25 +30,13 @@ register(
         partition=BLOCKS,
         averaging=0.99,
         initialisation=_hyper.NORM_FREE,
-    )
-)
-
-register(
-    TrainingProblem(
-        name="cifar10-small-resnet-small",
-        summary="600 made-up pictures in CIFAR-10's shape; the same with 4-8-16; for tests",
-        model=lambda: norm_free_resnet((4, 8, 16)),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=data.made_up_pictures,
-        batch_size=200,
-        epochs=30,
-        measure_damping=0.1,
-        optimizers=SETTINGS,
-        partition=BLOCKS,
-        averaging=0.9,
-        initialisation=_hyper.NORM_FREE,
-    )
+    ),
+    summary="600 made-up pictures in CIFAR-10's shape; the same with 4-8-16; for tests",
+    model=lambda: norm_free_resnet((4, 8, 16)),
+    data=data.made_up_pictures,
+    batch_size=200,
+    epochs=30,
+    averaging=0.9,
 )
 
 EVERY = {"update_every": 10, "refresh_every": 100}
@@ -79,12 +63,10 @@ WITH_NORM: dict[str, dict[str, Any]] = {
 }
 
 register(
-    TrainingProblem(
+    classifier(
         name="cifar10-resnet32",
         summary="CIFAR-10, cropped and mirrored; ResNet32 with batch norm, ReLU; TNT paper",
         model=resnet32,
-        loss=cross_entropy,
-        likelihood="categorical",
         data=data.cifar10,
         batch_size=128,
         epochs=100,
@@ -101,23 +83,9 @@ register(
             "sgd": f"{_hyper.TNT_DEMO}, where a weight decay of 0.01 multiplied the parameters; "
             "this one, of the loss, is a tenth of it, as momentum sums ten gradients",
         },
-    )
-)
-
-register(
-    TrainingProblem(
-        name="cifar10-resnet32-small",
-        summary="300 made-up pictures of 16x16, moved and mirrored; three blocks 4-8-16; for tests",
-        model=lambda: resnet((4, 8, 16), depth=1),
-        loss=cross_entropy,
-        likelihood="categorical",
-        data=partial(data.made_up_pictures, 200, 100, size=16),
-        batch_size=50,
-        epochs=5,
-        measure_damping=0.1,
-        optimizers=MADE_UP,
-        initialisation=_hyper.KAIMING,
-        augment=partial(data.crop_and_flip, padding=1),
-        schedule={"sgd": _hyper.Schedule(5, (3, 4))},
-    )
+    ),
+    summary="300 made-up pictures of 16x16, moved and mirrored; three blocks 4-8-16; for tests",
+    model=lambda: resnet((4, 8, 16), depth=1),
+    data=partial(data.made_up_pictures, 200, 100, size=16),
+    **MOVED,
 )

@@ -1,7 +1,9 @@
 """Every training problem: consistent with its data, and trained for some steps if small."""
 
 import dataclasses
+import functools
 import inspect
+import json
 import math
 import os
 from pathlib import Path
@@ -60,6 +62,23 @@ def test_how_many_there_are():
 def test_the_papers_problems_are_there_with_a_small_one_each():
     assert set(PROBLEMS) >= PAPERS
     assert {f"{name}-small" for name in PROBLEMS if name not in SMALL} == set(SMALL)
+
+
+def test_small_ones_are_what_they_were_when_each_was_written_out():
+    """Values of the twins before `problems.small` derived them; new optimizers may be added."""
+    path = Path(__file__).parents[2] / "reference/small_problems.json"
+    reference = json.loads(path.read_text())
+    assert len(reference) == 17
+    for name, expected in reference.items():
+        problem, settings = SMALL[name], expected.pop("optimizers")
+        made = functools.partial(problem.data)
+        data = [made.func.__name__, *made.args, made.keywords]
+        shapes = [list(t.shape) for t in problem.model().parameters()]
+        found = {key: getattr(problem, key) for key in expected.keys() - {"data", "shapes"}}
+        found["partition"] = [list(group) for group in problem.partition]
+        assert found | {"data": data, "shapes": shapes} == expected, name
+        for optimizer, values in settings.items():
+            assert problem.optimizers[optimizer] == values, (name, optimizer)
 
 
 @pytest.mark.parametrize("name", COUNTS)
