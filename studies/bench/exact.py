@@ -5,13 +5,15 @@ import timeit
 from collections.abc import Callable
 from itertools import pairwise
 
+import rich.table
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from kronscope.diag import Problem, dense
 from kronscope.diag import exact as truths
+
+from ..results.tables import Table
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,7 +31,7 @@ def median_seconds(
     return statistics.median(times[1:])
 
 
-def exact() -> Table:
+def exact() -> rich.table.Table:
     """Dense Hessian block of 2,048 parameters against torch.func.hessian and curvlinops.
 
     First layer of a 64-32-16-32-10 tanh network without bias, 500 examples, float64. Ours is
@@ -63,13 +65,11 @@ def exact() -> Table:
     return _table(times, f"2,048 parameters, 500 examples; largest difference {apart:.1e}")
 
 
-def _table(times: dict[str, float], title: str) -> Table:
+def _table(times: dict[str, float], title: str) -> rich.table.Table:
     """Seconds of each method and what multiple of the first one's they are."""
-    shown = Table("method", "seconds", "times the first", title=title)
     first = next(iter(times.values()))
-    for name, seconds in times.items():
-        shown.add_row(name, f"{seconds:.4f}", f"{seconds / first:.1f}")
-    return shown
+    rows = [[name, f"{took:.4f}", f"{took / first:.1f}"] for name, took in times.items()]
+    return Table("", ("method", "seconds", "times the first"), rows).for_terminal(title)
 
 
 def _torch_func(model: nn.Module, loss: Loss, x: Tensor, t: Tensor) -> Callable[[], Tensor]:

@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import rich.table
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from kronscope.optim import HessianFree
 
 from .. import problems
 from ..problems import TrainingProblem
+from ..results.tables import Table
 from .step import YARDSTICK, counter, prepared, threads
 
 FEW, MANY = 2, 12  # iterations
@@ -45,7 +46,7 @@ class Cost:
         return self.iteration / self.gradient
 
 
-def hessian_free() -> Table:
+def hessian_free() -> rich.table.Table:
     """Plain and with three blocks, on the MNIST autoencoder, float32, two threads."""
     problem = problems.get("mnist-autoencoder")
     torch.manual_seed(0)
@@ -136,25 +137,17 @@ def _flops(function: Callable[[], object]) -> int:
     return count.get_total_flops()
 
 
-def _table(costs: list[Cost], title: str) -> Table:
+def _table(costs: list[Cost], title: str) -> rich.table.Table:
     columns = ("ms", "over SGD-m", "target", "over plain", "target", "products", "once")
-    table = Table("one CG iteration", *columns, title=title)
-    plain = costs[0]
+    plain, rows = costs[0], []
     for cost in costs:
         ratio = cost.ratio / plain.ratio  # the machine may be slower by now
         targets = (f"≤ {PLAIN}", "") if cost is plain else ("", f"≤ {BLOCKS}")
-        table.add_row(
-            cost.name,
-            f"{1e3 * cost.iteration:.1f}",
-            f"{cost.ratio:.2f}",
-            targets[0],
-            f"{ratio:.2f}",
-            targets[1],
-            f"{cost.flops[0] / cost.flops[1]:.2f}",
-            f"{cost.once / cost.gradient:.1f}",
-        )
-    table.caption = (
+        times = (f"{1e3 * cost.iteration:.1f}", f"{cost.ratio:.2f}", targets[0], f"{ratio:.2f}")
+        more = (f"{cost.flops[0] / cost.flops[1]:.2f}", f"{cost.once / cost.gradient:.1f}")
+        rows.append([cost.name, *times, targets[1], *more])
+    caption = (
         "products: arithmetic of matrix products over that of an SGD-m step; once: what a step "
         "costs beside its iterations, over an SGD-m step"
     )
-    return table
+    return Table(caption, ("one CG iteration", *columns), rows).for_terminal(title)

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import rich.table
 from rich.markup import escape
-from rich.table import Table
 
 from .. import data, problems, training
 from ..problems import TrainingProblem
+from ..results.tables import Table
 from .step import YARDSTICK, threads
 
 NAMES = ("mnist-autoencoder", "fashion-cnn", "cifar10-subset-cnn", "cifar10-resnet32")
@@ -39,7 +40,7 @@ class Cost:
         return self.loading / self.step
 
 
-def loading() -> Table:
+def loading() -> rich.table.Table:
     """Every problem whose data lie here, float32, two threads."""
     with threads(2):
         return compared(chosen())
@@ -53,7 +54,7 @@ def chosen() -> list[TrainingProblem]:
     return [*found[:-1], dataclasses.replace(plain, name=name, augment=whole.augment), whole]
 
 
-def compared(wanted: Sequence[TrainingProblem], steps: int = STEPS) -> Table:
+def compared(wanted: Sequence[TrainingProblem], steps: int = STEPS) -> rich.table.Table:
     """A row per problem; the caption says why others could not be timed."""
     costs, left_out = [], []
     for problem in wanted:
@@ -89,13 +90,11 @@ def measured(problem: TrainingProblem, steps: int = STEPS) -> Cost:
     return Cost(problem.name, state.batch, load, whole)
 
 
-def _table(costs: Sequence[Cost], left_out: Sequence[str]) -> Table:
+def _table(costs: Sequence[Cost], left_out: Sequence[str]) -> rich.table.Table:
     title = f"loading a batch, {YARDSTICK} with momentum, float32, two threads"
-    table = Table("problem", "batch", "loading, ms", "step, ms", "share", "target", title=title)
+    columns, rows = ("problem", "batch", "loading, ms", "step, ms", "share", "target"), []
     for cost in costs:
         numbers = (f"{1e3 * cost.loading:.2f}", f"{1e3 * cost.step:.1f}", f"{cost.share:.1%}")
-        table.add_row(cost.name, str(cost.batch), *numbers, f"< {DOMINATES:.0%}")
-    table.caption = "\n".join(
-        ["share: of the step's time; loading includes cropping and mirroring", *left_out]
-    )
-    return table
+        rows.append([cost.name, str(cost.batch), *numbers, f"< {DOMINATES:.0%}"])
+    about = "share: of the step's time; loading includes cropping and mirroring"
+    return Table("\n".join([about, *left_out]), columns, rows).for_terminal(title)

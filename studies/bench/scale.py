@@ -14,9 +14,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import rich.table
 import torch
 from rich.console import Group
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +25,7 @@ from kronscope.diag.spectra import best_kronecker_curve
 
 from .. import data, problems, training
 from ..problems import _networks
+from ..results.tables import Table
 from .step import counter
 
 EPOCHS = 3
@@ -59,16 +60,15 @@ def scale() -> Group:
         alone(measured_autoencoder, trained, 1000),
         alone(measured_resnet, 64),
     ]
-    summary = Table("measurement", "seconds", "floor", "ratio", "peak GiB", title="exact at scale")
-    for each in found:
-        summary.add_row(
-            each.title,
-            f"{each.seconds:.1f}",
-            f"{each.floor:.1f} ({each.flops / 1e9:,.0f} GFLOP at {each.rate / 1e9:.0f} GFLOP/s)",
-            f"{each.seconds / each.floor:.2f}",
-            f"{each.peak:.2f}",
-        )
+    columns = ("measurement", "seconds", "floor", "ratio", "peak GiB")
+    summary = Table("", columns, [_cost(each) for each in found]).for_terminal("exact at scale")
     return Group(*(_errors(each) for each in found), summary)
+
+
+def _cost(each: Measured) -> list[str]:
+    floor = f"{each.floor:.1f} ({each.flops / 1e9:,.0f} GFLOP at {each.rate / 1e9:.0f} GFLOP/s)"
+    ratio = f"{each.seconds / each.floor:.2f}"
+    return [each.title, f"{each.seconds:.1f}", floor, ratio, f"{each.peak:.2f}"]
 
 
 def alone(function: Callable[..., Any], *given: Any) -> Any:
@@ -177,8 +177,6 @@ def _cell(error: Estimate) -> str:
     return f"{error.value:.3g} [{error.low:.3g}, {error.high:.3g}]"
 
 
-def _errors(each: Measured) -> Table:
-    table = Table("layer", *COLUMNS, title=each.title)
-    for layer, row in each.cells.items():
-        table.add_row(layer, *(row[name] for name in COLUMNS))
-    return table
+def _errors(each: Measured) -> rich.table.Table:
+    rows = [[layer, *(row[name] for name in COLUMNS)] for layer, row in each.cells.items()]
+    return Table("", ("layer", *COLUMNS), rows).for_terminal(each.title)

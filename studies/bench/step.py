@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import rich.table
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import problems
 from ..problems import TrainingProblem
+from ..results.tables import Table
 from ..training import optimizers
 
 Step = Callable[[], object]
@@ -58,7 +59,7 @@ class Cost:
         return self.seconds / self.yardstick
 
 
-def step() -> Table:
+def step() -> rich.table.Table:
     """Every optimizer but Hessian-free on the MNIST autoencoder, float32, two threads."""
     problem = problems.get("mnist-autoencoder")
     torch.manual_seed(0)
@@ -179,20 +180,21 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _table(costs: list[Cost], title: str) -> Table:
+def _table(costs: list[Cost], title: str) -> rich.table.Table:
     """One row per optimizer, the cheapest first, its target beside it."""
     arithmetic = next(cost.flops for cost in costs if cost.name == YARDSTICK)
     columns = ("ms", "over SGD-m", "target", f"slowest (≤ {SPIKE})", "products", "floats")
-    table = Table("optimizer", *columns, title=title)
+    rows = []
     for cost in sorted(costs, key=lambda cost: cost.ratio):
         target = f"≤ {TARGETS[cost.name]}" if cost.name in TARGETS else ""
         numbers = (f"{cost.spike:.2f}", f"{cost.flops / arithmetic:.2f}", f"{cost.floats:.2f}")
-        table.add_row(cost.name, f"{1e3 * cost.seconds:.1f}", f"{cost.ratio:.2f}", target, *numbers)
-    table.caption = (
+        times = (f"{1e3 * cost.seconds:.1f}", f"{cost.ratio:.2f}")
+        rows.append([cost.name, *times, target, *numbers])
+    caption = (
         "slowest: of a refresh period, over its median; products: those of a step without refresh, "
         "over SGD-m's; floats: state per parameter"
     )
-    return table
+    return Table(caption, ("optimizer", *columns), rows).for_terminal(title)
 
 
 def counter() -> FlopCounterMode:

@@ -222,7 +222,7 @@ def train(
     settings = runs.settings(problem, chosen, resume)
     with bars(console) as progress:
         outcome = runs.train(settings, results, progress, resume, beside)
-    console.print(runs.table(outcome.frame))
+    console.print(runs.table(outcome.frame).for_terminal())
     if outcome.measuring:
         console.print(outcome.measuring)
     console.print(f"run: [bold]{outcome.folder}[/]", soft_wrap=True)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 console = Console()
 
@@ -30,13 +29,11 @@ def print_results(run: Path) -> None:
     """Print the run's table if it has one, what it says of a paper's claims; write its report."""
     from ..reports import report
     from ..results import records
+    from ..results.tables import Table
 
     header = records.read_header(run)
     if found := header.get("comparison"):
-        table = Table(*found["columns"], caption=found["caption"])
-        for row in found["rows"]:
-            table.add_row(*row)
-        console.print(table)
+        console.print(Table(**found).for_terminal())
     for claim in header.get("claims", ()):
         console.print(f"- {claim}", highlight=False)
     console.print(f"report: [bold]{report.write_report(run)}[/]", soft_wrap=True)

@@ -6,23 +6,21 @@ lists over seeds. Numbers are medians over the seeds.
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..reports.comparison_tables import METRICS, end
 from ..reports.summaries import number
+from ..results.tables import Table
 
 Run = pd.DataFrame
 COLUMNS = ("run", "settings", "updates", "train loss", "test loss", "test acc.", "ms / update")
 FEWER, CHEAP, RISE = 8.0, 1.1, 1.05  # "about ten times", "as much as", "rises"
 
 
-def table(
-    runs: Mapping[str, Sequence[Run]], settings: Mapping[str, str], epochs: int
-) -> dict[str, Any]:
-    """Where each run ended: {"caption", "columns", "rows"}, in order; no empty column."""
+def table(runs: Mapping[str, Sequence[Run]], settings: Mapping[str, str], epochs: int) -> Table:
+    """Where each run ended, in order; without empty columns."""
     rows = []
     for name, own in runs.items():
         ends = pd.DataFrame([end(run, epochs) for run in own]).median()
@@ -30,14 +28,12 @@ def table(
         each = number(1e3 * seconds_per_update(own))
         updates = "–" if np.isnan(ends["step"]) else f"{ends['step']:g}"
         rows.append([name, settings[name], updates, *values, each])
-    kept = [i for i in range(len(COLUMNS)) if any(row[i] != "–" for row in rows)]
-    count = len(next(iter(runs.values())))
-    return {
-        "caption": f"After {epochs} epochs at the settings that were best for one seed, medians of "
-        f"{count} seed(s). Curvature: examples of the large batch that the matrix is made of.",
-        "columns": [COLUMNS[i] for i in kept],
-        "rows": [[row[i] for i in kept] for row in rows],
-    }
+    caption = (
+        f"After {epochs} epochs at the settings that were best for one seed, medians of "
+        f"{len(next(iter(runs.values())))} seed(s). Curvature: examples of the large batch that "
+        "the matrix is made of."
+    )
+    return Table(caption, COLUMNS, rows).without_empty_columns()
 
 
 def fewer_updates(small: Sequence[Run], block: Sequence[Run]) -> str:

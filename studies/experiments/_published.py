@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..reports.summaries import PUBLISHED
 from ..results.records import loss_row
+from ..results.tables import Table
 
 EPOCHS = (1, 2, 5, 10, 20, 50, 100)
 
@@ -56,8 +57,8 @@ def rows(
     ]
 
 
-def table(problem: str, runs: Mapping[str, Sequence[pd.DataFrame]], epochs: int) -> dict[str, Any]:
-    """{"caption", "columns", "rows"}: training losses beside the published ones at some EPOCHS.
+def table(problem: str, runs: Mapping[str, Sequence[pd.DataFrame]], epochs: int) -> Table:
+    """Training losses beside the published ones at some EPOCHS.
 
     runs: {optimizer: the frames of its runs that got to the end}, as `trials.read` returns
     them. A cell: the mean over these, how far it is from the published one, and the range.
@@ -80,7 +81,7 @@ def table(problem: str, runs: Mapping[str, Sequence[pd.DataFrame]], epochs: int)
         "each."
     )
     columns = ["optimizer", "run", *(f"epoch {epoch}" for epoch in marks)]
-    return {"caption": caption, "columns": columns, "rows": cells}
+    return Table(caption, columns, cells)
 
 
 def _against(values: Sequence[float], published: float) -> str:

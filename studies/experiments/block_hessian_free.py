@@ -158,7 +158,7 @@ def judge(grid: Grid, folder: Path, finals: dict[str, list[Trial]], header: dict
     """Put the table and what the runs say of each claim into the header."""
     runs = {name: [trials.read(folder, t) for t in own] for name, own in finals.items()}
     settings = {name: _in_print(own[0]) for name, own in finals.items()}
-    header["comparison"] = _hessian_free_claims.table(runs, settings, grid.budget)
+    header["comparison"] = _hessian_free_claims.table(runs, settings, grid.budget).as_header()
     plain, block = KINDS.values()
     sizes = [_curvature(grid, share) for share in SHARES]
     pairs = {n: (runs[f"{plain}, curvature {n}"], runs[f"{block}, curvature {n}"]) for n in sizes}

@@ -22,6 +22,7 @@ from ..reports.summaries import number
 from ..results import records
 from ..results.records import loss_row
 from ..results.runs import running
+from ..results.tables import Table
 from ..training.optimizers import ONE_SOLVE_A_STEP
 from ..training.workers import shared_pool
 
@@ -81,7 +82,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
                     records.write_header(folder, header)
             progress.advance(task)
         own = {name: ended[name] for name in grid.optimizers}
-        header["ranking"] = table(records.read(folder), own, grid)
+        header["ranking"] = table(records.read(folder), own, grid).as_header()
     return folder
 
 
@@ -129,8 +130,8 @@ def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[trainin
             return
 
 
-def table(frame: pd.DataFrame, ended: dict[str, dict[str, str]], grid: Grid) -> dict[str, Any]:
-    """{"caption", "columns", "rows"}: training losses with ranks, the least at the end first.
+def table(frame: pd.DataFrame, ended: dict[str, dict[str, str]], grid: Grid) -> Table:
+    """Training losses with ranks, the least at the end first.
 
     ended: {optimizer: {seed: why it ended early, or ""}}; the last seed's losses are in the frame.
     """
@@ -158,7 +159,7 @@ def table(frame: pd.DataFrame, ended: dict[str, dict[str, str]], grid: Grid) -> 
     )
     marks = [f"{mark:g} s" for mark in grid.seconds]
     columns = ["optimizer", "settings", "seed", "diverged", *marks, "epochs"]
-    return {"caption": caption, "columns": columns, "rows": rows}
+    return Table(caption, columns, rows)
 
 
 def _or_later(grid: Grid) -> str:

@@ -22,6 +22,7 @@ from ..problems import _hyper
 from ..reports import comparison_tables
 from ..results import records
 from ..results.runs import running
+from ..results.tables import Table
 from ..training import trials
 from ..training.optimizers import ONE_SOLVE_A_STEP
 from ..training.trials import Trial
@@ -94,7 +95,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)
         finals = train_best(grid, folder, tuned, progress)
-        header["comparison"] = compared(grid, folder, tuned, finals, progress)
+        header["comparison"] = compared(grid, folder, tuned, finals, progress).as_header()
         add_published(grid, folder, finals, header)
     return folder
 
@@ -179,8 +180,8 @@ def compared(
     tuned: dict[str, Trial],
     finals: dict[str, Finals],
     progress: Progress,
-) -> dict[str, Any]:
-    """The study's table, in print, {"caption", "columns", "rows"}, after the yardsticks' runs."""
+) -> Table:
+    """The study's table, after the yardsticks' runs."""
     seeds = sorted({trial.seed for own in finals.values() for trial in own.trials})
     paces = dict(zip(seeds, yardsticks(grid, seeds), strict=True))
     wanted = itertools.chain(*paces.values())
@@ -234,4 +235,4 @@ def add_published(
         n: [trials.read(folder, t) for t in _converged(folder, finals[n].trials)] for n in known
     }
     last = max(grid.budget(name) for name in known)
-    header["published"] = _published.table(grid.problem, runs, last)
+    header["published"] = _published.table(grid.problem, runs, last).as_header()

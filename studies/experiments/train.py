@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
-from rich.table import Table
 
 from .. import measuring, problems, training
 from ..measuring.during_training import Alongside
 from ..results import options, provenance, records
 from ..results.records import loss_row
+from ..results.tables import Table
 from ..training import checkpoints
 
 NAME = "train"
@@ -232,8 +232,8 @@ def table(frame: pd.DataFrame) -> Table:
     frame = frame[frame["block"] == ""]
     wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
     names = sorted(wide.columns, key=lambda name: (not name.endswith("_loss"), "test" in name))
-    shown = Table("epoch", "seconds", *(name.replace("_", " ") for name in names))
-    for row in wide.reset_index().to_dict("records"):
-        numbers = [f"{row[name]:.4f}" for name in names]
-        shown.add_row(f"{row['epoch']:g}", f"{row['seconds']:.1f}", *numbers)
-    return shown
+    rows = [
+        [f"{row['epoch']:g}", f"{row['seconds']:.1f}", *(f"{row[name]:.4f}" for name in names)]
+        for row in wide.reset_index().to_dict("records")
+    ]
+    return Table("", ("epoch", "seconds", *(name.replace("_", " ") for name in names)), rows)

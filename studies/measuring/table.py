@@ -3,20 +3,21 @@
 import math
 from pathlib import Path
 
+import rich.table
 import torch
-from rich.table import Table
 
 from kronscope.diag import Problem
 
 from .. import problems
 from ..results import options
+from ..results.tables import Table
 from ..training import checkpoints
 from . import measurement
 
 
 def blocks_table(
     problem: str, block: str, truth: str, examples: int, checkpoint: Path | None, seed: int
-) -> Table:
+) -> rich.table.Table:
     """Measure a problem's blocks at its initial or checkpointed parameters.
 
     Raises: ValueError for an unknown problem, block, truth or checkpoint, and as `options.options`.
@@ -33,10 +34,11 @@ def blocks_table(
     found = Problem(model, setting.loss, inputs, targets, dtype=torch.float64)
     plan = measurement.Plan(truths=(truth,), damping=setting.measure_damping)
     blocks = [found.block(block)] if block else found.blocks()
-    shown = Table("block", "d", "approximation", "metric", "value", "95 % interval", title=truth)
+    rows = []
     for row in measurement.measure(found, plan, {}, blocks):
         interval = "" if math.isnan(row["low"]) else f"{row['low']:.4g} … {row['high']:.4g}"
         name = row["approximation"] or "exact"
         place = (row["block"], f"{row['size']:,}", name, row["metric"])
-        shown.add_row(*place, f"{row['value']:.4g}", interval)
-    return shown
+        rows.append([*place, f"{row['value']:.4g}", interval])
+    columns = ("block", "d", "approximation", "metric", "value", "95 % interval")
+    return Table("", columns, rows).for_terminal(truth)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..results.tables import Table
 from .summaries import number
 
 Run = pd.DataFrame
@@ -141,8 +142,8 @@ def point(values: Mapping[str, float]) -> str:
     return ", ".join(f"{SHORT.get(name, name)} {value:g}" for name, value in values.items())
 
 
-def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> dict[str, Any]:
-    """The whole table, {"caption", "columns", "rows"}, the least loss first, no empty column.
+def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> Table:
+    """The whole table, the least loss first, without empty columns.
 
     budget: how long they were trained, in words. longer: times its own that SGD-momentum had.
     """
@@ -155,9 +156,7 @@ def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> dict[str
         "diverged: how many of the seeds that were tried did not get to the end."
     )
     ordered = [row.cells for row in sorted(rows, key=lambda row: row.loss)]
-    kept = [i for i in range(len(COLUMNS)) if any(cells[i] != "–" for cells in ordered)]
-    chosen = [[cells[i] for i in kept] for cells in ordered]
-    return {"caption": caption, "columns": [COLUMNS[i] for i in kept], "rows": chosen}
+    return Table(caption, COLUMNS, ordered).without_empty_columns()
 
 
 def _digits(value: float) -> str:

@@ -11,11 +11,11 @@ Source of J: Youden 1950, "Index for rating diagnostic tests".
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..results.tables import Table
 from .summaries import number
 
 WRONG = 2.0  # times the first loss of the run: none that rose so far came back by itself
@@ -85,8 +85,8 @@ def rates(own: Sequence[Run], level: float) -> tuple[float, float]:
     return float(np.mean(wrong)) if wrong else np.nan, float(np.mean(right)) if right else np.nan
 
 
-def table(frame: pd.DataFrame) -> dict[str, Any]:
-    """{"caption", "columns", "rows"}: per optimizer and number, judged on the odd seeds."""
+def table(frame: pd.DataFrame) -> Table:
+    """A row per optimizer and predictor, judged on the odd seeds."""
     rows = []
     for optimizer, own in frame.groupby("optimizer"):
         whole = own["block"] == ""
@@ -106,7 +106,7 @@ def table(frame: pd.DataFrame) -> dict[str, Any]:
         "is chosen on even seeds (hits less false alarms); the other columns are of odd seeds. "
         "steps ahead: from the first alarm to the first wrong loss, median and range."
     )
-    return {"caption": caption, "columns": list(COLUMNS), "rows": rows}
+    return Table(caption, COLUMNS, rows)
 
 
 def _judged(found: Mapping[int, Run]) -> list[str]:

@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import options
-from . import provenance
-from . import records
+from . import options, provenance, records
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +19,7 @@ from ... import problems
 from ...reports.summaries import number, share, span
 from ...results import records
 from ...results.runs import running
+from ...results.tables import Table
 from ...training import trials
 from ...training.trials import Trial
 
@@ -79,7 +79,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
             rows = [row for trial in own for row in trials.rows(folder, trial, NAME, name)]
             records.put(folder, name.replace(" ", "-"), rows)
         frames = {name: [trials.read(folder, t) for t in own] for name, own in wanted.items()}
-        header["comparison"] = table(frames, grid)
+        header["comparison"] = table(frames, grid).as_header()
     return folder
 
 
@@ -93,8 +93,8 @@ def _trials(grid: Grid, name: str) -> list[Trial]:
     return [Trial(grid.problem, optimizer, items, k, epochs, device=device) for k in seeds]
 
 
-def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> dict[str, Any]:
-    """{"caption", "columns", "rows"}: a row per cure; frames as `trials.read` returns them."""
+def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> Table:
+    """A row per candidate; frames as `trials.read` returns them."""
     ends = {
         name: [trials.fell(frame, grid.epochs) for frame in own] for name, own in frames.items()
     }
@@ -122,7 +122,7 @@ def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> dict[str,
         "published algorithm does. time: of a step, over its."
     )
     columns = ["cure", "diverged", "at step", "train loss", "where published converges", "time"]
-    return {"caption": caption, "columns": columns, "rows": rows}
+    return Table(caption, columns, rows)
 
 
 def _middle(values: np.ndarray) -> str:

@@ -95,7 +95,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
         finally:
             for future in pending:  # nobody waits for these after an error
                 future.cancel()
-        header["comparison"] = prediction.table(records.read(folder))
+        header["comparison"] = prediction.table(records.read(folder)).as_header()
         header["stable_below"] = limits
     return folder
 

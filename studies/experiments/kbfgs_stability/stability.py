@@ -22,6 +22,7 @@ from ...reports import comparison_tables
 from ...reports.summaries import number, share, span
 from ...results import records
 from ...results.runs import running
+from ...results.tables import Table
 from ...training import trials
 from ...training.trials import Trial
 from .. import optimizers_compared
@@ -62,7 +63,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
             [outcome(folder, own) for name in points for own in points[name]],
         )
         header["stability"] = found.to_dict("records")
-        header["comparison"] = table(found, grid)
+        header["comparison"] = table(found, grid).as_header()
         header["shown"] = _record(grid, folder, points)
     return folder
 
@@ -109,8 +110,8 @@ def outcome(folder: Path, own: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def table(found: pd.DataFrame, grid: Grid) -> dict[str, Any]:
-    """{"caption", "columns", "rows"}: a row per optimizer and point of its grid."""
+def table(found: pd.DataFrame, grid: Grid) -> Table:
+    """A row per optimizer and point of its grid."""
     rows = []
     for row in found.to_dict("records"):
         own = [(n, row[n]) for n in ("lr", "kl_clip", "damping") if np.isfinite(row[n])]
@@ -129,7 +130,7 @@ def table(found: pd.DataFrame, grid: Grid) -> dict[str, Any]:
         "median at the end, of those that converged."
     )
     columns = ["optimizer", "settings", "diverged", "at step", "train loss"]
-    return {"caption": caption, "columns": columns, "rows": rows}
+    return Table(caption, columns, rows)
 
 
 def _record(grid: Grid, folder: Path, points: dict[str, list[list[Trial]]]) -> list[str]:
