@@ -6,16 +6,10 @@ from .core.levenberg_marquardt import LevenbergMarquardt
 from .methods.ekfac.ekfac import EKFAC
 from .methods.eva.eva import Eva
 from .methods.exact_fisher.exact_fisher import ExactFisher
-from .methods.hessian_free.conjugate_gradients import RelativeProgress
 from .methods.hessian_free.hessian_free import HessianFree
-from .methods.hessian_free.options import (
-    AdaptiveDamping,
-    Backtracking,
-    DiagonalPreconditioner,
-    LineSearch,
-)
+from .methods.hessian_free.martens import MartensHessianFree
 from .methods.kbfgs.kbfgs import KBFGS
-from .methods.kfac.kfac import KFAC
+from .methods.kfac import KFAC, KFAC2015
 from .methods.layerwise.layerwise_step import LayerwiseStep
 from .methods.mbf.mbf import MBF
 from .methods.shampoo.shampoo import Shampoo
@@ -26,20 +20,17 @@ __all__ = [
     "EKFAC",
     "KBFGS",
     "KFAC",
+    "KFAC2015",
     "MBF",
     "TKFAC",
     "TNT",
-    "AdaptiveDamping",
-    "Backtracking",
     "Damping",
-    "DiagonalPreconditioner",
     "Eva",
     "ExactFisher",
     "HessianFree",
     "LayerwiseStep",
     "LevenbergMarquardt",
-    "LineSearch",
+    "MartensHessianFree",
     "NumericalError",
-    "RelativeProgress",
     "Shampoo",
 ]

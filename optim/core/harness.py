@@ -108,8 +108,8 @@ class Harness:
     def _claimed(self) -> tuple[int, str]:
         return self.step, self.setting("likelihood")
 
-    def schedule(self, accumulate: Accumulate) -> None:
-        """Capture for the coming step, if it is one that updates."""
+    def schedule(self, accumulate: Accumulate | None) -> None:
+        """Capture for the coming step, if it is one that updates; None captures nothing."""
         self.capture.accumulate = accumulate if self.updating else None
 
     def joined(self) -> None:

@@ -5,7 +5,6 @@ A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E
 per-example loss, of labels drawn from the model or of the data's own.
 """
 
-import torch
 from torch import Tensor
 
 from ..blocks.blocks import Block
@@ -72,8 +71,12 @@ def output_factor(totals: Totals, scale: float) -> Tensor:
     return totals.means["GG"].mul_((totals.examples / scale) ** 2 / totals.rows)
 
 
-def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Tensor:
-    """A <- decay A + (1 - decay) A_k and G likewise, unless one of the two is not finite.
+def learn_factors(
+    stack: Stack, totals: dict[Block, Totals], scale: float, weight: float | Tensor | None = None
+) -> Tensor:
+    """A <- (1 - weight) A + weight A_k and G likewise, unless one of the two is not finite.
+
+    weight: of the new, a number or [size]; 1 - decay unless given.
 
     Returns: which matrices learned, [size] bool.
     """
@@ -82,27 +85,10 @@ def learn_factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> Te
     if "A" not in stack:
         stack.hold(A=stack.zeros(*A.shape[1:]), G=stack.zeros(*G.shape[1:]))
     ok = finite_moments(stack.mask(totals), A, G)
-    weight = new_weight(stack)
+    weight = 1 - stack.group["decay"] if weight is None else weight
     learn_(stack["A"], A, weight, ok)
     learn_(stack["G"], G, weight, ok)
-    if "seen" in stack:
-        stack["seen"].add_(ok)
     return ok
-
-
-def new_weight(stack: Stack) -> float | Tensor:
-    """What a batch's factors weigh in the averages: 1 - decay.
-
-    With the setting growing_decay 1/k while that is more, [size], k the number of the update; kept
-    as "seen".
-    Source: arXiv:1503.05671, section 5.
-    """
-    least = 1 - stack.group["decay"]
-    if not stack.group.get("growing_decay", False):
-        return least
-    if "seen" not in stack:
-        stack.hold(seen=stack.zeros(dtype=torch.int64))
-    return (stack["seen"] + 1).to(stack.dtype).reciprocal_().clamp_min_(least)
 
 
 def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: float = 1.0) -> None:
@@ -114,5 +100,3 @@ def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: f
     else:
         stack["A"].lerp_(A, 1 / batch)
         stack["G"].lerp_(G, 1 / batch)
-    if stack.group.get("growing_decay", False):
-        stack.hold(seen=torch.full((stack.size,), batch, device=stack.device))

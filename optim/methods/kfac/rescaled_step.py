@@ -1,7 +1,7 @@
-"""KFAC's step with exact rescaling: θ <- θ + lr (α Δ + μ δ), Δ = -P ∇, δ the last step.
+"""The step of KFAC2015, with exact rescaling: θ <- θ + lr (α Δ + μ δ), Δ = -P ∇, δ the last step.
 
 (α, μ) minimise ½ vᵀ(F + (λ + τ)I)v + ∇ᵀv over v = α Δ + μ δ, with the exact Fisher matrix of the
-minibatch; λ and γ by Levenberg-Marquardt if asked.
+minibatch; λ and γ by Levenberg-Marquardt.
 
 Source: arXiv:1503.05671, sections 6.4 to 7.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...capture.closures import RandomState, cut_output, parameters_at_rest
-from ...capture.likelihoods import FISHER
 from ...core import distributed
 from ...core.harness import Harness
 from ...core.levenberg_marquardt import (
@@ -26,7 +25,7 @@ from ...core.levenberg_marquardt import (
 )
 from ...core.stacks import Stack
 from ...linalg.basics import factor_dtype, known_true
-from .rescaled_parts import Live, Part, Parts, gather, move_
+from .moving import Live, Moving, Movings, gather, move_
 from .rescaling import FisherProducts, Quadratic, best_in_plane, run_again
 
 # (stack, M [size, out, in+1], factor) -> P M: with the inverses held now, or, given a factor, with
@@ -48,31 +47,20 @@ class Batch:
     loss: Tensor
 
 
-def check(settings: dict[str, Any]) -> None:
-    """Raise ValueError for settings of KFAC that do not go with rescaling."""
-    if settings["adaptive"] is not None and not settings["rescale"]:
-        raise ValueError("adaptive judges rescaled steps: it needs rescale=True")
-    if settings["rescale"] and settings["likelihood"] not in FISHER:
-        raise ValueError(
-            f"rescale=True needs the exact Fisher matrix of the model's own likelihood, one of "
-            f"{list(FISHER)}; got likelihood={settings['likelihood']!r}"
-        )
-
-
 def check_groups(groups: list[dict[str, Any]]) -> None:
     """Raise ValueError for parameter groups that do not go with rescaling, or many processes."""
     rates = [float(group["lr"]) for group in groups]
     if len(set(rates)) > 1:
         raise ValueError(
-            f"rescale=True finds one step size for all parameters: lr must be the same in all "
+            f"KFAC2015 finds one step size for all parameters: lr must be the same in all "
             f"groups, got {rates}"
         )
     if any(group["decoupled_weight_decay"] and group["weight_decay"] for group in groups):
         raise ValueError(
-            "rescale=True has weight decay as an L2 term in its model of the loss; "
+            "KFAC2015 has weight decay as an L2 term in its model of the loss; "
             "decoupled_weight_decay=True does not go with it"
         )
-    distributed.alone("KFAC(rescale=True)", "leave it out, or train in one process")
+    distributed.alone("KFAC2015", "use KFAC, or train in one process")
 
 
 class RescaledStep:
@@ -91,21 +79,18 @@ class RescaledStep:
         }
 
     @property
-    def rules(self) -> LevenbergMarquardt | None:
-        """The rules of Levenberg and Marquardt, if λ and γ are adapted."""
-        settings = self._harness.setting("adaptive")
-        return None if settings is None else LevenbergMarquardt(**settings)
+    def rules(self) -> LevenbergMarquardt:
+        """How λ and γ are adapted."""
+        return LevenbergMarquardt(**self._harness.setting("adaptive"))
 
-    def gamma(self, group: dict[str, Any]) -> float | Tensor:
-        """γ, the damping of each factor: √damping unless adapted."""
-        if self.rules is None:
-            return group["damping"] ** 0.5
+    def gamma(self, group: dict[str, Any]) -> Tensor:
+        """γ, the damping of each factor, 0-d."""
         return self.state["gamma"] * (group["damping"] + group["weight_decay"]) ** 0.5
 
     def search(self, batch: Batch, live: Live) -> None:
         """Adapt γ if it is time: the best of three by the model of their rescaled steps."""
         rules, harness = self.rules, self._harness
-        if rules is None or harness.is_frozen or not self._comes(rules.gamma_period):
+        if harness.is_frozen or not self._comes(rules.gamma_period):
             return
         with harness.exact():
             parts = gather(harness, live)
@@ -140,7 +125,7 @@ class RescaledStep:
             for part, new, old in zip(parts.all, delta, previous, strict=True):
                 move_(part, new, old, c, ok)
             self._count(live, ok)
-        if rules is not None and not harness.is_frozen and self._comes(rules.period):
+        if not harness.is_frozen and self._comes(rules.period):
             self._judge(batch, model, harness.setting("lr") * c, rules)
 
     def _judge(self, batch: Batch, model: Quadratic, c: Tensor, rules: LevenbergMarquardt) -> None:
@@ -161,7 +146,7 @@ class RescaledStep:
     def _precision(self) -> torch.dtype:
         return factor_dtype(self._harness.first)
 
-    def _delta(self, parts: Parts, factor: float | None) -> list[Tensor]:
+    def _delta(self, parts: Movings, factor: float | None) -> list[Tensor]:
         """Δ = -P ∇ for each part, in order; -∇ / γ² for a parameter without a block."""
         found = []
         for stack, blocks in parts.live.items():
@@ -173,7 +158,7 @@ class RescaledStep:
             found.append(part.gradient / -(gamma**2))
         return found
 
-    def _model(self, batch: Batch, parts: Parts, directions: list[list[Tensor]]) -> Quadratic:
+    def _model(self, batch: Batch, parts: Movings, directions: list[list[Tensor]]) -> Quadratic:
         """The quadratic model along the directions, by one more evaluation of the closure."""
         every = parts.all
         parameters = [part.parameter for part in every]
@@ -194,7 +179,7 @@ class RescaledStep:
                 raise ValueError(OTHER_LOSS.format(a, b))
 
     def _quadratic(
-        self, parts: list[Part], directions: list[list[Tensor]], fisher: Tensor
+        self, parts: list[Moving], directions: list[list[Tensor]], fisher: Tensor
     ) -> Quadratic:
         fisher = fisher.to(self.state["lambda"].device)
         k = len(directions)

@@ -18,7 +18,7 @@ from ...capture.likelihoods import FISHER
 from ...core.harness import Harness
 
 NO_OUTPUT = (
-    "rescale=True measures the Fisher matrix at the model's output: the closure must call the "
+    "KFAC2015 measures the Fisher matrix at the model's output: the closure must call the "
     "model itself, not its parts, and then backward"
 )
 

@@ -1,4 +1,4 @@
-"""What takes part in a rescaled step: every parameter with a gradient, of a layer or not."""
+"""The parameters that a rescaled step moves, each with its gradient and its last step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from ...blocks.blocks import Block
+from ...core.base import Live
 from ...core.harness import Harness
 from ...core.momentum import gradient_of, gradients_finite
 from ...core.stacks import Stack
 from ...linalg.basics import all_finite, factor_dtype, known_true, per
 
-Live = dict[Stack, list[Block]]
-
 
 @dataclass(eq=False)
-class Part:
+class Moving:
     """A parameter in the step, all tensors of one shape (a layer's with an axis of groups first).
 
     gradient: with the L2 term, zero where `ok` is not. held: its last step, a view of the state.
@@ -37,23 +36,23 @@ class Part:
 
 
 @dataclass(eq=False)
-class Parts:
+class Movings:
     """All parts: of the live layers, with ∇ [size, out, in+1] of each stack, and the others."""
 
     live: Live
     gradients: dict[Stack, Tensor]
-    layers: list[Part]
-    plain: list[Part]
+    layers: list[Moving]
+    plain: list[Moving]
 
     @property
-    def all(self) -> list[Part]:
+    def all(self) -> list[Moving]:
         """The layers' parts, then those without a layer."""
         return self.layers + self.plain
 
 
-def gather(harness: Harness, live: Live, *, count: bool = False) -> Parts:
+def gather(harness: Harness, live: Live, *, count: bool = False) -> Movings:
     """Every parameter with a gradient; count: gradients that are not finite."""
-    gradients, layers = dict[Stack, Tensor](), list[Part]()
+    gradients, layers = dict[Stack, Tensor](), list[Moving]()
     for stack, blocks in live.items():
         if "momentum" not in stack:
             stack.hold(momentum=stack.zeros(*stack.shape))
@@ -65,10 +64,10 @@ def gather(harness: Harness, live: Live, *, count: bool = False) -> Parts:
                 harness.count(stack, {"not finite": ~ok & stack.mask(blocks)})
         gradients[stack] = G
         layers += _parts_of(stack, blocks, G, ok, harness.groups)
-    return Parts(live, gradients, layers, _plain_parts(harness, count=count))
+    return Movings(live, gradients, layers, _plain_parts(harness, count=count))
 
 
-def _plain_parts(harness: Harness, *, count: bool) -> list[Part]:
+def _plain_parts(harness: Harness, *, count: bool) -> list[Moving]:
     """Parameters that have a gradient and no block."""
     parts = []
     inside = {p for block in harness.stack_of for p in block.parameters}
@@ -84,23 +83,23 @@ def _plain_parts(harness: Harness, *, count: bool) -> list[Part]:
         if count:
             state["nonfinite"] += ~ok
         g = torch.add(g, p, alpha=group["weight_decay"]).nan_to_num_(0.0, 0.0, 0.0)
-        parts.append(Part(p, group, g.mul_(ok), state["momentum"], ok))
+        parts.append(Moving(p, group, g.mul_(ok), state["momentum"], ok))
     return parts
 
 
 def _parts_of(
     stack: Stack, blocks: list[Block], G: Tensor, ok: Tensor, groups: dict[Tensor, dict[str, Any]]
-) -> list[Part]:
+) -> list[Moving]:
     found = []
     for block in blocks:
         place = stack.places[block]
         held = block.parts(stack["momentum"][place])
         for (p, g), (_, last) in zip(block.parts(G[place]), held, strict=True):
-            found.append(Part(p, groups[p], g, last, per(ok[place], g).bool()))
+            found.append(Moving(p, groups[p], g, last, per(ok[place], g).bool()))
     return found
 
 
-def move_(part: Part, delta: Tensor, previous: Tensor, c: Tensor, ok: Tensor) -> None:
+def move_(part: Moving, delta: Tensor, previous: Tensor, c: Tensor, ok: Tensor) -> None:
     """The parameter and its held step, where that is finite."""
     step = delta * c[0] + previous * c[1]
     if not known_true(ok):
