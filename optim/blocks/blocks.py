@@ -73,18 +73,16 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Variable:
-    """One parameter trained by itself, seen as a tensor of `shape` (of the same entries).
+    """One parameter by itself, seen as a tensor of `shape` (with the same entries).
 
-    It stands where a Block does, for methods that need no layers. axes: those of the shape that
-    get a factor; too long ones do not. bias: of a Linear layer, if it is joined to the weight as
-    the last column.
+    Takes the place of a Block in methods that need no layers. axes: those of the shape that get a
+    matrix; too long ones do not.
     """
 
     name: str
     weight: Tensor
     shape: tuple[int, ...]
     axes: tuple[int, ...]
-    bias: Tensor | None = None
 
     kind = Tensor
     groups = 1
@@ -92,50 +90,36 @@ class Variable:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The parameter, and the bias joined to it."""
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+        """The parameter."""
+        return [self.weight]
 
     @property
     def treatments(self) -> dict[Tensor, str]:
-        """What `summary()` says of the parameter."""
-        long = [n for i, n in enumerate(self.shape) if i not in self.axes]
-        why = f"longer than max_axis: {', '.join(map(str, long))}"
+        """How `summary()` describes the parameter."""
+        long = ", ".join(str(n) for i, n in enumerate(self.shape) if i not in self.axes)
         if not self.axes:
-            return {self.weight: f"plain rule: {why}"}
-        rest = f", no factor for {why}" if long else ""
-        said = {self.weight: f"axes {list(self.shape)}{rest}"}
-        return said if self.bias is None else said | {self.bias: f"in '{self.name}'"}
+            return {self.weight: f"plain rule: axes too long for a matrix: {long}"}
+        rest = f", no matrix on long axes: {long}" if long else ""
+        return {self.weight: f"axes {list(self.shape)}{rest}"}
 
     def parts(self, stacked: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter with its part of a tensor [1, *shape]."""
-        if self.bias is None:
-            return [(self.weight, stacked)]
-        return [(self.weight, stacked[..., :-1]), (self.bias, stacked[..., -1])]
+        """The parameter with a tensor [1, *shape]."""
+        return [(self.weight, stacked)]
 
 
 def find_variables(
-    model: nn.Module,
-    shape: Callable[[nn.Module, Tensor], tuple[int, ...]],
-    max_axis: int,
-    *,
-    join_bias: bool = False,
+    model: nn.Module, shape: Callable[[nn.Module, Tensor], tuple[int, ...]], longest: int
 ) -> list[Variable]:
-    """Every trainable parameter once, in the shape that its (first) module and it are given.
+    """Every trainable parameter once, in the shape for its (first) module and itself.
 
-    Its axes up to the length `max_axis` get a factor. join_bias: a Linear layer's weight and bias,
-    both its own, are one variable.
+    Axes up to the length `longest` get a matrix.
     """
     found = []
-    joined = {b.weight: b.bias for b in find_blocks(model) if join_bias and not b.convolutional}
-    inside = set(joined.values())
     for parameter, names in owners_of(model).items():
-        if parameter.requires_grad and parameter not in inside:
-            module, bias = model.get_submodule(names[0].rpartition(".")[0]), joined.get(parameter)
-            sizes = shape(module, parameter)
-            if bias is not None:
-                sizes = (sizes[0], sizes[1] + 1)
-            axes = tuple(i for i, n in enumerate(sizes) if n <= max_axis)
-            found.append(Variable(names[0], parameter, sizes, axes, bias))
+        if parameter.requires_grad:
+            sizes = shape(model.get_submodule(names[0].rpartition(".")[0]), parameter)
+            axes = tuple(i for i, n in enumerate(sizes) if n <= longest)
+            found.append(Variable(names[0], parameter, sizes, axes))
     return found
 
 

@@ -19,6 +19,9 @@ from ..linalg.products import gram_, product
 from .harness import Harness
 from .stacks import Stack
 
+LONGEST = 8192  # length of an axis (of a large vocabulary) beyond which it gets no matrix
+FIXED = f"axes longer than {LONGEST} get no matrix"  # in place of an option of earlier versions
+
 
 def variable_shape(module: nn.Module, parameter: Tensor) -> tuple[int, ...]:
     """A matrix as it is, a convolution's weight as (O, I/groups, kh*kw), else one axis."""
@@ -27,9 +30,9 @@ def variable_shape(module: nn.Module, parameter: Tensor) -> tuple[int, ...]:
     return tuple(parameter.shape) if parameter.ndim == 2 else (parameter.numel(),)
 
 
-def variables(max_axis: int, *, join_bias: bool = False) -> Callable[[nn.Module], list[Variable]]:
-    """A model's trainable parameters; axes up to the length `max_axis` get a matrix."""
-    return lambda model: find_variables(model, variable_shape, max_axis, join_bias=join_bias)
+def variables(model: nn.Module) -> list[Variable]:
+    """Trainable parameters of a model; axes up to the length `LONGEST` get a matrix."""
+    return find_variables(model, variable_shape, LONGEST)
 
 
 def axes_of(stack: Stack) -> tuple[int, ...]:
@@ -93,31 +96,25 @@ def applied(stack: Stack, kind: str, X: Tensor) -> Tensor:
     return X if axes_of(stack) else X.clone()
 
 
-def operators(
-    harness: Harness, matrix: Callable[[Stack, Block, int], Tensor]
-) -> dict[str, Operator]:
-    """{parameter name: product of its matrices}, on the row-major parameter.
+def operator(stack: Stack, matrix: Callable[[int], Tensor]) -> Operator | None:
+    """Kronecker product of the axes' matrices on a row-major parameter; None if it has none.
 
-    matrix(stack, variable, axis) -> [n, n]; axes without one get the identity, parameters without
-    any are left out.
+    matrix(axis) -> [n, n]; axes without one get the identity.
     """
-    maps = {}
-    for stack, block in harness.started():
-        if axes := axes_of(stack):
-            factors: list[Operator] = [
-                matrix(stack, block, i) if i in axes else Identity(n)
-                for i, n in enumerate(stack.shape)
-            ]
-            maps[block.name] = reduce(Kronecker, factors)
-    return maps
+    axes = axes_of(stack)
+    if not axes:
+        return None
+    factors: list[Operator] = [
+        matrix(i) if i in axes else Identity(n) for i, n in enumerate(stack.shape)
+    ]
+    return reduce(Kronecker, factors)
 
 
 def learn(harness: Harness, stack: Stack, live: list[Block], G: Tensor) -> None:
     """One update of a stack by the gradients G of these blocks, counted."""
     harness.start(stack, live)
     keep = stack.group["decay"]
-    keep, new = (1.0, 1.0) if stack.group.get("sums", False) else (keep, 1 - keep)
-    ok = learn_contractions(stack, G, keep, new, live)
+    ok = learn_contractions(stack, G, keep, 1 - keep, live)
     harness.learned(stack, ok, live)
 
 

@@ -201,8 +201,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         """P M [size, out, in+1], M the stack's momentum."""
 
     @abstractmethod
-    def _operator(self, stack: Stack, block: Block) -> Operator:
-        """P of one block."""
+    def _operator(self, stack: Stack, block: Block) -> Operator | None:
+        """P of one block; None for the identity, which is not shown."""
 
     # hooks with a default
 
@@ -299,9 +299,10 @@ class CurvatureOptimizer(Optimizer, ABC):
                 self._harness.refresh(jobs, all_until=self._all_until)
 
     @final
-    def _operators(self, make: Callable[[Stack, Block], Operator]) -> dict[str, Operator]:
-        """{name: make(stack, block)} of every block with a state."""
-        return {block.name: make(stack, block) for stack, block in self._harness.started()}
+    def _operators(self, make: Callable[[Stack, Block], Operator | None]) -> dict[str, Operator]:
+        """{name: make(stack, block)} of the blocks with a state, but for those that give None."""
+        made = {block.name: make(stack, block) for stack, block in self._harness.started()}
+        return {name: one for name, one in made.items() if one is not None}
 
     @final
     def _end(self) -> None:

@@ -1,14 +1,6 @@
-"""Hessian-free, plain and block-diagonal."""
+"""Hessian-free optimization, plain, block-diagonal, and with Martens' rules."""
 
-from .conjugate_gradients import RelativeProgress
 from .hessian_free import HessianFree
-from .options import AdaptiveDamping, Backtracking, DiagonalPreconditioner, LineSearch
+from .martens import MartensHessianFree
 
-__all__ = [
-    "AdaptiveDamping",
-    "Backtracking",
-    "DiagonalPreconditioner",
-    "HessianFree",
-    "LineSearch",
-    "RelativeProgress",
-]
+__all__ = ["HessianFree", "MartensHessianFree"]

@@ -1,12 +1,10 @@
-"""Conjugate gradients for several systems at once, each with a minimum of its own to go to.
+"""Conjugate gradients on several damped linear systems at once, one per parameter block.
 
-System b is (G_bb + Λ) x = -g, the minimum of φ(x) = ½ xᵀ(G_bb + Λ)x + gᵀx. All advance together, so
-that one sweep through the model serves those that go on; one that has ended drops out. Nothing
-waits for a device: there the end is noticed some iterations late, which changes no result. Several
-processes do wait, for they share the products and must agree on who is still there.
+System b is (G_bb + Λ) x = -g, the minimum of φ(x) = ½ xᵀ(G_bb + Λ)x + gᵀx. Each has its own end;
+products are asked for those that are still active. The host waits for a device only in distributed
+runs, where all processes must agree on the active systems; a late notice changes no result.
 
-Source: Martens 2010, Deep learning via Hessian-free optimization, section 4; the stopping rule as
-we recall it.
+Source: Martens 2010, Deep learning via Hessian-free optimization, section 4.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -15,54 +13,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...core import distributed, settings
+from ...core import distributed
 from ...core.refresher import to_host
 from ...linalg.basics import free_to_read, is_finite
 
-# (places of some of the systems, v of each in the shapes of its parameters) -> G_bb v likewise
+# (indices of some systems, v of each in the shapes of its parameters) -> G_bb v likewise
 Products = Callable[[Sequence[int], Sequence[Sequence[Tensor]]], Sequence[Sequence[Tensor]]]
-
-
-@dataclass(frozen=True)
-class RelativeProgress:
-    """Stop at iteration i when φ_i < 0 and (φ_i - φ_{i-k}) / φ_i < k tolerance, i > k.
-
-    k = max(least, share i), so that progress is averaged over longer stretches later on.
-
-    Raises: ValueError for a bad setting.
-    """
-
-    tolerance: float = 5e-4
-    least: int = 10
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        settings.positive("tolerance", self.tolerance)
-        settings.at_least_one("least", self.least)
-        settings.fraction("share", self.share)
-
-    def reached(self, phi: Sequence[Tensor]) -> Tensor:
-        """Whether to stop after these values of φ, the start's first; 0-d bool."""
-        i = len(phi) - 1
-        k = max(self.least, int(self.share * i))
-        if i <= k:
-            return torch.zeros_like(phi[-1], dtype=torch.bool)
-        now, then = phi[-1], phi[-1 - k]
-        return (now < 0) & ((now - then) / now < k * self.tolerance)
+# values of φ, the start's first -> whether to stop, 0-d bool
+StopRule = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(eq=False)
 class System:
-    """One block's system under way; vectors [d] are its parameters one after another.
+    """State of conjugate gradients on one block; vectors are [d], parameters concatenated.
 
-    parameters: of the block, those that have a gradient. g: that, and minus the right-hand side.
-    damping: of each parameter, numbers or 0-d tensors. x: the solution so far, from the start on;
-    warm: whether that is not zero. D: diagonal of the preconditioner, or None.
+    parameters: of the block, those with a gradient. g: the gradient, minus the right-hand side.
+    damping: per parameter, numbers or 0-d tensors. x: the start, then the solution so far.
+    warm: whether the start may be nonzero. D: diagonal preconditioner [d], or None.
 
-    active: whether it goes on. lost: whether g, a product or x was not finite. flat: whether
-    pᵀ(G + Λ)p was not positive, where it ends with what it has. iterations: that changed x.
-    All 0-d.
-    phi: φ at the start and after each iteration. iterates: x and φ of those that were kept.
+    active: not ended yet. lost: g, a product or x was not finite. flat: ended at pᵀ(G + Λ)p <= 0.
+    iterations: how many changed x. All 0-d tensors.
+    phi: φ at the start and after each iteration. iterates: (x, φ) of the iterations to keep.
     """
 
     parameters: list[Tensor]
@@ -84,7 +55,7 @@ class System:
 
     @property
     def done(self) -> bool:
-        """Whether it is known to have ended."""
+        """Whether the host knows that the system has ended."""
         if free_to_read(self.active) or distributed.size() > 1:
             return not bool(self.active)
         if self._flag is not None and self._flag[1].query():
@@ -97,32 +68,26 @@ class System:
 
     @property
     def direction(self) -> list[Tensor]:
-        """What G_bb is to be multiplied with next, in the shapes of the parameters: x, then p."""
+        """Next vector to multiply with G_bb, in the shapes of the parameters: x, then p."""
         return self.split(self._p)
 
     @property
     def uphill(self) -> Tensor:
-        """Whether x would raise φ, 0-d; not known of one that is lost or was not started."""
+        """Whether x raises φ, 0-d bool; False for a system that is lost or not started."""
         return ~(self.phi[-1] <= 0) & ~self.lost if self.phi else torch.zeros_like(self.lost)
 
     @property
     def failed(self) -> Tensor:
-        """Whether x must not be used, 0-d."""
+        """Whether x must not be used, 0-d bool."""
         return self.lost | self.uphill
 
     def split(self, v: Tensor) -> list[Tensor]:
         """Views of a vector [d] in the shapes of the parameters."""
-        parts = v.split([p.numel() for p in self.parameters])
-        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
-
-    def precondition(self, diagonal: Sequence[Tensor], power: float) -> None:
-        """D = (diagonal + damping)^power; diagonal like the parameters."""
-        pairs = zip(diagonal, self.damping, strict=True)
-        D = torch.cat([(own.to(self.g.dtype) + damping).reshape(-1) for own, damping in pairs])
-        self.D = D.pow_(power)
+        pieces = v.split([p.numel() for p in self.parameters])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def start(self, Gx: Sequence[Tensor] | None) -> None:
-        """Residual and first direction; Gx: G_bb x, None for a start at zero."""
+        """Compute residual and first direction from Gx = G_bb x; None for a start at zero."""
         self.r = -self.g if Gx is None else -self.g - self._with_damping(Gx, self.x)
         # xᵀ(G + Λ)x = xᵀ(-g - r)
         self.phi.append(0.5 * torch.dot(self.x, self.g - self.r))
@@ -133,8 +98,8 @@ class System:
         self.lost = self.lost | ~is_finite(self.rz)
         self.active = ~self.lost & (self.rz > 0)
 
-    def advance(self, Gp: Sequence[Tensor], stop: RelativeProgress | None) -> None:
-        """One iteration, by G_bb p."""
+    def advance(self, Gp: Sequence[Tensor], stop: StopRule | None) -> None:
+        """Do one iteration with Gp = G_bb p."""
         Ap = self._with_damping(Gp, self._p)
         bend = torch.dot(self._p, Ap)
         self.lost = self.lost | (self.active & ~is_finite(bend))
@@ -151,7 +116,7 @@ class System:
         before, self.rz = self.rz, torch.dot(self.r, z)
         self.active = self.active & (self.rz > self.least)
         if stop is not None:
-            self.active = self.active & ~stop.reached(self.phi)
+            self.active = self.active & ~stop(self.phi)
         scaled_sum(z, self._p, self.rz / before, out=self._p)
 
     def _preconditioned(self) -> Tensor:
@@ -166,14 +131,14 @@ class System:
 
 
 def scaled_sum(a: Tensor, b: Tensor, factor: float | Tensor, out: Tensor) -> Tensor:
-    """Out <- a + factor b, in one pass; a factor on a device stays there."""
+    """Compute out <- a + factor b in one pass; a factor on a device stays there."""
     if not isinstance(factor, Tensor) or free_to_read(factor):
         return torch.add(a, b, alpha=float(factor), out=out)
     return torch.addcmul(a, b, factor.to(b.dtype), out=out)
 
 
 def _move_(x: Tensor, step: Tensor, p: Tensor, where: Tensor) -> None:
-    """X <- x + step p, if `where`."""
+    """Compute x <- x + step p in place if `where`."""
     if free_to_read(where):
         if bool(where):
             x.add_(p, alpha=step.item())
@@ -185,12 +150,12 @@ def solve(
     systems: Sequence[System],
     products: Products,
     limit: int,
-    stop: RelativeProgress | None = None,
+    stop: StopRule | None = None,
     kept: Collection[int] = (),
 ) -> None:
-    """Advance all systems to the end of each, or by at most `limit` iterations.
+    """Advance every system to its end, or by at most `limit` iterations.
 
-    kept: iterations whose results the systems keep.
+    kept: iterations whose iterates the systems store.
     """
     _sweep([(i, s) for i, s in enumerate(systems) if s.warm], products, System.start)
     for system in systems:
@@ -213,7 +178,7 @@ def _sweep(
     products: Products,
     use: Callable[[System, Sequence[Tensor]], None],
 ) -> None:
-    """One product for each of these systems, in one call."""
+    """Compute one product per system in one call and hand each to its system."""
     if live:
         found = products([i for i, _ in live], [system.direction for _, system in live])
         for (_, system), product in zip(live, found, strict=True):

@@ -1,7 +1,7 @@
-"""Products with the Gauss-Newton matrix of a minibatch, part by part, never formed.
+"""Products with diagonal blocks of the Gauss-Newton matrix of a batch, matrix-free.
 
-G = (1/m) Σ_n J_nᵀ H_n J_n, H_n the Hessian of example n's loss by the model's output. G_bb v is the
-b-part of G (v in part b, zero elsewhere).
+G = (1/m) Σ_n J_nᵀ H_n J_n, H_n the Hessian of example n's loss with respect to the model outputs.
+G_bb v is the b-part of G times v placed in block b.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .jacobians import Piece, Route, choose_route
 
 
 class GaussNewton:
-    """G of a curvature batch at the parameters as they are when this is made.
+    """Gauss-Newton matrix of a curvature batch at the current parameters.
 
-    pieces: the calls that make up the batch. parts: the parameters of each block. likelihood: of
-    which the loss is the negative logarithm. route: how J v is computed; None tries them out.
+    pieces: the model calls that make up the batch. parts: the parameters of each block.
+    likelihood: the loss is its negative logarithm. route: how J v is computed; None tries.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class GaussNewton:
         likelihood: str,
         route: Route | None = None,
     ) -> None:
-        self._parts, self._curvature = parts, FISHER[likelihood]
+        self._parts, self._loss_hessian = parts, FISHER[likelihood]
         self.route = choose_route(pieces[0], parts) if route is None else route
         self._jacobians = [self.route(piece, parts) for piece in pieces]
         fits(likelihood, self._jacobians[0].output)
@@ -37,7 +37,7 @@ class GaussNewton:
         )
 
     def products(self, numbers: Sequence[int], v: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """G_bb v_b for these parts, each like the part's parameters."""
+        """G_bb v_b of the blocks with these numbers, each in the shapes of its parameters."""
         return [self._product(b, one) for b, one in zip(numbers, v, strict=True)]
 
     def _product(self, part: int, v: Sequence[Tensor]) -> list[Tensor]:
@@ -46,7 +46,7 @@ class GaussNewton:
         for jacobian in self._jacobians:
             u = jacobian.forward(part, cast)
             wide = torch.promote_types(u.dtype, torch.float32)
-            w = self._curvature(jacobian.output.to(wide), u.to(wide)) / self.examples
+            w = self._loss_hessian(jacobian.output.to(wide), u.to(wide)) / self.examples
             found = jacobian.back(part, w.to(u.dtype))
             total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
         distributed.add_up_(*total)

@@ -1,11 +1,11 @@
-"""HessianFree: conjugate gradients on the Gauss-Newton matrix, of the whole model or of blocks.
+"""Hessian-free optimization: Gauss-Newton steps by conjugate gradients, whole or by blocks.
 
 Source: Martens 2010, Deep learning via Hessian-free optimization (plain); Zhang, Xiong, Bradbury,
 Socher 2017, arXiv:1712.07296 (block-diagonal).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,10 @@ from ...core.momentum import coupled, decoupled, gradient_of
 from ...core.refresher import PATIENCE, to_host
 from ...core.summary import table
 from ...linalg.basics import factor_dtype, free_to_read, is_finite, known_true
-from .conjugate_gradients import RelativeProgress, System, solve
-from .curvature_batch import Calls, recorded, subset
+from .conjugate_gradients import System, solve
+from .curvature_batch import ModelCalls, recorded, subset
 from .gauss_newton import GaussNewton
 from .jacobians import Route
-from .objective import Objective
-from .options import AdaptiveDamping, Backtracking, DiagonalPreconditioner, LineSearch, Options
-from .squared_gradients import mean_squares
-from .step import Choice, last, search
 
 COUNTS = (
     "steps",
@@ -43,47 +39,40 @@ COUNTS = (
     "line search failed",
 )
 REMEDY = "raise the damping or max_cg, lower lr, or look for inputs that are not finite"
+FORMER = ("stop", "preconditioner", "backtracking", "line_search", "adaptive")
+Step = tuple[list[Tensor], float]  # solutions x of all systems, and the share of them to take
 
 
 class HessianFree(Optimizer):
-    """Truncated Newton steps by the Gauss-Newton matrix G: θ <- θ + lr d, (G_bb + λI) d_b ≈ -∇_b.
+    """Truncated Newton step on the Gauss-Newton matrix G: θ <- θ + lr d, (G_bb + λI) d_b ≈ -∇_b.
 
-    For each block b of parameters conjugate gradients start at `momentum` times the last d_b and
-    take at most `max_cg` steps towards the minimum of ½ dᵀ(G_bb + λI)d + ∇_bᵀd; ∇ is the mean
-    over the closure's batch, G that over some of its examples. blocks=None has one block of all
-    parameters: Hessian-free optimization as it was. With several, the solutions are independent,
-    and what couples the blocks in G is left out; for three equal ones in a row an iteration costs
-    half as much again, since products need not cross other blocks but on the way to the outputs.
+    For each block b of parameters, conjugate gradients (CG) on ½ dᵀ(G_bb + λI)d + ∇_bᵀd start at
+    `momentum` times the last d_b and take at most `max_cg` iterations. ∇ is the mean over the
+    closure's batch, G over part of its examples. blocks=None is plain Hessian-free, one block of
+    all parameters. Several blocks are solved independently, without the parts of G between them.
 
-    Needs step(closure). If a gradient, a product or a solution is not finite, or a solution would
-    raise its quadratic model, nothing moves: the step is counted as skipped, and the last good
-    solutions stay, but that block's next start is zero.
+    Needs step(closure). If a gradient, a product or a solution is not finite, or a solution raises
+    its quadratic model, the step is skipped and counted; that block's next start is zero.
 
-    model: returns a tensor; dimension 0 of its arguments and of what it returns is the batch.
+    model: returns a tensor; dimension 0 of its arguments and of its output is the batch.
     lr: step size, >= 0.  damping: λ > 0.
-    momentum: where the next solution starts, in [0, 1): an initial guess, not a velocity.
+    momentum: share of the last solution at which CG starts, in [0, 1); not a velocity.
     weight_decay: τ of an L2 term, in ∇ and on the diagonal of G; with
         decoupled_weight_decay=True θ shrinks by lr * weight_decay instead.
-    likelihood: whose negative logarithm the loss is, "categorical" (classes in dimension 1),
-        "bernoulli" (logits) or "gaussian" (½ ‖output - label‖²): summed over outputs, averaged
-        over examples. Another loss has another G.
-    curvature_batch: how many of the batch's examples G is of, drawn anew at each step from a
-        generator of the optimizer's own (seeded from torch.initial_seed()); None is a quarter.
-    max_cg: CG iterations a step.
+    likelihood: the loss is its negative logarithm: "categorical" (classes in dimension 1),
+        "bernoulli" (logits) or "gaussian" (½ ‖output - label‖²), summed over outputs, averaged
+        over examples.
+    curvature_batch: number of examples in G, drawn anew at each step from the optimizer's own
+        generator (seeded from torch.initial_seed()); None is a quarter of the batch.
+    max_cg: CG iterations per step.
     blocks: module names of each block, [["encoder"], ["decoder"]]; a name stands for everything
-        inside the module, and a layer that is in no block is one by itself. Or a function that
-        makes such a list from the model.
-    stop: RelativeProgress() ends CG earlier, block by block.
-    preconditioner: DiagonalPreconditioner(), of the squared gradients of examples.
-    backtracking: Backtracking() goes back to an earlier CG iterate while the loss is lower there.
-    line_search: LineSearch() shortens the step until the loss falls enough.
-    adaptive: AdaptiveDamping() multiplies all dampings by a factor of its own, Martens' rule.
-        These three evaluate the loss on the closure's batch again, and wait for a GPU.
+        inside the module, and a layer in no block is one by itself. Or a function from the model
+        to such a list.
     groups: as torch's parameter groups, for other lr, damping, momentum, weight_decay.
 
     State of each parameter: "solution", its part of the last d; "counts" at the first one of each
-    block, in the order of `COUNTS`. `factor` is that of adaptive. Vectors are float32, or float64
-    for float64 parameters. The number of steps is param_groups[0]["step"].
+    block, in the order of `COUNTS`. Vectors are float32, or float64 for float64 parameters. The
+    number of steps is param_groups[0]["step"].
 
     Raises: ValueError for a bad setting, a batch smaller than the curvature batch, or a model that
     cannot be differentiated for it; NumericalError after three skipped steps in a row.
@@ -107,6 +96,14 @@ class HessianFree(Optimizer):
 
     _step_supports_amp_scaling = True
 
+    def __new__(cls, *_args: Any, **settings: Any) -> Self:
+        """Refuse options of earlier versions. Raises: TypeError with what to use instead."""
+        for name in settings.keys() & set(FORMER):
+            raise TypeError(
+                f"{cls.__name__} takes no {name}=; MartensHessianFree has Martens' rules built in"
+            )
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -119,11 +116,6 @@ class HessianFree(Optimizer):
         max_cg: int = 30,
         *,
         blocks: Blocks = None,
-        stop: RelativeProgress | None = None,
-        preconditioner: DiagonalPreconditioner | None = None,
-        backtracking: Backtracking | None = None,
-        line_search: LineSearch | None = None,
-        adaptive: AdaptiveDamping | None = None,
         decoupled_weight_decay: bool = False,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -148,13 +140,11 @@ class HessianFree(Optimizer):
             model.get_submodule("module") if hasattr(model, "no_sync") else model
         )
         self._blocks = blocks
-        self._options = Options(stop, preconditioner, backtracking, line_search, adaptive)
         self.route: Route | None = None
         self.rows: Tensor | None = None
         self.parts = self._partition()
         self._generator = torch.Generator().manual_seed(torch.initial_seed() + distributed.rank())
         device = self.parts[0].parameters[0].device
-        self.factor = torch.ones((), dtype=torch.float64, device=device)
         self._failures = torch.zeros((), dtype=torch.int64, device=device)
         self._verdict: tuple[Tensor, torch.cuda.Event | None] | None = None
 
@@ -173,12 +163,11 @@ class HessianFree(Optimizer):
         with recorded(self._model) as calls:
             loss = run(closure)
         self.rows = subset(calls.examples, self._setting("curvature_batch"), self._generator)
-        with full_precision(self.factor.device):
+        with full_precision(self._failures.device):
             systems = self._systems()
             if systems:
                 solved = self._solve(systems, calls, start)
-                found = self._searched(systems, closure, start, loss) if solved else None
-                self._move(systems, found)
+                self._move(systems, self._chosen(systems, closure, start, loss) if solved else None)
         calls.clear()
         for group in self.param_groups:
             group["step"] += 1
@@ -186,7 +175,7 @@ class HessianFree(Optimizer):
         return loss
 
     def directions(self) -> dict[str, dict[str, Tensor]]:
-        """{block: {parameter: its part of the last solution d}}, live views.
+        """Last solutions d, {block: {parameter: its part of d}}, live views.
 
         Raises: RuntimeError before the first step.
         """
@@ -204,16 +193,16 @@ class HessianFree(Optimizer):
         return found
 
     def summary(self) -> str:
-        """A table: each parameter, its block, the memory of its state, the block's counters."""
+        """Table of each parameter, its block, the memory of its state, the block's counters."""
         lines = table(self, self._model, self.parts, COUNTS)
         if self.route is None:
-            return f"{lines}\nhow curvature products are made is chosen at the first step"
+            return f"{lines}\ncurvature products: chosen at the first step"
         return f"{lines}\ncurvature products by {self.route.route}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in PyTorch; blocks are made anew.
+        """Add a group as in PyTorch, and partition the parameters anew.
 
-        Raises: ValueError for a bad setting or a stranger's parameter; nothing is added then.
+        Raises: ValueError for a bad setting or another model's parameter; then nothing is added.
         """
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
@@ -225,19 +214,30 @@ class HessianFree(Optimizer):
                 raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As in PyTorch, with the state of the generator of rows, and `factor`."""
-        own = {"factor": self.factor.clone(), "failures": self._failures.clone()}
-        return {**super().state_dict(), "rows": self._generator.get_state(), **own}
+        """State as in PyTorch, with the generator of rows and the failures in a row."""
+        own = {"rows": self._generator.get_state(), "failures": self._failures.clone()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()` bit for bit."""
+        """Resume from `state_dict()` bit for bit.
+
+        Raises: ValueError for the state of an adaptive damping.
+        """
+        self._take_factor(state_dict.get("factor"))
         super().load_state_dict(state_dict)
         exact_state(self, state_dict)
         self._generator.set_state(state_dict["rows"].cpu())
-        self.factor.copy_(state_dict["factor"])
         self._failures.copy_(state_dict["failures"])
         self._verdict = None
         self.parts = self._partition()  # torch has made new groups
+
+    def _take_factor(self, factor: Tensor | None) -> None:
+        """Accept no damping factor but one, which versions with options saved too."""
+        if factor is not None and float(factor) != 1.0:
+            raise ValueError(
+                f"the state_dict holds an adaptive damping (factor {float(factor):.3g}), which "
+                "HessianFree does not have; load it into MartensHessianFree"
+            )
 
     def _partition(self) -> list[Part]:
         group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -254,71 +254,66 @@ class HessianFree(Optimizer):
         return self.param_groups[0][name]
 
     def _systems(self) -> list[System]:
-        """What is to be solved for each block that has gradients now."""
+        """One linear system for each block that has gradients now."""
         own = [[p for p in part.parameters if p.grad is not None] for part in self.parts]
         return [self._system(parameters) for parameters in own if parameters]
 
     def _system(self, parameters: list[Tensor]) -> System:
         gradients, starts, dampings, warm = [], [], [], False
-        factor = 1.0 if self._options.adaptive is None else self.factor
         for p in parameters:
             group, state, dtype = self._group_of[p], self.state[p], factor_dtype(p)
             tau = coupled(group)
             gradients.append((gradient_of(p).to(dtype) + tau * p.to(dtype)).reshape(-1))
-            dampings.append(group["damping"] * factor + tau)
+            dampings.append(self._damping(group) + tau)
             warm = warm or ("solution" in state and group["momentum"] > 0)
             held = state.setdefault("solution", torch.zeros_like(p, dtype=dtype))
             starts.append((group["momentum"] * held).reshape(-1))
         return System(parameters, torch.cat(gradients), dampings, torch.cat(starts), warm)
 
-    def _solve(self, systems: list[System], calls: Calls, start: RandomState) -> bool:
-        """Conjugate gradients for all blocks; False where a gradient is known not to be finite."""
+    def _damping(self, group: dict[str, Any]) -> Any:
+        """λ of a group's parameters, a number or 0-d tensor."""
+        return group["damping"]
+
+    def _solve(self, systems: list[System], calls: ModelCalls, start: RandomState) -> bool:
+        """Run conjugate gradients on all blocks; False if a gradient is known not to be finite."""
         # the first step reads values on any device: a route cannot be tried on NaN
-        readable = self.route is None or free_to_read(self.factor)
+        readable = self.route is None or free_to_read(self._failures)
         if readable and any(bool(system.lost) for system in systems):
             return False
-        pieces, options = calls.pieces(self._model, self.rows), self._options
-        parts = [system.parameters for system in systems]
-        limit = self._setting("max_cg")
+        pieces = calls.pieces(self.rows)
         with (
             untouched(self._model),
             replayed(self._model, start),
             sdpa_kernel(SDPBackend.MATH),  # the fused ones have no second derivative
         ):
+            parts = [system.parameters for system in systems]
             G = GaussNewton(pieces, parts, self._setting("likelihood"), self.route)
             self.route = G.route
-            if options.preconditioner is not None:
-                squares = mean_squares(pieces, parts, calls.examples, options.preconditioner)
-                for system, diagonal in zip(systems, squares, strict=True):
-                    system.precondition(diagonal, options.preconditioner.power)
-            kept = options.backtracking.kept(limit) if options.backtracking else ()
-            solve(systems, G.products, limit, options.stop, kept)
+            self._iterate(systems, G, pieces, calls.examples)
         return True
 
-    def _searched(
-        self, systems: list[System], closure: Callable[[], Tensor], start: RandomState, loss: Tensor
-    ) -> tuple[Choice, float]:
-        """Which solutions to take and what share of the step, by the searches asked for."""
-        if not self._options.evaluates:
-            return last(systems), 1.0
-        distributed.alone("HessianFree with a search or adaptive damping", "leave these out")
-        if any(bool(system.failed) for system in systems):
-            return last(systems), 1.0  # there will be no step, from which nothing is learned
-        parameters = [p for system in systems for p in system.parameters]
-        groups = [self._group_of[p] for p in parameters]
-        taus = [coupled(group) for group in groups]
-        objective = Objective(self._model, closure, start, loss, parameters, taus)
-        return search(systems, objective, groups, self._options, self.factor)
+    def _iterate(self, systems: list[System], G: GaussNewton, *_: Any, **__: Any) -> None:
+        """Run conjugate gradients on the systems.
 
-    def _move(self, systems: list[System], found: tuple[Choice, float] | None) -> None:
-        """θ <- θ + share lr d, and the solutions kept, unless anything is wrong with any block."""
+        Further arguments: pieces of the curvature batch, number of examples in the whole batch.
+        """
+        solve(systems, G.products, self._setting("max_cg"))
+
+    def _chosen(self, systems: list[System], *_: Any, **__: Any) -> Step:
+        """Solutions to take and the share of them: the last iterates, whole.
+
+        Further arguments: closure, state of the generators before it, its loss.
+        """
+        return [system.x for system in systems], 1.0
+
+    def _move(self, systems: list[System], found: Step | None) -> None:
+        """θ <- θ + share lr d, and keep the solutions, unless any block failed."""
         ok = ~torch.stack([system.failed for system in systems]).any()
         stays = found is not None and found[1] == 0.0  # no share of the step lowers the loss
         if found is not None and not stays:
-            choice, share = found
-            parameters = [p for system in systems for p in system.parameters]
-            for p, d in zip(parameters, choice.step(systems), strict=True):
-                _move_(p, d, share, self._group_of[p], ok)
+            for system, x in zip(systems, found[0], strict=True):
+                for p, d in zip(system.parameters, system.split(x), strict=True):
+                    _move_(p, d, found[1], self._group_of[p], ok)
         for system in systems:
             again = system.uphill | (system.lost & is_finite(system.g.sum()))
             for p, x in zip(system.parameters, system.split(system.x), strict=True):
@@ -337,14 +332,14 @@ class HessianFree(Optimizer):
         state.setdefault("counts", zeros).add_(torch.stack([x.long() for x in happened]))
 
     def _heed(self) -> None:
-        """Raise NumericalError if three steps in a row were skipped, as far as that is known."""
+        """Raise NumericalError if three steps in a row are known to have been skipped."""
         if self._verdict is None or (self._verdict[1] is not None and not self._verdict[1].query()):
             return
         stop, self._verdict = bool(self._verdict[0]), None
         if stop:
             raise NumericalError(
-                f"{int(self._failures)} steps in a row were skipped (see summary() for each "
-                f"block's counters): {REMEDY}"
+                f"{int(self._failures)} steps in a row were skipped (counters of each block: "
+                f"summary()): {REMEDY}"
             )
 
 

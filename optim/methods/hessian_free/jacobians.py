@@ -1,16 +1,14 @@
-"""Products with the Jacobian of a model's outputs, many of them at the same parameters.
+"""Repeated products with the Jacobian of a model's outputs at fixed parameters.
 
-The outputs are differentiated once a step; each product J v and Jᵀw then costs the arithmetic of
-the linear map alone. For a part of the parameters it goes through what lies between these and the
-outputs and nothing else: all parts of a chain of B equal ones take (B + 1) / 2 times the products
-of crossing it once, beside their own, instead of B times everything.
+The outputs are differentiated once per step; each product J v or Jᵀw then costs the arithmetic of
+the linear map alone, and only that of the layers between a block and the outputs.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,7 @@ from torch.utils import deterministic
 
 from ...blocks.blocks import owners_of
 from ...capture.closures import random_state, replayed
+from ...capture.output_jacobian import OutputJacobian
 
 WRONG_SHAPE = (
     "a call of {} with {} of its examples returned shape {}; tensor arguments whose dimension 0 is "
@@ -26,11 +25,11 @@ WRONG_SHAPE = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Piece:
-    """One call of a model, on so many examples that are all part of one batch.
+    """One call of a model on some examples of a batch.
 
-    gradient: that of the batch's loss by the output, as far as it is known.
+    gradient: of the batch's loss with respect to the output, if known.
     """
 
     model: nn.Module
@@ -40,7 +39,7 @@ class Piece:
     gradient: Tensor | None = None
 
     def output(self) -> Tensor:
-        """What the model returns. Raises: ValueError if dimension 0 is not the examples."""
+        """Output of the call. Raises: ValueError if dimension 0 is not the examples."""
         found = self.model(*copied(self.args), **copied(self.kwargs))
         if found.ndim == 0 or len(found) != self.examples:
             raise ValueError(
@@ -49,120 +48,51 @@ class Piece:
         return found
 
     def output_at(self, part: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """The same with other values of these parameters, wherever they stand in the model."""
+        """Output of the call with other values of these parameters."""
         at = dict(zip(part, values, strict=True))
         return output_at(self.model, at, copied(self.args), copied(self.kwargs))
 
 
-def copied(value: Any) -> Any:
-    """Copies of all tensors, at any depth: models and loops may write into what they share."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
+def map_leaves(function: Callable[..., Any], value: Any, *beside: Any) -> Any:
+    """Apply function(leaf, leaves of `beside` at the same place) in nested lists, tuples, dicts."""
     if isinstance(value, dict):
-        return {name: copied(one) for name, one in value.items()}
+        return {k: map_leaves(function, v, *(b[k] for b in beside)) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(copied(one) for one in value)
-    return value
+        pairs = zip(value, *beside, strict=True)
+        return type(value)(map_leaves(function, v, *others) for v, *others in pairs)
+    return function(value, *beside)
+
+
+def copied(value: Any) -> Any:
+    """Copy all tensors at any depth: models and training loops may write into shared ones."""
+    return map_leaves(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, value)
 
 
 def output_at(
     model: nn.Module, values: dict[Tensor, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """What the model returns with other values of some parameters, no other differentiable."""
+    """Output of the model with other values of some parameters, differentiable by these alone."""
     places = owners_of(model)
     at = {name: values.get(p, p.detach()) for p, names in places.items() for name in names}
-    # it would take a parameter that stands in several places back after the first of them
+    # tie_weights would undo this for all but the first place of a shared parameter
     return functional_call(model, at, args, kwargs, tie_weights=False)
 
 
-class Jacobian(Protocol):
-    """The derivative of a piece's output by the parameters, part by part.
-
-    route: how J v is computed, in words.
-    """
-
-    route: str
-    output: Tensor
-
-    def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
-        """J v, like the output, v like the parameters of the part."""
-        ...
-
-    def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
-        """Jᵀw, like the parameters of the part; w like the output."""
-        ...
-
-
-class DoubleBackward:
-    """J v as the slope in u of Jᵀu, whose graph is made once: reverse mode alone."""
+class DoubleBackward(OutputJacobian):
+    """Jacobian of a piece by double backward."""
 
     route = "double backward"
 
     def __init__(self, piece: Piece, parts: Sequence[Sequence[Tensor]]) -> None:
-        self._parts = parts
         with torch.enable_grad():
-            self._output = piece.output()
-            every = [p for part in parts for p in part]
-            self._u = torch.zeros_like(self._output, requires_grad=True)
-            slopes = iter(
-                torch.autograd.grad(
-                    self._output, every, self._u, create_graph=True, allow_unused=True
-                )
-            )
-        self._slopes = [[next(slopes) for _ in part] for part in parts]
-        self.output = self._output.detach()
-
-    def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
-        """J v, like the output."""
-        pairs = zip(self._slopes[part], v, strict=True)
-        used = [(slope, one) for slope, one in pairs if slope is not None and slope.requires_grad]
-        if not used:
-            return torch.zeros_like(self.output)
-        slopes, directions = zip(*used, strict=True)
-        return torch.autograd.grad(slopes, self._u, directions, retain_graph=True)[0]
-
-    def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
-        """Jᵀw, like the parameters of the part."""
-        return _back(self._output, self._parts[part], w)
-
-
-class Linearised:
-    """J v by forward-mode differentiation, traced once and cleared of what does not depend on v.
-
-    Tracing takes some times as long as a product; for layers without a second derivative.
-    """
-
-    route = "linearised forward mode"
-
-    def __init__(self, piece: Piece, parts: Sequence[Sequence[Tensor]]) -> None:
-        self._parts, self._model = parts, piece.model
-        self._random = random_state(piece.model)
-        with torch.enable_grad():
-            self._output = piece.output()
-        self.output = self._output.detach()
-        self._maps = [self._linear_map(piece, part) for part in parts]
-
-    def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
-        """J v, like the output."""
-        with replayed(self._model, self._random):
-            return self._maps[part](*v)
-
-    def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
-        """Jᵀw, like the parameters of the part."""
-        return _back(self._output, self._parts[part], w)
-
-    def _linear_map(self, piece: Piece, part: Sequence[Tensor]) -> Callable[..., Tensor]:
-        values = [p.detach() for p in part]
-        with warnings.catch_warnings(), replayed(self._model, self._random):
-            # about its own way of folding constants
-            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
-            return linearize(lambda *at: piece.output_at(part, at), *values)[1]
+            super().__init__(piece.output(), parts)
 
 
 class ForwardMode:
-    """J v by forward-mode differentiation, with the outputs computed anew each time.
+    """Jacobian of a piece by forward mode, which evaluates the model anew for each J v.
 
-    For layers that tracing does not understand either: it loses what they write in place.
+    For layers without a second derivative that tracing does not understand (it loses what they
+    write in place).
     """
 
     route = "forward mode"
@@ -171,25 +101,49 @@ class ForwardMode:
         self._piece, self._parts = piece, parts
         self._random = random_state(piece.model)
         with torch.enable_grad():
-            self._output = piece.output()
-        self.output = self._output.detach()
+            self._graph = piece.output()
+        self.output = self._graph.detach()
 
     def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
-        """J v, like the output."""
+        """J v, in the shape of the output."""
         own = self._parts[part]
         values = tuple(p.detach() for p in own)
         with replayed(self._piece.model, self._random):
             return jvp(lambda *at: self._piece.output_at(own, at), values, tuple(v))[1]
 
     def back(self, part: int, w: Tensor) -> Sequence[Tensor]:
-        """Jᵀw, like the parameters of the part."""
-        return _back(self._output, self._parts[part], w)
+        """Jᵀw, in the shapes of the part's parameters."""
+        return torch.autograd.grad(
+            self._graph, self._parts[part], w, retain_graph=True, materialize_grads=True
+        )
 
 
-def _back(output: Tensor, part: Sequence[Tensor], w: Tensor) -> Sequence[Tensor]:
-    return torch.autograd.grad(output, part, w, retain_graph=True, materialize_grads=True)
+class Linearised(ForwardMode):
+    """Jacobian of a piece by forward mode, traced once; for layers without a second derivative.
+
+    Tracing costs several products.
+    """
+
+    route = "linearised forward mode"
+
+    def __init__(self, piece: Piece, parts: Sequence[Sequence[Tensor]]) -> None:
+        super().__init__(piece, parts)
+        self._maps = [self._linear_map(part) for part in parts]
+
+    def forward(self, part: int, v: Sequence[Tensor]) -> Tensor:
+        """J v, in the shape of the output."""
+        with replayed(self._piece.model, self._random):
+            return self._maps[part](*v)
+
+    def _linear_map(self, part: Sequence[Tensor]) -> Callable[..., Tensor]:
+        values = [p.detach() for p in part]
+        with warnings.catch_warnings(), replayed(self._piece.model, self._random):
+            # PyTorch warns of its own way of folding constants
+            warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+            return linearize(lambda *at: self._piece.output_at(part, at), *values)[1]
 
 
+Jacobian = DoubleBackward | ForwardMode
 Route = type[DoubleBackward] | type[Linearised] | type[ForwardMode]
 ROUTES: tuple[Route, ...] = (DoubleBackward, Linearised, ForwardMode)
 REFUSED = (
@@ -199,18 +153,17 @@ REFUSED = (
 
 
 def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
-    """The first route that works for this model, tried on one call of it.
+    """Choose the first way of computing J v that is right for this model, tried on one call.
 
-    Works: ⟨w, J v⟩ = ⟨Jᵀw, v⟩ for random v, w, which a layer with a derivative that cannot be
-    differentiated again may break without an error. The generators end as they were: the same
-    dropout masks follow with a route chosen before.
+    Right: ⟨w, J v⟩ = ⟨Jᵀw, v⟩ for random v, w; a layer whose derivative cannot be differentiated
+    again may break it without an error. Random generators end as they were.
 
-    Raises: ValueError saying why each route does not.
+    Raises: ValueError with the reason of each route.
     """
     reasons = []
     for route in ROUTES:
         try:
-            with replayed(piece.model, random_state(piece.model)), _nothing_right_by_luck():
+            with replayed(piece.model, random_state(piece.model)), _uninitialized_is_nan():
                 works = _is_adjoint(route(piece, parts), parts)
             if works:
                 return route
@@ -222,10 +175,10 @@ def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
 
 
 @contextmanager
-def _nothing_right_by_luck() -> Iterator[None]:
-    """Inside, memory that nobody has written to holds NaN.
+def _uninitialized_is_nan() -> Iterator[None]:
+    """Fill uninitialized memory with NaN inside the context.
 
-    Where tracing has lost what a layer writes in place, it may still hold what is missing.
+    Where tracing has lost an in-place write, that memory may still hold the right values.
     """
     settings: Any = deterministic  # a module whose attribute is a property
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory

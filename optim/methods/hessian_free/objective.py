@@ -1,4 +1,4 @@
-"""The closure's loss at parameters a step away."""
+"""Loss and L2 term of a closure at parameters a step away."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from ...capture import closures
 from ...linalg.basics import factor_dtype
 
-Step = Sequence[Tensor]  # one tensor for each parameter
-
 
 class Objective:
-    """f(θ + s) = loss + Σ τ/2 ‖θ + s‖², from one more forward of the closure.
+    """f(θ + s) = loss + Σ τ/2 ‖θ + s‖², by one more forward pass of the closure.
 
-    parameters: θ. taus: τ of each. start: the generators before the first call of the closure,
-    whose loss was `loss`; the same dropout masks are used. Parameters end as they were.
+    parameters: θ. taus: τ of each. start: generator states before the closure's first call, which
+    returned `loss`; dropout masks repeat. Parameters end as they were.
     """
 
     def __init__(
@@ -32,8 +30,8 @@ class Objective:
         self.here = loss.detach().double() + self._l2()
 
     @torch.no_grad()
-    def at(self, step: Step) -> Tensor:
-        """f(θ + s), 0-d float64."""
+    def at(self, step: Sequence[Tensor]) -> Tensor:
+        """f(θ + s), 0-d float64; step: one tensor per parameter."""
         before = [p.clone() for p in self._parameters]
         try:
             for p, s in zip(self._parameters, step, strict=True):
