@@ -15,35 +15,13 @@ from torch import Tensor, nn
 from ...capture import closures
 from ...capture.closures import RandomState, full_precision
 from ...capture.likelihoods import FISHER
+from ...capture.output_jacobian import OutputJacobian
 from ...core.harness import Harness
 
 NO_OUTPUT = (
     "KFAC2015 measures the Fisher matrix at the model's output: the closure must call the "
     "model itself, not its parts, and then backward"
 )
-
-
-def jacobian_products(
-    output: Tensor, parameters: Sequence[Tensor], directions: Sequence[Sequence[Tensor]]
-) -> list[Tensor]:
-    """J v, like output, for each v (one tensor per parameter): Jᵀu is linear in u, its slope J.
-
-    Raises: ValueError if the output depends on none of the parameters.
-    """
-    u = torch.zeros_like(output, requires_grad=True)
-    back = torch.autograd.grad(output, parameters, u, create_graph=True, allow_unused=True)
-    used = [i for i, g in enumerate(back) if g is not None]
-    if not used:
-        raise ValueError(NO_OUTPUT)
-    return [
-        torch.autograd.grad(
-            [back[i] for i in used],
-            u,
-            [v[i].to(parameters[i].dtype) for i in used],
-            retain_graph=True,
-        )[0]
-        for v in directions
-    ]
 
 
 class FisherProducts:
@@ -67,7 +45,10 @@ class FisherProducts:
         """The output without its graph, if there is one."""
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return None
-        us = jacobian_products(output, self._parameters, self._directions)
+        jacobian = OutputJacobian(output, [self._parameters])
+        if not jacobian.reaches:
+            raise ValueError(NO_OUTPUT)
+        us = [jacobian.forward(0, self._cast(v)) for v in self._directions]
         with torch.no_grad(), full_precision(output.device):
             wide = torch.promote_types(output.dtype, torch.float32)
             at = output.detach().to(wide)
@@ -78,6 +59,9 @@ class FisherProducts:
         number = self._forward
         # a forward without a backward does not count, two backwards through one count once
         return closures.cut(output, lambda _: self._seen.__setitem__(number, total))
+
+    def _cast(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [one.to(p.dtype) for one, p in zip(v, self._parameters, strict=True)]
 
     @property
     def result(self) -> Tensor:
