@@ -1,14 +1,15 @@
 """Block-structured second-order optimizers for the standard PyTorch training loops."""
 
+from .core.base import CurvatureOptimizer
 from .core.damping_schedule import Damping
 from .core.errors import NumericalError
 from .core.levenberg_marquardt import LevenbergMarquardt
-from .methods.ekfac.ekfac import EKFAC
+from .methods.ekfac import EKFAC, EKFACra
 from .methods.eva.eva import Eva
 from .methods.exact_fisher.exact_fisher import ExactFisher
 from .methods.hessian_free.hessian_free import HessianFree
 from .methods.hessian_free.martens import MartensHessianFree
-from .methods.kbfgs.kbfgs import KBFGS
+from .methods.kbfgs import KBFGS, KBFGSLimited
 from .methods.kfac import KFAC, KFAC2015
 from .methods.layerwise.layerwise_step import LayerwiseStep
 from .methods.mbf.mbf import MBF
@@ -24,10 +25,13 @@ __all__ = [
     "MBF",
     "TKFAC",
     "TNT",
+    "CurvatureOptimizer",
     "Damping",
+    "EKFACra",
     "Eva",
     "ExactFisher",
     "HessianFree",
+    "KBFGSLimited",
     "LayerwiseStep",
     "LevenbergMarquardt",
     "MartensHessianFree",

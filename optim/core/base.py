@@ -189,8 +189,11 @@ class CurvatureOptimizer(Optimizer, ABC):
     # hooks that every method fills in
 
     @abstractmethod
-    def _learn(self, live: Live) -> None:
-        """Update the statistics of these layers if it is time, and the inverses that are due."""
+    def _learn(self, live: Live) -> Any:
+        """Update the statistics of these layers if it is time, and the inverses that are due.
+
+        Returns: whatever `_move` needs of it.
+        """
 
     @abstractmethod
     def _warm_up(self, closures: Iterable[Callable[[], Any]]) -> None:
@@ -231,17 +234,19 @@ class CurvatureOptimizer(Optimizer, ABC):
         if self._harness.begin():
             with self._harness.exact():
                 live = self._harness.live()
-                self._learn(live)
-                self._move(live)
-                self._harness.plain_steps()
+                self._move(live, self._learn(live))
             self._end()
         return loss
 
-    def _move(self, live: Live) -> None:
-        """Update the momentum of these layers and take the step."""
+    def _move(self, live: Live, learned: Any) -> None:  # noqa: ARG002
+        """Momentum and step of these layers, and of the parameters outside layers.
+
+        learned: what `_learn` returned.
+        """
         for stack, blocks in live.items():
             ok = self._harness.absorb(stack, blocks)
             self._harness.move(stack, blocks, self._direction(stack), ok)
+        self._harness.plain_steps()
 
     def _regrouped(self) -> None:
         """Follow stacks made anew. Raises: ValueError if they cannot be used."""

@@ -90,6 +90,11 @@ class Harness:
         """Whether statistics are updated at the coming step."""
         return self.step % self.setting("update_every") == 0 and not self.is_frozen
 
+    @property
+    def sum_scale(self) -> float | None:
+        """What delivered gradients of examples are multiplied with; None for sampled ones."""
+        return self.scale if self.delivers else None
+
     def setting(self, name: str) -> Any:
         """A setting that all groups share: the first group's."""
         return self.optimizer.param_groups[0][name]

@@ -24,9 +24,9 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
-def limit(name: str, value: float) -> None:
+def limit(name: str, value: float | None) -> None:
     """Raise ValueError unless value > 0; infinity is none."""
-    if not value > 0:
+    if value is None or not value > 0:
         raise ValueError(f"{name} must be positive, or infinite for none, got {value!r}")
 
 

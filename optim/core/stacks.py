@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..blocks.blocks import Block
-from ..capture.capture import Totals
 from ..linalg.basics import factor_dtype
 
 
@@ -37,8 +36,6 @@ class Stack:
         self.solved: dict[str, set[Block]] = {}  # who has a result of this name
         self._states = states
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-        self._T: dict[Block, float] = {}
-        self._positions: dict[tuple[float, ...], Tensor] = {}
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
@@ -100,19 +97,6 @@ class Stack:
             ]
             self._masks[key] = torch.tensor(flags, device=self.device)
         return self._masks[key]
-
-    def see_positions(self, totals: Mapping[Block, Totals]) -> None:
-        """Remember at how many positions these blocks use their weights; they may differ."""
-        self._T |= {block: total.positions for block, total in totals.items()}
-
-    @property
-    def positions(self) -> Tensor:
-        """T of each matrix as last seen, [size], 1 where not; made once per choice of numbers."""
-        key = tuple(self._T.get(block, 1.0) for block in self.blocks)
-        if key not in self._positions:
-            each = [T for b, T in zip(self.blocks, key, strict=True) for _ in range(b.groups)]
-            self._positions[key] = torch.tensor(each, dtype=self.dtype, device=self.device)
-        return self._positions[key]
 
     def adopt(self) -> None:
         """Take over what a loaded state_dict put into `states`, bit for bit, as views again."""

@@ -13,18 +13,22 @@ from kronscope import optim
 
 from ..problems import TrainingProblem
 
-CURVATURE_LIMIT = 5.0  # the greatest one tried with which no seed diverges (study `cures`)
-
 Factory = Callable[..., torch.optim.Optimizer]
+
+# where a word of a class name begins: at a capital after a small letter (ExactFisher), at a
+# capitalised word or a number after an acronym (KBFGSLimited, KFAC2015), at a suffix (EKFACra)
+WORD = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{3}|\d)|(?<=[A-Z]{2})(?=[a-z]{2}$)")
 
 
 def snake_case(name: str) -> str:
-    """Name in small letters: KBFGS is kbfgs, ExactFisher is exact_fisher.
+    """Class name in small letters, words joined by underscores.
 
-    >>> snake_case("ExactFisher"), snake_case("KBFGS")
-    ('exact_fisher', 'kbfgs')
+    >>> [snake_case(name) for name in ("KBFGS", "ExactFisher", "KBFGSLimited")]
+    ['kbfgs', 'exact_fisher', 'kbfgs_limited']
+    >>> snake_case("KFAC2015"), snake_case("EKFACra")
+    ('kfac_2015', 'ekfac_ra')
     """
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return WORD.sub("_", name).lower()
 
 
 def _factory(kind: Callable[..., torch.optim.Optimizer], **own: Any) -> Factory:
@@ -60,7 +64,6 @@ def _layerwise_kfac(
 
 OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds().items()} | {
     "kbfgs_l": _factory(optim.KBFGS, history=100),
-    "kbfgs_limited": _factory(optim.KBFGS, curvature_limit=CURVATURE_LIMIT),
     "block_hessian_free": lambda model, problem, **hyper: OPTIMIZERS["hessian_free"](
         model, problem, **{"blocks": problem.partition, **hyper}
     ),

@@ -1,5 +1,5 @@
-"""EKFAC: KFAC's eigenbasis with its own second moments."""
+"""EKFAC and EKFAC-ra."""
 
-from .ekfac import EKFAC
+from .ekfac import EKFAC, EKFACra
 
-__all__ = ["EKFAC"]
+__all__ = ["EKFAC", "EKFACra"]

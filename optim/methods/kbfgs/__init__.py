@@ -4,10 +4,12 @@ from . import statistics, step_limit
 from .bfgs import acceptable, bfgs_, double_damping
 from .formulas import input_action_
 from .kbfgs import COUNTS, KBFGS
+from .kbfgs_limited import KBFGSLimited
 
 __all__ = [
     "COUNTS",
     "KBFGS",
+    "KBFGSLimited",
     "acceptable",
     "bfgs_",
     "double_damping",

@@ -15,20 +15,6 @@ from ...linalg.products import product, sandwich
 from .bfgs import acceptable, append_, bfgs_, broken, double_damping, powell_and_shift, times
 from .statistics import patch_moments
 
-SPLITS = ("equal", "sqrtT")
-
-Split = float | Tensor
-
-
-def split_damping(damping: float, split: str, T: Tensor | None) -> tuple[Split, Split]:
-    """λ_A and mu_2, whose product is λ: numbers, or of the shape of T, numbers of positions.
-
-    A is a sum over positions and H_g⁻¹ a mean: "sqrtT" gives each its share of the damping.
-    Source: arXiv:2102.06737; which of the two its final version uses is open.
-    """
-    root = damping**0.5
-    return (root, root) if T is None or split == "equal" else (root * T.sqrt(), root / T.sqrt())
-
 
 def held_h_g(stack: Stack) -> Tensor | CompactInverse:
     """H_g as the stack holds it: dense, or by its last pairs."""
@@ -56,14 +42,14 @@ def start_h_g(stack: Stack, blocks: Iterable[Block], history: int | None) -> Non
     _begin(stack, blocks, start)
 
 
-def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: Split) -> None:
-    """H_a = (A + λ_A I)⁻¹ of blocks that begin, λ_A a number or [size, 1].
+def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: float) -> None:
+    """H_a = (A + λ_A I)⁻¹ of blocks that begin.
 
     A convolution keeps no A.
 
     Raises: NumericalError naming a layer for which that is not possible.
     """
-    damping = torch.as_tensor(lambda_a, dtype=A.dtype, device=A.device).expand(len(A), 1)[:, 0]
+    damping = A.new_full((len(A),), lambda_a)
     H_a, ok = damped_inverse(A, damping)
     wanted = stack.mask(blocks)
     if not bool((ok | ~wanted).all()):  # before the first step: waiting is no loss
@@ -88,11 +74,11 @@ def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> N
 
 
 def update_h_g_(
-    stack: Stack, gradient: Tensor, mu_2: Split
+    stack: Stack, gradient: Tensor, mu_2: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One damped BFGS update of H_g by the averaged pair.
 
-    gradient: raw mean gradient ḡ [size, out] of the skip rule. mu_2: a number or [size, 1].
+    gradient: raw mean gradient ḡ [size, out] of the skip rule.
 
     Returns: where it was accepted, where Powell's damping fired, where the second, and where H_g
     was found broken; [size] bool.
@@ -107,31 +93,26 @@ def update_h_g_(
 
 
 def input_action_(
-    stack: Stack, x: Tensor, lambda_a: Split, _: dict[Block, Totals]
+    stack: Stack, x: Tensor, lambda_a: float, _: dict[Block, Totals]
 ) -> tuple[Tensor, Tensor]:
     """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
 
     Returns: where it was accepted, and where H_a was found broken; [size] bool.
     """
     s = times(stack["H_a"], x)
-    y = _shifted_(times(stack["A"], s), lambda_a, s)
+    y = times(stack["A"], s).add_(s, alpha=lambda_a)
     bad = broken(s, x)
     return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad), bad
 
 
 def patch_action_(
-    stack: Stack, x: Tensor, lambda_a: Split, totals: dict[Block, Totals]
+    stack: Stack, x: Tensor, lambda_a: float, totals: dict[Block, Totals]
 ) -> tuple[Tensor, Tensor]:
     """As `input_action_` with the minibatch's own A, which is never formed.
 
     Source: arXiv:2102.06737.
     """
     s = times(stack["H_a"], x)
-    y = _shifted_(patch_moments(stack, totals, s), lambda_a, s)
+    y = patch_moments(stack, totals, s).add_(s, alpha=lambda_a)
     bad = broken(s, x)
     return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad & stack.mask(totals)), bad
-
-
-def _shifted_(y: Tensor, by: Split, s: Tensor) -> Tensor:
-    """In place: y <- y + by s."""
-    return y.addcmul_(s, by) if isinstance(by, Tensor) else y.add_(s, alpha=by)

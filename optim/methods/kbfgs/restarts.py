@@ -60,7 +60,7 @@ class Restarts:
             self._on_its_way = noted, host, event
 
     def begin_anew(
-        self, stack: Stack, totals: dict[Block, Totals], lambda_a: float | Tensor
+        self, stack: Stack, totals: dict[Block, Totals], lambda_a: float
     ) -> None:
         """Restart the factors of these blocks that are known to be broken, and count them.
 

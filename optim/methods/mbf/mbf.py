@@ -91,25 +91,27 @@ class MBF(CurvatureOptimizer):
         """
         return self._operators(mini_blocks.operator)
 
-    def _learn(self, live: Live) -> None:
-        self._learned: dict[Stack, Tensor] = {}
+    def _learn(self, live: Live) -> dict[Stack, Tensor]:
+        learned: dict[Stack, Tensor] = {}
         if self._harness.updating:
             for stack, blocks in live.items():
-                self._learned[stack] = self._update(stack, blocks)
+                learned[stack] = self._update(stack, blocks)
                 self._harness.start(stack, blocks)
-                self._harness.count(stack, {"updates": self._learned[stack]})
+                self._harness.count(stack, {"updates": learned[stack]})
         self._ready(live)
+        return learned
 
-    def _move(self, live: Live) -> None:
+    def _move(self, live: Live, learned: dict[Stack, Tensor]) -> None:
         harness = self._harness
         for stack, blocks in live.items():
             # mini-blocks of the gradient itself were finite: so is the gradient
-            learned = self._learned.get(stack)
-            ok = harness.absorb(stack, blocks, learned)
-            if learned is not None and not known_true(learned):
+            own = learned.get(stack)
+            ok = harness.absorb(stack, blocks, own)
+            if own is not None and not known_true(own):
                 # what absorb counted is not counted again
-                harness.count(stack, {"not finite": ~learned & ok})
+                harness.count(stack, {"not finite": ~own & ok})
             harness.move(stack, blocks, self._direction(stack), ok)
+        harness.plain_steps()
 
     def _direction(self, stack: Stack) -> Tensor:
         return mini_blocks.applied(stack)

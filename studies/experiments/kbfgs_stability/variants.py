@@ -1,7 +1,7 @@
-"""K-BFGS with cures of its divergence other than `KBFGS(curvature_limit=)`, to be compared with it.
+"""Variants of K-BFGS that may cure its divergence, to be compared with `KBFGSLimited`.
 
-None of them is offered as an optimizer: `cures` finds what they are worth. Those that look
-at the loss of the second evaluation are built with a limit, as KBFGS must be to do so.
+They are not offered as optimizers: the study `cures` finds what they are worth. Those that look at
+the loss of the second evaluation build on KBFGSLimited.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronscope.optim import KBFGS
+from kronscope.optim import KBFGS, KBFGSLimited
 from kronscope.optim.blocks import Block
 from kronscope.optim.capture import Call, Totals, positions
 from kronscope.optim.core import Stack
@@ -31,14 +31,14 @@ PARTS = 4  # of a batch
 Live = dict[Stack, list[Block]]
 
 
-class Undoing(KBFGS):
+class Undoing(KBFGSLimited):
     """Goes back where the loss on the same batch rose or is not finite, and clears the momentum."""
 
     def _kept(self, _: step_limit.Taken, loss: Tensor, after: Tensor) -> Tensor:
         return (after <= loss).to(loss.dtype)
 
 
-class Trusting(KBFGS):
+class Trusting(KBFGSLimited):
     """Shortens a step d that plans to change the loss by more than a share of it.
 
     Planned is ⟨M, −d⟩, twice the decrease of the quadratic model that P M minimises at lr = 1; the
@@ -49,8 +49,8 @@ class Trusting(KBFGS):
         return step_limit.kept(taken.planned / loss.abs(), self._harness.setting("curvature_limit"))
 
 
-class StepOnly(KBFGS):
-    """Shortens the step as KBFGS does, and leaves the momentum as long as it was."""
+class StepOnly(KBFGSLimited):
+    """Shortens the step as KBFGSLimited does, and leaves the momentum as long as it was."""
 
     def _shorten(self, taken: step_limit.Taken, loss: Tensor, after: Tensor, live: Live) -> None:
         super()._shorten(replace(taken, momenta={}), loss, after, live)
@@ -59,12 +59,11 @@ class StepOnly(KBFGS):
 class Ramped(KBFGS):
     """Learning rate k / RAMP of its own in step k, up to the whole of it."""
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """One iteration; returns the loss before it."""
+    def _iterate(self, closure: Callable[[], Tensor] | None) -> Tensor:
         share = min(1.0, (self._harness.step + 1) / RAMP)
         for group in self.param_groups:
             group["lr"] = share * self.defaults["lr"]
-        return super().step(closure)
+        return super()._iterate(closure)
 
 
 class ScaledStart(KBFGS):
