@@ -32,11 +32,6 @@ RECIPES = {
     "tkfac": Recipe("TKFAC", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "tkfac-empirical": Recipe("TKFAC", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}),
     "mbf": Recipe("MBF", {"lr": 0.03, "damping": 0.3, "refresh_every": 3}),
-    "mbf-per-example": Recipe(
-        "MBF",
-        {"lr": 0.03, "damping": 0.3, "estimator": "per_example", "fc_group": "input"},
-    ),
-    "mbf-unshared": Recipe("MBF", {"lr": 0.03, "damping": 0.3, "fc_share": False}),
     "shampoo": Recipe("Shampoo", {"lr": 0.01, "damping": 0.01, "refresh_every": 3}),
     "tnt": Recipe("TNT", {"lr": 0.03, "damping": 0.5, "refresh_every": 3}),
     "tnt-empirical": Recipe("TNT", {"lr": 0.03, "damping": 0.5, "likelihood": "empirical"}),
@@ -47,7 +42,7 @@ RECIPES = {
     ),
 }
 # of other optimizers, and of no layers: with suites of their own
-APART = {"LayerwiseStep", "Damping", "HessianFree"}
+APART = {"LayerwiseStep", "Damping", "HessianFree", "MartensHessianFree"}
 
 
 def _maker(recipe):
@@ -56,14 +51,14 @@ def _maker(recipe):
 
 MAKE = {kind: _maker(recipe) for kind, recipe in RECIPES.items() if recipe.method in optim.__all__}
 # one of each method, and of those that use the gradients that backward delivers
-DELIVERING = {"kfac-empirical", "ekfac-empirical", "mbf-per-example"}
+DELIVERING = {"kfac-empirical", "ekfac-empirical"}
 ONE_EACH = DELIVERING | {
     next(kind for kind in MAKE if RECIPES[kind].method == method)
     for method in {RECIPES[kind].method for kind in MAKE}
 }
 CLOSURE = {kind for kind in MAKE if RECIPES[kind].method == "KBFGS"}  # two passes a step
 # made of .grad alone: no layer is watched
-OF_GRADIENTS = {"mbf", "mbf-unshared", "shampoo", "tnt-empirical"} & set(MAKE)
+OF_GRADIENTS = {"mbf", "shampoo", "tnt-empirical"} & set(MAKE)
 OF_PARAMETERS = {kind for kind in MAKE if RECIPES[kind].method in ("Shampoo", "TNT")}
 
 

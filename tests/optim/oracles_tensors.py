@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from tests.optim.oracles_base import Oracle, Unit, inverse, kron, layers_of, parameter_units
+from tests.optim.oracles_base import Oracle, inverse, kron, parameter_units
 
 
 def as_tensor(gradient):
@@ -20,16 +20,6 @@ def contractions(gradient):
         unfolded = gradient.movedim(i, 0).reshape(gradient.shape[i], -1)
         found[i] = unfolded @ unfolded.mT
     return found
-
-
-def joined_units(model):
-    """A unit for each parameter, but one for weight and bias of a Linear layer."""
-    units = parameter_units(model)
-    for name, layer in layers_of(model).items():
-        if isinstance(layer, torch.nn.Linear) and layer.bias is not None:
-            units[f"{name}.weight", 0] = Unit([layer.weight, layer.bias], slice(None))
-            del units[f"{name}.bias", 0]
-    return units
 
 
 def kron_all(factors):
@@ -47,7 +37,6 @@ class Shampoo(Oracle):
     """H_i of the mini-batch gradient, (H_i + damping I)^(-1/(2k)) on axis i of k (section 8).
 
     With coupled weight decay the gradient contains it. Warmed up, it learns nothing at step 0.
-    sums: H_i are sums from zero. join_bias: [W, b] of a Linear layer is one matrix.
     """
 
     heavy_ball = True
@@ -55,31 +44,16 @@ class Shampoo(Oracle):
     rests_when_warm = True
     units_of = staticmethod(parameter_units)
 
-    def __init__(
-        self, model, loss, *, sums=False, join_bias=False, refresh_early=False, **settings
-    ):
-        if join_bias:
-            self.units_of = joined_units
+    def __init__(self, model, loss, *, refresh_early=False, **settings):
         super().__init__(model, loss, **settings)
-        self.sums, self.refresh_early = sums, refresh_early
+        self.refresh_early = refresh_early
 
     def statistics(self, seen, score):  # noqa: ARG002
         of, tau, new = seen.gradient(), 0.0 if self.decoupled else self.weight_decay, {}
         for key, unit in self.units.items():
-            if len(unit.parameters) == 2:
-                new[key] = contractions(unit.matrix(of) + tau * unit.matrix())
-                continue
             (p,) = unit.parameters
             new[key] = contractions(as_tensor(of(p) + tau * p.detach()))
         return new
-
-    def average(self, new):
-        if not self.sums:
-            super().average(new)
-            return
-        for key, own in new.items():
-            for i, H in own.items():
-                self.state[key][i] = self.state[key].get(i, 0.0) + H
 
     def due(self):
         early = self.refresh_early and self.k < self.refresh_every

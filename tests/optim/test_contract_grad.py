@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
-from kronscope.optim import KBFGS, KFAC, MBF, HessianFree
+from kronscope.optim import KBFGS, KFAC, TKFAC, HessianFree
 from tests.optim.cases import (
     CLOSURE,
     MAKE,
@@ -315,15 +315,15 @@ def test_the_curvature_limit_where_no_layer_is_used():
     assert opt.curvature_ratio is None
 
 
-def test_mbf_counts_examples_of_the_call_that_counts():
+def test_examples_of_the_call_that_counts():
     torch.manual_seed(0)
     model = Twins("detach")
-    opt = MBF(model, estimator="per_example")
+    opt = TKFAC(model, likelihood="empirical")
     x = torch.randn(10, 4)
     (0.5 * (model(x) - x[:, :2]).square().sum() / len(x)).backward()
     assert opt._harness.capture.totals["cell"].examples == 10
     opt.step()
-    assert opt.state[model.cell.weight]["M"].diagonal().sum() > 0
+    assert opt.state[model.cell.weight]["L"].diagonal().sum() > 0
 
 
 def test_kfac_of_frozen_steps_holds_no_batch():

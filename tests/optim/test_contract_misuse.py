@@ -21,7 +21,6 @@ from kronscope.optim import (
     NumericalError,
 )
 from kronscope.optim.core import refresher as refresh
-from kronscope.optim.methods.mbf import mini_blocks
 from tests.optim.cases import MAKE, OF_PARAMETERS, is_sampled, make_for, same, state_of, weights
 from tests.optim.models import CASES
 
@@ -119,27 +118,6 @@ def test_groups_that_are_not_as_torch_wants_them():
         KFAC(model, groups=[{"lr": 0.1}])
     opt = KFAC(model, groups=[{"params": model[0].named_parameters(), "lr": 0.1}])
     assert opt.param_groups[1]["params"] == list(model[0].parameters())
-
-
-def test_mbf_without_room_for_another_group_leaves_it_out():
-    model = net()
-    model[2].requires_grad_(False)
-    opt = MBF(model, fc_share=False)
-    opt.step(closure_of(opt, model))
-    before = state_of(opt)
-    model[2].requires_grad_(True)
-    with pytest.MonkeyPatch.context() as patch:
-
-        def full(stacks, _):
-            if len(stacks) > 1 or sum(len(s.blocks) for s in stacks) > 1:
-                raise ValueError("no room")
-
-        patch.setattr(mini_blocks, "check_room", full)
-        with pytest.raises(ValueError, match="no room"):
-            opt.add_param_group({"params": model[2].parameters()})
-    assert len(opt.param_groups) == 1
-    assert same(before, state_of(opt))
-    opt.step(closure_of(opt, model))
 
 
 @every

@@ -21,6 +21,12 @@ RESULT = {"shampoo": "root", "tnt": "inverse"}
 every = pytest.mark.parametrize("method", sorted(MAKE))
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """Axes longer than 8 get no matrix."""
+    monkeypatch.setattr(axes, "LONGEST", 8)
+
+
 def setup(method, case="cnn", **settings):
     made = MODELS[case]()
     torch.manual_seed(3)
@@ -38,6 +44,7 @@ def tensors(opt):
     return [v for state in opt.state.values() for v in state.values()]
 
 
+@pytest.mark.usefixtures("short")
 def test_shapes_of_variables():
     model = nn.ModuleDict(
         {
@@ -51,7 +58,7 @@ def test_shapes_of_variables():
     )
     model.position = nn.Parameter(torch.zeros(1, 4, 5))
     model.scale = nn.Parameter(torch.ones(()))
-    shapes = {v.name: v.shape for v in axes.variables(8)(model)}
+    shapes = {v.name: v.shape for v in axes.variables(model)}
     assert shapes["linear.weight"] == (2, 3)
     assert shapes["linear.bias"] == (2,)
     assert shapes["conv.weight"] == (6, 2, 6)
@@ -60,7 +67,7 @@ def test_shapes_of_variables():
     assert shapes["norm.weight"] == (4,)
     assert shapes["position"] == (20,)
     assert shapes["scale"] == (1,)
-    lacking = {v.name: v.axes for v in axes.variables(8)(model) if len(v.axes) < len(v.shape)}
+    lacking = {v.name: v.axes for v in axes.variables(model) if len(v.axes) < len(v.shape)}
     assert lacking == {
         "lstm.weight_ih_l0": (1,),
         "lstm.weight_hh_l0": (1,),
@@ -82,10 +89,11 @@ def test_contractions_and_products():
         torch.testing.assert_close(axes.along(G, i, A), torch.einsum(spec, A, G))
 
 
+@pytest.mark.usefixtures("short")
 @every
 @pytest.mark.parametrize("case", sorted(MODELS))
 def test_a_frozen_step_is_the_preconditioned_gradient(method, case):
-    made, opt = setup(method, case, momentum=0.0, max_axis=8)
+    made, opt = setup(method, case, momentum=0.0)
     train(made, opt, made.batches[:3])
     with opt.frozen():
         opt.zero_grad()
@@ -102,11 +110,12 @@ def test_a_frozen_step_is_the_preconditioned_gradient(method, case):
         assert torch.equal(t, old) or any(t is m for m in moved)
 
 
+@pytest.mark.usefixtures("short")
 @every
 def test_long_axes_have_no_matrix(method):
     model = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(6, 9))
     twin = copy.deepcopy(model)
-    opt = MAKE[method](model, "categorical", max_axis=8, weight_decay=0.1)
+    opt = MAKE[method](model, "categorical", weight_decay=0.1)
     plain = torch.optim.SGD([twin[2].bias], lr=0.02, momentum=0.9)
     x, t = torch.randint(9, (5, 2)), torch.randint(9, (5,))
     for _ in range(3):
@@ -125,8 +134,8 @@ def test_long_axes_have_no_matrix(method):
     assert "H_1" not in state
     assert state["H_2"].shape == (3, 3)
     text = opt.summary()
-    assert "axes [9, 3], no factor for longer than max_axis: 9" in text
-    assert "plain rule: longer than max_axis: 9" in text
+    assert "axes [9, 3], no matrix on long axes: 9" in text
+    assert "plain rule: axes too long for a matrix: 9" in text
 
 
 @every

@@ -32,7 +32,7 @@ NAMES = ["mlp", "cnn"]  # "shared" comes in micro-batches
 # MBF's mini-batch statistics, Shampoo's and TNT's of the data's labels are made of .grad, which
 # DistributedDataParallel averages over processes, not over examples
 OF_LAYERS = [
-    kind for kind in MAKE if kind not in ("mbf", "mbf-unshared", "shampoo", "tnt-empirical")
+    kind for kind in MAKE if kind not in ("mbf", "shampoo", "tnt-empirical")
 ]
 
 

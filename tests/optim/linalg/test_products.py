@@ -164,7 +164,7 @@ def trained(kind):
 
 
 # Eva has no large product; mini-blocks of every neuron are too many for a test
-LARGE = sorted(set(MAKE) - {"eva", "mbf-unshared"})
+LARGE = sorted(set(MAKE) - {"eva"})
 
 
 @onednn_in_float32

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kronscope.optim.capture.likelihoods import sampled_score
+from kronscope.optim.core import axes
 from kronscope.optim.methods.tnt import covariances
 from kronscope.optim.methods.tnt.tnt import TNT
 from tests.optim.models import CASES as MODELS
@@ -104,9 +105,10 @@ def test_trace_and_mean_eigenvalues(case):
     assert kinds == ({1, 2, 3} if case == "cnn" else {1, 2})
 
 
-def test_an_axis_without_matrix_keeps_the_trace():
+def test_an_axis_without_matrix_keeps_the_trace(monkeypatch):
+    monkeypatch.setattr(axes, "LONGEST", 8)
     model = nn.Linear(9, 3)
-    opt = TNT(model, likelihood="gaussian", max_axis=8)
+    opt = TNT(model, likelihood="gaussian")
     opt.step(lambda: model(torch.randn(4, 9)).square().sum(1).mean().backward())
     U = dense(opt.curvature()["weight"])
     torch.testing.assert_close(U.trace(), opt.state[model.weight]["H_1"].trace())
@@ -152,7 +154,7 @@ def test_sampling_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("bad", [{"max_axis": 0}, {"likelihood": "poisson"}, {"damping": -1.0}])
+@pytest.mark.parametrize("bad", [{"likelihood": "poisson"}, {"damping": -1.0}])
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         TNT(MODELS["mlp"]().model, **bad)
