@@ -1,12 +1,12 @@
-"""One sweep back through the network: roots at the outputs become roots at every layer asked for.
+"""Back-propagation of the loss roots to layers' pre-activations, a chunk of examples at a time.
 
-Examples are taken a few at a time. Where all that a layer does to the outputs passes through one
-narrow layer (an autoencoder's code), the roots are condensed there to as many as that layer is
-wide: RᵀR stays what it is, and everything upstream costs a fraction.
+Where every path from a layer to the outputs leads through one narrow layer of width w (an
+autoencoder's code), the roots are condensed there to w with the same RᵀR.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ from .layers import LayerCall, LayerCalls, layers, recording
 
 # floats back-propagated at once: buffers of this size stay in cache and in memory already touched
 AT_ONCE = 2**22
-NARROW = 8  # a layer this many times narrower than the roots are many is worth a factorisation
-FEW = 16  # up to here one pass back per root is as fast as all at once, and needs less memory
+NARROW = 8  # roots per unit of a layer's width from which condensing there pays
+FEW = 16  # roots up to which one backward pass each is as fast as all at once
 
 
 @dataclass(frozen=True)
 class LayerRoots:
-    """What one layer saw and got back from some examples: per call x and b [k, n, *z]."""
+    """Inputs x and back-propagated roots b [k, n, *z] of each call of one layer."""
 
     x: list[Tensor]
     b: list[Tensor]
@@ -33,7 +33,7 @@ class LayerRoots:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Examples `rows`, their roots at the outputs [k, n, *outputs], and what each layer got."""
+    """Examples `rows`, their loss roots [k, n, *outputs], and each layer's roots."""
 
     rows: slice
     roots: Tensor
@@ -42,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass back from a source (None: the outputs) to the targets."""
+    """One backward pass from a source layer (None: the outputs) to the target layers."""
 
     source: str | None
     targets: tuple[str, ...]
@@ -51,10 +51,10 @@ class Stage:
 def backpropagate(
     problem: Problem, names: Sequence[str], roots: Diagonals | Outer, *, joint: bool = False
 ) -> Iterator[Chunk]:
-    """Back-propagate roots to the named layers, chunk by chunk of the examples.
+    """Back-propagate roots to the named layers, which must be among `layers(problem)`.
 
-    Layers must be among `capture.layers(problem)`. joint: the k-th roots of different layers are to
-    belong together, for blocks across layers; condensing, which mixes those upstream alone, is off.
+    joint: the k-th roots of all layers belong together, as blocks across layers need; nothing is
+    condensed.
     """
     known, k = layers(problem), count(roots)
     # any layer may be a place to condense at
@@ -77,14 +77,14 @@ def backpropagate(
 
 
 def count(roots: Diagonals | Outer) -> int:
-    """How many roots k each example has."""
+    """Number k of roots of each example."""
     return roots.size if isinstance(roots, Diagonals) else roots.roots.shape[1]
 
 
 def _examples_at_once(problem: Problem, k: int, floats: Sequence[int]) -> int:
-    """As many examples as keep one layer's roots in cache, and all layers' in the budget.
+    """As many examples as keep one layer's roots in cache and all layers' in the budget.
 
-    With no layers asked for, the model's parameters stand for what one example's root takes.
+    Without layers, a root takes as many floats as the model has parameters.
     """
     if not floats:
         floats = [sum(p.numel() for p in problem.model.parameters())]
@@ -93,7 +93,7 @@ def _examples_at_once(problem: Problem, k: int, floats: Sequence[int]) -> int:
 
 
 def _some(roots: Diagonals | Outer, rows: slice, outputs: Tensor) -> Tensor:
-    """The roots of these examples like the outputs, [k, n, *outputs]."""
+    """The roots of these examples, [k, n, *outputs]."""
     if isinstance(roots, Diagonals):
         own = torch.diag_embed(roots.values[rows].sqrt())
     else:
@@ -116,31 +116,24 @@ def _passed_back(
 
 
 def _pull(source: Tensor, targets: Sequence[LayerCall], ends: Tensor) -> list[Tensor]:
-    """The gradients of <source, end> for every end [k, *source], each [k, *z]."""
+    """Gradients of <source, end> at each call's z for every end [k, *source], each [k, *z]."""
     zs = [call.z for call in targets]
-    if len(ends) <= FEW:
-        each = [
-            torch.autograd.grad(
-                source, zs, end, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for end in ends
-        ]
-        return [torch.stack(passed) for passed in zip(*each, strict=True)]
-    return list(
-        torch.autograd.grad(
-            source,
-            zs,
-            ends,
-            is_grads_batched=True,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+    pull = partial(
+        torch.autograd.grad,
+        source,
+        zs,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
+    if len(ends) > FEW:
+        return list(pull(ends, is_grads_batched=True))
+    each = [pull(end) for end in ends]
+    return [torch.stack(passed) for passed in zip(*each, strict=True)]
 
 
 def condensed(b: Tensor) -> Tensor:
-    """Roots [k, n, w] replaced by w with the same Σ_k b bᵀ, where that is fewer: the R of a QR."""
+    """At most w roots with the same Σ_k b bᵀ as b [k, n, w]: the R of a QR decomposition."""
     if len(b) <= b.shape[2]:
         return b
     return torch.linalg.qr(b.movedim(0, 1), mode="r").R.movedim(0, 1)
@@ -149,9 +142,9 @@ def condensed(b: Tensor) -> Tensor:
 def plan(
     outputs: Tensor, calls: LayerCalls, names: list[str], narrow: Sequence[str]
 ) -> list[Stage]:
-    """Which layer is reached from where: from the nearest narrow layer all its paths lead through.
+    """Backward passes that reach each layer from the nearest narrow layer on all its paths.
 
-    Layers come in calling order; a stage's source is among the targets of an earlier stage.
+    Layers are in calling order; a stage's source is among the targets of an earlier stage.
     """
     nodes = {name: [get_gradient_edge(c.z).node for c in own] for name, own in calls.items()}
     start = get_gradient_edge(outputs).node
@@ -179,7 +172,7 @@ def plan(
 
 
 def _reached(start: Node, barrier: Node) -> set[Node]:
-    """Nodes of the graph behind `start` that can be reached without passing `barrier`."""
+    """Autograd nodes reached from `start` without passing `barrier`."""
     seen, todo = {start}, [start]
     while todo:
         for node, _ in todo.pop().next_functions:

@@ -1,7 +1,7 @@
-"""What layers see and return in one forward pass, and which of them a truth may be built from.
+"""Inputs and outputs of layers in a forward pass, and which layers a truth may be built from.
 
-A layer qualifies when its pre-activations are all that its parameters act through: it is then
-enough to know its inputs and the curvature at its outputs. That is checked, not assumed.
+A layer qualifies if its parameters act through its pre-activations alone: its inputs and the
+curvature at its outputs then determine its block. This is checked numerically.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ LayerCalls = dict[str, list[LayerCall]]
 
 @contextmanager
 def recording(model: nn.Module, modules: Sequence[str]) -> Iterator[LayerCalls]:
-    """While open, each call of the named modules is recorded; their outputs require gradients."""
+    """Context that records every call of the named modules; their outputs require gradients."""
     calls: LayerCalls = {}
     handles = []
     for name in modules:
@@ -53,10 +53,7 @@ def recording(model: nn.Module, modules: Sequence[str]) -> Iterator[LayerCalls]:
 
 @dataclass(frozen=True)
 class QualifiedLayer:
-    """A qualified layer: calls per pass, the shape of z of one example.
-
-    last: whether its z is the model's output.
-    """
+    """Calls per pass, shape of one example's z, and whether z is the model's output."""
 
     calls: int
     shape: tuple[int, ...]
@@ -64,7 +61,7 @@ class QualifiedLayer:
 
     @property
     def rows(self) -> bool:
-        """Whether it sees one row per example."""
+        """Whether it is called once with one row per example."""
         return self.calls == 1 and len(self.shape) == 1
 
     @property
@@ -76,10 +73,9 @@ class QualifiedLayer:
 def layers(problem: Problem) -> dict[str, QualifiedLayer]:
     """The layers that qualify, in calling order; found once per problem.
 
-    Each is a Linear, Conv1d or Conv2d (no subclass) that shares its parameters with no other
-    module, is called with the examples along the first dimension, treats each on its own, and
-    whose gradient is Σ_t g_t a_tᵀ over its calls and positions: the parameters are used nowhere
-    else.
+    A Linear, Conv1d or Conv2d (no subclass) qualifies if no other module shares its parameters,
+    examples are its first dimension and do not interact, and its gradient is Σ_t g_t a_tᵀ over its
+    calls and positions.
     """
     return problem.remember("layers", lambda: _qualified(problem), 0)
 
@@ -121,14 +117,14 @@ def _shared(model: nn.Module, name: str) -> bool:
 
 
 def _by_example(calls: Sequence[LayerCall], n: int) -> bool:
-    """Whether every call has one entry per example, all of one shape."""
+    """Whether all calls have one shape with an entry per example."""
     return len({call.z.shape for call in calls}) == 1 and all(
         len(call.x) == len(call.z) == n for call in calls
     )
 
 
 def _apart(outputs: Tensor, z: Tensor) -> bool:
-    """Whether the first output depends on the first entry of z alone, and the last on the last."""
+    """Whether the first and last output depend on their own entry of z alone."""
     for own in (0, len(z) - 1):
         with torch.enable_grad():
             own_sum = outputs[own].sum()
@@ -139,7 +135,7 @@ def _apart(outputs: Tensor, z: Tensor) -> bool:
 
 
 def _is_output(calls: Sequence[LayerCall], outputs: Tensor) -> bool:
-    """Whether the outputs are the recording's copy of z and nothing else."""
+    """Whether the outputs are the recording's copy of z."""
     node = outputs.grad_fn
     if node is None or node.name() != "CloneBackward0" or len(calls) > 1:
         return False

@@ -1,8 +1,7 @@
-"""Likelihoods whose negative logarithm a loss can be: score, label sampler, Fisher of the outputs.
+"""Likelihoods p(t | outputs): score, label sampler, Fisher information of the outputs.
 
-The loss may be a multiple s of -log p(t | outputs), such as a mean over output elements. The
-curvatures named Fisher are then s times the Fisher information, in the unit of the loss, so that
-`exact.fisher` equals `exact.ggn`, as it does for s = 1.
+Of a loss s · (-log p), such as a mean over output elements, the Fisher is s times the Fisher
+information: `exact.fisher` then equals `exact.ggn`.
 """
 
 from collections.abc import Callable
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What is needed of p(t|z) at outputs z [n, ...].
+    """Functions of a likelihood p(t|z) at outputs z [n, ...].
 
     score(z, t) = -∂ log p(t|z)/∂z; sample(z, generator) draws t; fisher(z, u) = E[score scoreᵀ] u;
-    labels(z, t): whether it has labels at such outputs, and t may be such.
+    labels(z, t): whether t may be labels at such outputs.
     """
 
     score: Callable[[Tensor, Tensor], Tensor]
@@ -36,7 +35,7 @@ def _classes_last(z: Tensor) -> Tensor:
 
 
 def _are_classes(z: Tensor, t: Tensor) -> bool:
-    """Whether there are two classes at least, and t numbers them or gives their probabilities."""
+    """Whether there are two or more classes and t holds their numbers or probabilities."""
     if z.ndim < 2 or z.shape[1] < 2:
         return False
     if not t.is_floating_point():
@@ -86,13 +85,11 @@ LIKELIHOODS = {
 
 
 def likelihood_of(problem: "Problem") -> tuple[Likelihood, float]:
-    """Return the likelihood of which the problem's loss is s times the negative logarithm, and s.
+    """The likelihood p and the scale s with loss = s · (-log p).
 
-    Every known likelihood (or the one the problem names) is held against the loss's gradient with
-    respect to the outputs, at the model's and at others: few examples fit many by coincidence.
+    Found by comparing scores with the loss's gradient, at the model's outputs and at random ones.
 
-    Raises: ValueError for an unknown name, a loss that is no multiple of the negative logarithm of
-        any, or of that of several.
+    Raises: ValueError for an unknown name, or a loss that fits no likelihood or several.
     """
     names = [problem.likelihood] if problem.likelihood else list(LIKELIHOODS)
     if unknown := set(names) - set(LIKELIHOODS):
@@ -114,10 +111,10 @@ def likelihood_of(problem: "Problem") -> tuple[Likelihood, float]:
 
 
 def _gradients(problem: "Problem") -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of the summed loss, outputs and targets, each [2n, ...]: at the model's outputs z.
+    """Gradients of the summed loss, outputs, targets [2n, ...]: the model's outputs, then random.
 
-    And at random ones of the targets' size, positive and, for targets up to 1, less than 1: there
-    losses of probabilities are defined too. NaN where the loss is not.
+    Random outputs are in (0, size of the targets), where losses of probabilities are defined too;
+    gradients are NaN where the loss is not defined.
     """
     with torch.no_grad():
         z = problem.model(problem.inputs)
@@ -133,7 +130,7 @@ def _gradients(problem: "Problem") -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _scale(likelihood: Likelihood, gradient: Tensor, z: Tensor, t: Tensor) -> float | None:
-    """Return s with gradient = s · score, or None where there is no such s."""
+    """The s > 0 with gradient = s · score, None where there is none."""
     if not likelihood.labels(z, t):
         return None
     try:

@@ -1,33 +1,29 @@
-"""Square roots of what bends the loss at the outputs: the vectors every GGN and Fisher starts from.
+"""Square-root factors of the loss Hessian (GGN) or Fisher with respect to the model outputs.
 
-A curvature of the outputs is H_n = Σ_k r_nk r_nkᵀ; back-propagated to a layer or to parameters, the
-r_nk become the columns of the block's own root.
+H_n = Σ_k r_nk r_nkᵀ; back-propagated, the r_nk become the columns of a block's own root.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import grad, vjp, vmap
 
 from ..operators.batched import Diagonals, Outer
+from ..operators.structures import Map
 from ..problem.problem import Problem
 from .likelihoods import likelihood_of
 
-Map = Callable[[Tensor], Tensor]
-
-RANK_EPSILONS = 50  # epsilons of the largest eigenvalue; what lies below is rounding
+RANK_EPSILONS = 50  # times eps and the largest eigenvalue: smaller eigenvalues are rounding
 
 
 def loss_roots(
     problem: Problem, of: str, samples: int = 1, generator: torch.Generator | None = None
 ) -> Diagonals | Outer | None:
-    """H_n of every example as roots over the flattened outputs, values [N, c] or roots [N, k, c].
+    """Roots of every H_n over the flattened outputs: Diagonals [N, c] or Outer [N, k, c].
 
-    of: "ggn", "fisher" (exact expectation), "fisher_mc" (sampled labels) or "empirical_fisher".
-    None where the loss is not convex in the outputs, so that its GGN has no real root.
+    of: "ggn", "fisher", "fisher_mc" or "empirical_fisher". None for a loss not convex in the
+    outputs, whose GGN has no real root.
 
-    Raises: ValueError when a Fisher is asked of a loss that belongs to no known likelihood.
+    Raises: ValueError for a Fisher of a loss without a known likelihood.
     """
     with torch.no_grad():
         z = problem.model(problem.inputs)
@@ -42,28 +38,24 @@ def loss_roots(
 def _sampled(
     problem: Problem, z: Tensor, samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """Scores of sampled labels, [samples, N, ...], scaled so that their second moment is s·Fisher.
-
-    s: the loss is s times the negative logarithm of the likelihood.
-    """
+    """Scores of sampled labels, [samples, N, ...], with the second moment s · Fisher."""
     likelihood, scale = likelihood_of(problem)
     assert generator is not None
     drawn = [likelihood.score(z, likelihood.sample(z, generator)) for _ in range(samples)]
     return (scale / samples) ** 0.5 * torch.stack(drawn)
 
 
-def _from_products(problem: Problem, z: Tensor, of: str) -> Diagonals | Outer | None:
+def output_curvature(problem: Problem, z: Tensor, of: str) -> Map:
+    """The map u -> loss Hessian ("ggn") or Fisher ("fisher") at the outputs z times u, like z."""
     if of == "fisher":
         likelihood, scale = likelihood_of(problem)
+        return lambda u: scale * likelihood.fisher(z, u)
+    pull = vjp(grad(problem.total_loss), z)[1]
+    return lambda u: pull(u)[0]
 
-        def bend(u: Tensor) -> Tensor:
-            return scale * likelihood.fisher(z, u)
-    else:
-        pull = vjp(grad(problem.total_loss), z)[1]
 
-        def bend(u: Tensor) -> Tensor:
-            return pull(u)[0]
-
+def _from_products(problem: Problem, z: Tensor, of: str) -> Diagonals | Outer | None:
+    bend = output_curvature(problem, z, of)
     diagonal = _if_diagonal(bend, z)
     if diagonal is not None:
         return Diagonals(diagonal) if (diagonal >= 0).all() else None
@@ -71,7 +63,7 @@ def _from_products(problem: Problem, z: Tensor, of: str) -> Diagonals | Outer | 
 
 
 def _if_diagonal(bend: Map, z: Tensor) -> Tensor | None:
-    """The diagonal [N, c] of a diagonal H: two vectors without zeros give it away."""
+    """The diagonal [N, c] where H is diagonal, told from products with two random vectors."""
     generator = torch.Generator().manual_seed(z.numel())
     probes = 1 + torch.rand(2, *z.shape, generator=generator, dtype=torch.float64)
     first, second = ((bend(u) / u).reshape(len(z), -1) for u in probes.to(z))
@@ -82,7 +74,7 @@ def _if_diagonal(bend: Map, z: Tensor) -> Tensor | None:
 
 
 def _factorised(bend: Map, z: Tensor) -> Outer | None:
-    """Roots [N, k, c] from the eigenvectors of every H_n, those with no eigenvalue left out."""
+    """Roots [N, k, c] from the eigenvectors of every H_n with nonzero eigenvalues."""
     c = z[0].numel()
     directions = torch.eye(c).to(z).reshape(c, 1, *z.shape[1:]).expand(c, *z.shape)
     H = vmap(bend)(directions).reshape(c, len(z), c).movedim(0, 1).double()  # [N, c, c]

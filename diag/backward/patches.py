@@ -1,4 +1,4 @@
-"""Layers that multiply a weight with patches of their input: the patches, and z by position."""
+"""Input patches and outputs by position of Linear and convolutional layers."""
 
 from collections.abc import Callable
 
@@ -45,21 +45,18 @@ PATCHES: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What each position's outputs are multiplied from, with 1 appended, [N, groups, T, in+1].
-
-    Input channel slowest, kernel column fastest, as in the weight flattened to [out, in].
-    """
+    """Input patch of each position with 1 appended, [N, groups, T, in+1], in the weight's order."""
     a = PATCHES[type(module)](module, x)
     return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1)
 
 
 def by_position(module: nn.Module, z: Tensor, lead: int = 0) -> Tensor:
-    """What has the shape of the layer's output, [*lead, N, *z], as [*lead, N, T, out]."""
+    """Reshape [*lead, N, *z], z of the layer's output shape, to [*lead, N, T, out]."""
     if isinstance(module, nn.Linear):
         return z.reshape(*z.shape[: lead + 1], -1, z.shape[-1])
     return z.flatten(lead + 2).mT  # channels come before positions
 
 
 def per_group(b: Tensor, groups: int) -> Tensor:
-    """Outputs by position [..., T, out] as [..., groups, T, out / groups]."""
+    """Reshape [..., T, out] to [..., groups, T, out / groups]."""
     return b.unflatten(-1, (groups, -1)).movedim(-2, -3)

@@ -1,10 +1,10 @@
-"""Roots of a block's parameters example by example, for parameters no layer's outputs stand for.
+"""Loss roots pulled back to parameters example by example, for parameters of no qualified layer.
 
-Embeddings, norms, transposed convolutions, tied weights, parameters used by hand: the roots at the
-outputs are pulled back to the parameters themselves, one example at a time, many at once by vmap.
+Such are those of embeddings, norms, transposed convolutions and tied weights.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from ..problem.problem import Problem
 def per_example_roots(
     problem: Problem, names: Sequence[str], rows: slice, roots: Tensor
 ) -> dict[str, Tensor]:
-    """Pull the roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}.
+    """Pull loss roots [k, n, *outputs] of the examples `rows` back: {name: [k, n, *shape]}.
 
-    By vmap, or example by example where a module knows no vmap or its result does not add up.
+    By vmap, or in a loop where a module does not support vmap or its result is wrong.
     """
     model = problem.model
     own = {name: model.get_parameter(name).detach() for name in names}
@@ -35,7 +35,7 @@ def per_example_roots(
     try:
         found = vmap(one)(problem.inputs[rows], roots.movedim(1, 0))  # {name: [n, k, *shape]}
         sound = _agree(problem, own, rows, roots, found)
-    except torch.OutOfMemoryError:  # no reason to go on more slowly
+    except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # some modules (nn.LSTM, data-dependent code) know no vmap
         sound = False
@@ -45,15 +45,11 @@ def per_example_roots(
 
 
 def _agree(
-    problem: Problem,
-    own: dict[str, Tensor],
-    rows: slice,
-    roots: Tensor,
-    found: dict[str, Tensor],
+    problem: Problem, own: dict[str, Tensor], rows: slice, roots: Tensor, found: dict[str, Tensor]
 ) -> bool:
-    """Whether a weighted sum of what was found is the same sum pulled back without vmap.
+    """Whether a weighted sum of the roots found is what one pass without vmap gives.
 
-    vmap gives nn.PReLU's weight a wrong gradient in silence where there is one root (torch 2.13).
+    vmap gives nn.PReLU's weight a silently wrong gradient for one root (torch 2.13).
     """
     wanted = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
     generator = torch.Generator().manual_seed(roots.numel())
@@ -75,18 +71,14 @@ def _agree(
 def _by_loop(
     problem: Problem, own: dict[str, Tensor], rows: slice, roots: Tensor
 ) -> dict[str, Tensor]:
-    """The same one example and one root after another."""
+    """The same in a loop over examples and roots."""
     wanted = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
     found: dict[str, list[Tensor]] = {name: [] for name in own}
     for j, x in enumerate(problem.inputs[rows]):
         with torch.enable_grad():
             z = call(problem.model, wanted, x[None])[0]
-        each = [
-            torch.autograd.grad(
-                z, list(wanted.values()), end, retain_graph=True, materialize_grads=True
-            )
-            for end in roots[:, j]
-        ]
+        pull = partial(torch.autograd.grad, z, list(wanted.values()))
+        each = [pull(end, retain_graph=True, materialize_grads=True) for end in roots[:, j]]
         for name, grads in zip(own, zip(*each, strict=True), strict=True):
             found[name].append(torch.stack(grads))
     return {name: torch.stack(each) for name, each in found.items()}

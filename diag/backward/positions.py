@@ -1,7 +1,7 @@
-"""Layers with shared weights: inputs and back-propagated roots by position.
+"""Inputs and back-propagated roots by position, of layers with shared weights.
 
-The root of an example is V_nk = Σ_t b_nkt a_ntᵀ, a sum over the positions (or calls) t at which the
-weight was used; the layer's GGN or Fisher is (1/N) Σ_n Σ_k vec V_nk vec V_nkᵀ.
+V_nk = Σ_t b_nkt a_ntᵀ over the positions (or calls) t at which the weight was used; the layer's GGN
+or Fisher is (1/N) Σ_n Σ_k vec V_nk vec V_nkᵀ.
 """
 
 from collections.abc import Sequence
@@ -36,14 +36,13 @@ def layer_positions(
     *,
     joint: bool = False,
 ) -> Positions:
-    """The terms of a layer's exact block by position: V_nk = Σ_t b_nkt a_ntᵀ, [out, in+1].
+    """A layer's a_nt and b_nkt with V_nk = Σ_t b_nkt a_ntᵀ, [out, in+1].
 
-    a has a column of ones where the block has a bias. k: network outputs for "ggn" and "fisher",
-    `samples` for "fisher_mc", 1 for "empirical_fisher"; fewer of the same Σ_k V Vᵀ behind a narrow
-    layer, unless joint: then the k-th terms of different layers belong together.
+    k: network outputs for "ggn" and "fisher", `samples` for "fisher_mc", 1 for "empirical_fisher";
+    fewer with the same Σ_k V Vᵀ behind a narrow layer, unless joint.
 
     Raises: ValueError for a block that is not a whole Linear, Conv1d or Conv2d layer with one
-        group; for of="hessian", which has no such roots; for a loss not convex in the outputs.
+        group; for of="hessian"; for a loss not convex in the outputs.
     """
     member = _whole_layer(problem, block)
     kept = getattr(problem.recall((of, block)), "positions", None)
@@ -58,7 +57,7 @@ def layer_positions(
 def required_roots(
     problem: Problem, of: str, samples: int, generator: torch.Generator | None
 ) -> Diagonals | Outer:
-    """The roots at the outputs. Raises: ValueError where there are none."""
+    """The loss roots. Raises: ValueError where there are none."""
     if of == "hessian":
         raise ValueError("a Hessian has no roots by position; use 'ggn', 'fisher', ...")
     if generator is None:
@@ -73,7 +72,7 @@ def required_roots(
 
 
 def joined_positions(module: nn.Module, member: Member, parts: Sequence[LayerRoots]) -> Positions:
-    """What came back in parts, as one; a layer's calls count as positions."""
+    """Positions of all examples, joined; a layer's calls count as positions."""
     a = [torch.cat([patches(module, x)[:, 0] for x in part.x], dim=1) for part in parts]
     b = [
         torch.cat([by_position(module, each, lead=1) for each in part.b], dim=2).movedim(0, 1)
@@ -83,20 +82,15 @@ def joined_positions(module: nn.Module, member: Member, parts: Sequence[LayerRoo
 
 
 def columns_of(member: Member) -> slice:
-    """Which columns of [W, b] the member has: all, the weight's, or the bias alone."""
+    """Columns of [W, b] that the member has: all, the weight's, or the bias's."""
     names = [name.rpartition(".")[2] for name in member.parameters]
     return slice(0 if "weight" in names else -1, None if "bias" in names else -1)
 
 
 def _whole_layer(problem: Problem, block: Block) -> Member:
     member, known = block.single, layers(problem)
-    if (
-        member is None
-        or not member.w_bar
-        or member.rows
-        or member.columns
-        or member.module not in known
-    ):
+    whole = member is not None and member.w_bar and not (member.rows or member.columns)
+    if member is None or not whole or member.module not in known:
         raise ValueError(
             f"block '{block.name}' is no whole Linear, Conv1d or Conv2d layer whose parameters "
             f"act through its outputs alone; such layers here: {list(known)}"

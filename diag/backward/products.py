@@ -1,24 +1,20 @@
-"""The five curvatures as products with vectors, at a layer's pre-activations or in a block.
+"""Curvature-vector products, at a layer's pre-activations or in a block.
 
-Both routes are one idea: f maps shifts v (of the pre-activations, or of the block's parameters) to
-the model's outputs, and the curvature of the summed loss is applied to a set of directions at once.
+A function maps shifts v, of the pre-activations or of the block's parameters, to the model outputs;
+the curvature of the summed loss with respect to v is applied to many directions at once.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
+from ..operators.structures import Map
 from ..problem.blocks import Block
 from ..problem.functional import plain_attention
 from ..problem.problem import Problem
-from .likelihoods import likelihood_of
-from .loss_roots import loss_roots
+from .loss_roots import loss_roots, output_curvature
 
-Outputs = Callable[[Tensor], Tensor]
-
-CHUNK_BYTES = 2**28  # memory for the batched directions of one vmapped sweep
+CHUNK_BYTES = 2**28  # memory for the batched directions of one vmapped product
 
 
 @plain_attention()
@@ -40,7 +36,7 @@ def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
     zero = problem.inputs.new_zeros(
         problem.n, layer.out_features, dtype=next(layer.parameters()).dtype
     )
-    # row j of every C_n at once: the same direction e_j in each example, which do not interact
+    # row j of every C_n at once: the same direction e_j in each example
     directions = torch.eye(layer.out_features).to(zero)[:, None, :].expand(-1, problem.n, -1)
     products = _products(problem, outputs, zero, of)
     return _in_chunks(products, directions, problem.n * _width(problem)).movedim(0, 1)
@@ -49,8 +45,8 @@ def layer_curvature(problem: Problem, module: str, of: str) -> Tensor:
 @plain_attention()
 def block_products(
     problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
-) -> Outputs:
-    """[k, d] -> curvature of the batch-mean loss w.r.t. the block's parameters times each row."""
+) -> Map:
+    """The map of rows [k, d] to products with the block's curvature of the batch-mean loss."""
 
     def outputs(v: Tensor) -> Tensor:
         return problem.outputs(block, v)
@@ -75,50 +71,41 @@ def dense_block(
 
 def _products(
     problem: Problem,
-    outputs: Outputs,
+    outputs: Map,
     zero: Tensor,
     of: str,
     samples: int = 1,
     generator: torch.Generator | None = None,
-) -> Outputs:
-    """V -> curvature of the summed loss times v."""
+) -> Map:
+    """The map v -> curvature of the summed loss times v."""
     if of == "hessian":
-        # reverse over reverse: the matrix is symmetric, so a pull-back multiplies with it; twice as
-        # fast here as forward over reverse, and every loss has the formulas for it
-        hessian: Outputs = _transposed(grad(lambda v: problem.total_loss(outputs(v))), zero)
-        return hessian
+        # reverse over reverse: twice as fast as forward over reverse, and defined for every loss
+        slope = grad(lambda v: problem.total_loss(outputs(v)))
+        pull = vjp(slope, zero)[1]
+        return lambda v: pull(v)[0]
     z, pull = vjp(outputs, zero)[:2]
     bend = _output_curvature(problem, z.detach(), of, samples, generator)
     return lambda v: pull(bend(jvp(outputs, (zero,), (v,))[1]))[0]
 
 
-def _transposed(function: Outputs, at: Tensor) -> Outputs:
-    """U -> Jᵀ u for the Jacobian J of a function of one tensor."""
-    pull = vjp(function, at)[1]
-    return lambda u: pull(u)[0]
-
-
 def _output_curvature(
     problem: Problem, z: Tensor, of: str, samples: int, generator: torch.Generator | None
-) -> Outputs:
-    """U -> curvature of the summed loss w.r.t. the outputs, times u; both like the outputs."""
-    if of == "fisher":
-        likelihood, scale = likelihood_of(problem)
-        return lambda u: scale * likelihood.fisher(z, u)
-    if of == "ggn":
-        return _transposed(grad(problem.total_loss), z)
+) -> Map:
+    """The map u -> curvature of the summed loss w.r.t. the outputs times u."""
+    if of in ("ggn", "fisher"):
+        return output_curvature(problem, z, of)
     stack = loss_roots(problem, of, samples, generator)
     assert stack is not None  # gradients are roots whatever the loss
     return lambda u: stack.apply(u.reshape(len(u), -1, 1)).reshape(u.shape)
 
 
 def _width(problem: Problem) -> int:
-    """Rough number of floats one example occupies in a pass: its parameters bound its layers."""
+    """Rough number of floats that one example takes in a pass."""
     widths = [max(p.shape) for p in problem.model.parameters() if p.ndim]
     return sum(widths) or 1
 
 
-def _in_chunks(function: Outputs, directions: Tensor, floats_each: int) -> Tensor:
-    """Function over directions [k, ...], batched in chunks that fit CHUNK_BYTES."""
+def _in_chunks(function: Map, directions: Tensor, floats_each: int) -> Tensor:
+    """The function of directions [k, ...], vmapped in chunks that fit CHUNK_BYTES."""
     chunk = max(1, CHUNK_BYTES // (8 * floats_each))
     return vmap(function, chunk_size=min(chunk, len(directions)))(directions)

@@ -1,9 +1,7 @@
-"""Operators: symmetric d x d matrices that know their structure.
+"""Operators: symmetric d x d matrices that know their structure, and functions of them.
 
-An operator owes `.shape` and `@`; a plain tensor is one. Everything else is a free function:
-`dense`, `diagonal`, `trace`, `inner`, `frobenius_norm`, `solve`. Structure that a function does
-not know is handled densely, within a memory budget, never by another formula.
-All matrices act on row-major vectors of W_bar = [W, b].
+An operator has `.shape` and `@`; a plain tensor is one. A structure that a function does not know
+is computed densely, within a memory budget. Vectors are row-major vectors of W_bar = [W, b].
 """
 
 from .forms import BUDGET, dense, diagonal, trace

@@ -1,8 +1,6 @@
-"""Stacks: N symmetric matrices of one size, kept in the form that suits them.
+"""Batches of N symmetric k x k matrices C_n: packed, as products RᵀR of few rows, or diagonal.
 
-One side of a mean of Kronecker products. `Packed` holds any symmetric matrices, `Outer` products
-RᵀR of few rows (and the layer's inputs, a aᵀ), `Diagonals` diagonal ones. All answer the same
-questions; inner products are summed in float64.
+They are one side of a mean of Kronecker products. Inner products are summed in float64.
 """
 
 from dataclasses import dataclass
@@ -17,12 +15,7 @@ COLUMNS = 2**14  # of a Gram product at once: what float32 sums before float64 t
 
 
 class BatchedSymmetric(Protocol):
-    """What every stack answers."""
-
-    @property
-    def count(self) -> int:
-        """Number of matrices N."""
-        ...
+    """Interface of a batch of symmetric matrices C_n [k, k], n = 1 ... N."""
 
     @property
     def size(self) -> int:
@@ -64,10 +57,9 @@ class BatchedSymmetric(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Symmetric matrices as mean [p] plus deviations [N, p], p = k(k+1)/2, packed as `pack` does.
+    """Symmetric matrices as mean [p] plus deviations [N, p], p = k(k+1)/2, packed by `pack`.
 
-    Deviations are kept apart from the mean so that what is left of a good approximation does not
-    drown in rounding.
+    The small difference to a good approximation would be rounding if mean and deviations were one.
     """
 
     centre: Tensor
@@ -76,26 +68,21 @@ class Packed:
 
     @classmethod
     def of(cls, matrices: Tensor) -> "Packed":
-        """BatchedSymmetric of the symmetric matrices [N, k, k]."""
+        """From symmetric matrices [N, k, k]."""
         return cls.consume(pack(matrices), matrices.shape[-1])
 
     @classmethod
     def consume(cls, packed: Tensor, size: int) -> "Packed":
-        """BatchedSymmetric of packed matrices [N, p]; takes the tensor over and changes it."""
+        """From packed matrices [N, p], which are overwritten."""
         centre = packed.mean(0)
         return cls(centre, packed.sub_(centre), size)
-
-    @property
-    def count(self) -> int:
-        """Number of matrices N."""
-        return len(self.deviations)
 
     @cached_property
     def _own(self) -> Tensor:
         return summed_gram(self.deviations)
 
     def centred_gram(self) -> Tensor:
-        """<C_n − C̄, C_m − C̄>, [N, N], float64, from the deviations: no digits are lost."""
+        """<C_n − C̄, C_m − C̄>, [N, N], float64, without cancellation."""
         return self._own
 
     def gram(self) -> Tensor:
@@ -141,11 +128,6 @@ class Outer:
     roots: Tensor
 
     @property
-    def count(self) -> int:
-        """Number of matrices N."""
-        return len(self.roots)
-
-    @property
     def size(self) -> int:
         """Rows k of each matrix."""
         return self.roots.shape[2]
@@ -172,7 +154,7 @@ class Outer:
     def mean(self) -> Tensor:
         """Mean matrix, [k, k]."""
         flat = self.roots.flatten(0, 1)
-        return flat.T @ flat / self.count
+        return flat.T @ flat / len(self.roots)
 
     def diagonals(self) -> Tensor:
         """Diagonals [N, k]."""
@@ -198,11 +180,6 @@ class Diagonals:
     """Diagonal matrices, values [N, k]."""
 
     values: Tensor
-
-    @property
-    def count(self) -> int:
-        """Number of matrices N."""
-        return len(self.values)
 
     @property
     def size(self) -> int:
@@ -243,19 +220,19 @@ class Diagonals:
 
 
 def difference(first: BatchedSymmetric, second: BatchedSymmetric) -> BatchedSymmetric:
-    """C_n − D_n of two stacks."""
+    """C_n − D_n of two batches."""
     if isinstance(first, Diagonals) and isinstance(second, Diagonals):
         return Diagonals(first.values - second.values)
     return Packed.of(first.matrices() - second.matrices())
 
 
 def centred(gram: Tensor) -> Tensor:
-    """Gram matrix of the same things less their mean."""
+    """Gram matrix of the same vectors less their mean."""
     return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def cross_gram(first: BatchedSymmetric, second: BatchedSymmetric) -> Tensor:
-    """<C_n, D_m> of two stacks, [N, M], float64."""
+    """<C_n, D_m> of two batches, [N, M], float64."""
     if first is second:
         return first.gram()
     if isinstance(first, Diagonals) or isinstance(second, Diagonals):
@@ -267,7 +244,7 @@ def cross_gram(first: BatchedSymmetric, second: BatchedSymmetric) -> Tensor:
 
 
 def summed_gram(rows: Tensor) -> Tensor:
-    """Rows rowsᵀ [N, N] in float64, from products in the rows' dtype over COLUMNS at a time."""
+    """Gram matrix [N, N] of rows [N, p], float64, from products over COLUMNS entries at a time."""
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for part in rows.split(COLUMNS, dim=1):
         total += part @ part.T
@@ -312,8 +289,7 @@ def positions(k: int, device: torch.device) -> Tensor:
 def empty(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised tensor with the dtype and device of `like`.
 
-    On a CPU it comes from NumPy, which asks Linux for large pages: touching fresh memory in small
-    pages takes four times as long as writing it, and a dense block is written once.
+    On a CPU from NumPy, which asks Linux for large pages: a first write is then 4 times faster.
     """
     if like.device.type != "cpu":
         return like.new_empty(shape)

@@ -1,6 +1,6 @@
-"""Operators made of others: a difference, a product, an inverse factorised once."""
+"""Operators composed of others: difference, product, factorised inverse, identity."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .forms import dense, to_dense
 from .solving import keep
-from .structures import Diagonal, Operator, like
+from .structures import Diagonal, Map, Operator, like, square
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,7 @@ class Difference:
     second: Operator
     weight: float = 1.0
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return tuple(self.first.shape)
+    shape = square(lambda self: self.first.shape[0])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.first @ v - self.weight * (self.second @ v)
@@ -36,14 +33,11 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """The matrix product of the factors, leftmost first; not symmetric in general."""
+    """Matrix product of the factors, leftmost first; not symmetric in general."""
 
     factors: Sequence[Operator]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return tuple(self.factors[0].shape)
+    shape = square(lambda self: self.factors[0].shape[0])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return reduce(lambda found, factor: factor @ found, reversed(self.factors), v)
@@ -51,9 +45,9 @@ class Product:
 
 @dataclass(frozen=True, eq=False)
 class Solved:
-    """An inverse as what `solver` returns: factorised once, where `Inverse` does it at each `@`."""
+    """Inverse given by the function that `solver` returns."""
 
-    apply: Callable[[Tensor], Tensor]
+    apply: Map
     shape: tuple[int, int]
 
     def __matmul__(self, v: Tensor) -> Tensor:
@@ -67,21 +61,15 @@ def _(operator: Difference) -> Tensor:
 
 @to_dense.register
 def _(operator: Product) -> Tensor:
-    return reduce(
-        lambda found, factor: found @ dense(factor),
-        operator.factors[1:],
-        dense(operator.factors[0]),
-    )
+    first, *others = operator.factors
+    return reduce(lambda found, factor: found @ dense(factor), others, dense(first))
 
 
 def identity_like(operator: Operator) -> Diagonal:
-    """I [d, d] in the operator's dtype and on its device; <C, I> = tr C. Kept with the operator.
+    """Identity [d, d] in the operator's dtype and on its device; kept with the operator.
 
     >>> identity_like(torch.zeros(2, 2)).diagonal.tolist()
     [1.0, 1.0]
     """
-    return keep(
-        operator,
-        "identity",
-        lambda: Diagonal(torch.ones(operator.shape[0]).to(like(operator))),
-    )
+    ones = torch.ones(operator.shape[0]).to(like(operator))
+    return keep(operator, "identity", lambda: Diagonal(ones))

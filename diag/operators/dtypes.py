@@ -1,6 +1,5 @@
-"""What operators are made of: the tensors behind one, and the same in another dtype."""
+"""The tensors an operator holds, and conversion of operators to another dtype or device."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -20,26 +19,27 @@ from .structures import (
     Kronecker,
     KroneckerSum,
     LowRank,
+    Map,
     Operator,
     like,
+    square,
 )
 
-# what each structure is made of; `made_of` adds to it
+# attributes of each structure; `made_of` adds to it
 _PARTS: dict[type, tuple[str, ...]] = {}
 
 
 def made_of(kind: type, *names: str) -> None:
-    """Register what a structure is made of, which alone can change it.
+    """Register the attributes that make up a structure.
 
-    names: attributes; all of its constructor's arguments, in their order, unless the structure
-    registers a `conversion` of its own.
+    names: the arguments of its constructor, in order, unless it registers a `conversion`.
     """
     _PARTS[kind] = names
 
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """base for vectors of the dtype and device of `entries` [0]; it computes in its own.
+    """Operator for vectors of the dtype and device of `entries` [0]; base computes in its own.
 
     >>> half = Converted(Diagonal(torch.ones(2)), torch.empty(0, dtype=torch.float32))
     >>> (half @ torch.ones(2, dtype=torch.float32)).dtype
@@ -49,10 +49,7 @@ class Converted:
     base: Operator
     entries: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return tuple(self.base.shape)
+    shape = square(lambda self: self.base.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,13 +71,13 @@ def _(operator: Converted) -> Tensor:
 
 
 @solver_rule(Converted)
-def _(operator: Converted, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: Converted, damping: float) -> Map:
     undo, own = solver(operator.base, damping), like(operator.base)
     return lambda v: undo(v.to(own)).to(operator.entries)
 
 
 def entries_of(operator: Operator) -> Tensor | None:
-    """An empty tensor in the operator's dtype and on its device; None where they are unknown."""
+    """`like(operator)`, or None where dtype and device are unknown."""
     try:
         return like(operator)
     except TypeError:
@@ -88,7 +85,7 @@ def entries_of(operator: Operator) -> Tensor | None:
 
 
 def differs(operator: Operator, entries: Tensor) -> bool:
-    """Whether the operator is known to be of another dtype or on another device."""
+    """Whether the operator has another dtype or device, as far as known."""
     own = entries_of(operator)
     return own is not None and (own.dtype, own.device) != (entries.dtype, entries.device)
 
@@ -96,8 +93,8 @@ def differs(operator: Operator, entries: Tensor) -> bool:
 def convert(operator: Operator, entries: Tensor) -> Operator:
     """The operator in the dtype and on the device of `entries`, in the same structure.
 
-    The operator itself where it is so already, or where its dtype is unknown. An inverse, and what
-    is no structure of diag, goes on computing in its own dtype: vectors alone are converted.
+    Itself where nothing differs or its dtype is unknown. Of an inverse, and of what is no structure
+    of diag, only the vectors are converted.
 
     >>> convert(Diagonal(torch.ones(2)), torch.empty(0, dtype=torch.float32)).diagonal
     tensor([1., 1.], dtype=torch.float32)
@@ -107,7 +104,7 @@ def convert(operator: Operator, entries: Tensor) -> Operator:
 
 @singledispatch
 def conversion(operator: Any, entries: Tensor) -> Any:
-    """What `convert` does to another dtype; a structure registers its own way here."""
+    """The operator converted; structures register here what differs from converting each part."""
     names = _PARTS.get(type(operator))
     if names is None:
         return Converted(operator, entries)
@@ -140,9 +137,9 @@ def _(operator: Converted, entries: Tensor) -> Operator:
 
 
 def tensors(operator: Any) -> list[Tensor] | None:
-    """The tensors an operator is made of; None for what is no structure of diag.
+    """The tensors an operator holds; None for what is no structure of diag.
 
-    So for a plain tensor and an optimizer's live view: they may change between two looks.
+    A plain tensor or an optimizer's live view may change unnoticed.
     """
     return _gathered(operator) if type(operator) in _PARTS else None
 
@@ -161,10 +158,7 @@ def _gathered(part: Any) -> list[Tensor] | None:
 
 
 def versions(operator: Any) -> tuple[tuple[int, int], ...] | None:
-    """What tells whether an operator is as it was: its tensors and how often each was changed.
-
-    None where that cannot be told: see `tensors`.
-    """
+    """Identity and version counter of each of the operator's tensors; None where unknown."""
     found = tensors(operator)
     if found is None or any(tensor.is_inference() for tensor in found):  # these count no changes
         return None

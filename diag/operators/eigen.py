@@ -1,6 +1,5 @@
-"""Structures given by their eigenvalues: KroneckerEigen (in a Kronecker basis) and Spectral."""
+"""Eigendecomposed structures: KroneckerEigen (in a Kronecker basis) and Spectral (low rank)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor
 from .forms import diagonal, to_dense
 from .products import inner_rule
 from .solving import _solver, damped_eigenvalues
-from .structures import Kronecker, KroneckerSum, by_columns
+from .structures import Kronecker, KroneckerSum, Map, by_columns, square
 
 
 @dataclass(frozen=True, eq=False)
 class KroneckerEigen:
     """(U ⊗ W) diag(vec S) (U ⊗ W)ᵀ: eigenvalues S [o, i] in an orthonormal Kronecker basis.
 
-    left_basis U [o, o], right_basis W [i, i], eigenvectors in their columns; scale S [o, i].
+    left_basis U [o, o] and right_basis W [i, i] hold eigenvectors in their columns; scale is S.
 
     >>> KroneckerEigen(torch.eye(1), torch.eye(2), torch.tensor([[3.0, 4.0]])) @ torch.ones(2)
     tensor([3., 4.])
@@ -26,17 +25,13 @@ class KroneckerEigen:
     right_basis: Tensor
     scale: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(o·i, o·i)."""
-        d = self.scale.numel()
-        return (d, d)
+    shape = square(lambda self: self.scale.numel())
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return _scaled(self, self.scale)(v)
 
 
-def _scaled(operator: KroneckerEigen, scale: Tensor) -> Callable[[Tensor], Tensor]:
+def _scaled(operator: KroneckerEigen, scale: Tensor) -> Map:
     """V -> U (scale ∘ (Uᵀ M W)) Wᵀ for v = vec(M)."""
     U, W = operator.left_basis, operator.right_basis
 
@@ -54,10 +49,7 @@ class Spectral:
     basis: Tensor
     values: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.basis), len(self.basis))
+    shape = square(lambda self: len(self.basis))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return by_columns(lambda rows: (rows @ self.basis * self.values) @ self.basis.T, v)
@@ -117,12 +109,12 @@ def _(first: Spectral, second: Spectral) -> Tensor:
 
 
 @_solver.register
-def _(operator: KroneckerEigen, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: KroneckerEigen, damping: float) -> Map:
     return _scaled(operator, 1 / damped_eigenvalues(operator.scale, operator, damping))
 
 
 @_solver.register
-def _(operator: Spectral, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: Spectral, damping: float) -> Map:
     """(V D Vᵀ + λI)⁻¹ = V (D + λ)⁻¹ Vᵀ + (I − V Vᵀ)/λ; singular at λ = 0 unless V is square."""
     values, full = operator.values + damping, operator.basis.shape[0] == operator.basis.shape[1]
     if not (full or damping):

@@ -22,14 +22,12 @@ BUDGET = 4 * 2**30  # bytes; the largest dense matrix `dense` builds unless told
 
 
 def dense(operator: Operator, budget: int = BUDGET) -> Tensor:
-    """Return the matrix [d, d] in full.
+    """Matrix [d, d] in full.
 
     Raises: ValueError when it needs more than `budget` bytes (default 4 GiB).
 
-    I ⊗ A is block-diagonal:
-        >>> from torch import eye, tensor
-        >>> dense(Kronecker(eye(2), tensor([[3.0]]))).tolist()
-        [[3.0, 0.0], [0.0, 3.0]]
+    >>> dense(Kronecker(torch.eye(2), torch.tensor([[3.0]]))).tolist()
+    [[3.0, 0.0], [0.0, 3.0]]
     """
     d = operator.shape[0]
     size = d * d * 8
@@ -44,7 +42,7 @@ def dense(operator: Operator, budget: int = BUDGET) -> Tensor:
 
 @singledispatch
 def to_dense(operator: Any) -> Tensor:
-    """Return the matrix [d, d] whatever its size; a structure registers its own form here."""
+    """Matrix [d, d] of any size; structures register their own form here."""
     if not hasattr(operator, "shape") or not hasattr(operator, "__matmul__"):
         raise TypeError(
             f"no dense form of {type(operator).__name__}; give an operator of diag.operators, "
@@ -101,7 +99,7 @@ def _(operator: Damped) -> Tensor:
 
 @singledispatch
 def diagonal(operator: Any) -> Tensor:
-    """Return the diagonal [d]."""
+    """Diagonal [d]; structures register their own form here."""
     return dense(operator).diagonal()
 
 
@@ -137,7 +135,7 @@ def _(operator: Damped) -> Tensor:
 
 
 def trace(operator: Operator) -> float:
-    """Return Σ_j operator_jj."""
+    """Trace, the sum of the diagonal."""
     if isinstance(operator, Kronecker):
         return (operator.left.trace() * operator.right.trace()).item()
     return diagonal(operator).sum().item()

@@ -1,4 +1,4 @@
-"""A truth and an approximation together: whether they fit, and what is known of the two."""
+"""Pairs of a truth and an approximation: equal size and dtype, and results kept per pair."""
 
 import inspect
 from collections.abc import Callable
@@ -17,9 +17,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def of_one_size_and_dtype(metric: F) -> F:
-    """The metric, asked of an approximation that fits its truth: see `fitted`.
+    """Decorate a metric: approximation and gradient arrive in the truth's dtype and device.
 
-    A gradient is converted like the approximation.
+    Raises: ValueError where the shapes of truth and approximation differ.
     """
     signature = inspect.signature(metric)
 
@@ -40,7 +40,7 @@ def of_one_size_and_dtype(metric: F) -> F:
 
 
 def fitted(asked_by: str, truth: Operator, approximation: Operator) -> Operator:
-    """The approximation in the dtype and on the device of the truth, once for each pair.
+    """The approximation in the dtype and on the device of the truth, converted once per pair.
 
     Raises: ValueError naming both where their shapes differ.
     """
@@ -63,10 +63,10 @@ def _size(operator: Operator) -> str:
 
 
 def keep_pair(truth: Operator, key: str, approximation: Operator, compute: Callable[[], T]) -> T:
-    """compute(), once per truth, key and approximation, kept while both live.
+    """compute(), once per truth, key and approximation while both live.
 
-    Only for an approximation that is a structure of diag, and until one of its tensors is changed;
-    a plain tensor or an optimizer's live view may be another matrix at the next look.
+    Computed anew once a tensor of the approximation changed, and always for what is no structure of
+    diag: a plain tensor or live view may change unnoticed.
     """
     state = versions(approximation)
     if state is None:

@@ -9,22 +9,22 @@ from torch import Tensor
 from .forms import dense, diagonal
 from .structures import BlockDiagonal, Diagonal, Kronecker, KroneckerSum, LowRank, Operator
 
-# (type, type) -> function; `inner_rule` adds to it, `inner` looks a pair up either way round
+# (type, type) -> function, looked up either way round
 _INNER: dict[tuple[type, type], Callable[[Any, Any], Tensor]] = {}
 
 
-def inner_rule(first: type, second: type) -> Callable:
-    """Register how `inner` treats this pair of structures without forming [d, d]."""
+def inner_rule(first: type, *seconds: type) -> Callable:
+    """Register the function that `inner` uses for `first` with each of the second structures."""
 
     def register(function: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-        _INNER[first, second] = function
+        _INNER.update({(first, second): function for second in seconds})
         return function
 
     return register
 
 
 def inner(first: Operator, second: Operator) -> float:
-    """Return the Frobenius inner product <first, second> = tr(firstᵀ second).
+    """Frobenius inner product <first, second> = tr(firstᵀ second).
 
     Raises: ValueError when the shapes differ.
     """
@@ -71,7 +71,7 @@ def _(first: LowRank, second: LowRank) -> Tensor:
 
 
 def frobenius_norm(operator: Operator) -> float:
-    """Return ‖operator‖_F, from its structure where it has one.
+    """Frobenius norm ‖operator‖_F.
 
     >>> frobenius_norm(Diagonal(torch.tensor([3.0, 4.0])))
     5.0

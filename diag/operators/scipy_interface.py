@@ -1,9 +1,8 @@
-"""Operators as SciPy sees them."""
+"""Operators as scipy.sparse.linalg.LinearOperator."""
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
-from torch import Tensor
 
 from .structures import Operator, like
 
@@ -11,13 +10,11 @@ DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def to_scipy(operator: Operator) -> LinearOperator:
-    """Return the operator [d, d] as a scipy.sparse.linalg.LinearOperator, for eigsh, cg, ...
+    """The operator [d, d] as a scipy.sparse.linalg.LinearOperator, for eigsh, cg, ...
 
-    It has the operator's dtype; NumPy vectors [d], [d, 1] or [d, k] are taken to the operator's
-    device and back. The operator is symmetric, so that its adjoint is itself.
+    It has the operator's dtype and takes NumPy vectors [d], [d, 1] or [d, k].
 
-    Raises: TypeError for a dtype other than float32 and float64, which SciPy's solvers lack, and
-    for complex vectors.
+    Raises: TypeError for a dtype other than float32 and float64, and for complex vectors.
 
     >>> from kronscope.diag.operators.structures import Diagonal
     >>> to_scipy(Diagonal(torch.tensor([2.0, 3.0]))) @ np.ones(2)
@@ -31,19 +28,13 @@ def to_scipy(operator: Operator) -> LinearOperator:
         )
     dtype = DTYPES[entries.dtype]
 
+    @torch.no_grad()
     def product(v: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(v):
             raise TypeError("operators multiply real vectors; give real and imaginary part apart")
         # a copy: the vector may be read-only or have negative strides, which torch refuses
         columns = torch.from_numpy(np.array(v, dtype=dtype, order="C")).to(entries.device)
-        return _apply(operator, columns)
+        return (operator @ columns).cpu().numpy()
 
-    shape = tuple(operator.shape)
-    return LinearOperator(
-        shape, matvec=product, rmatvec=product, matmat=product, rmatmat=product, dtype=dtype
-    )
-
-
-@torch.no_grad()
-def _apply(operator: Operator, v: Tensor) -> np.ndarray:
-    return (operator @ v).cpu().numpy()
+    products = dict.fromkeys(("matvec", "rmatvec", "matmat", "rmatmat"), product)
+    return LinearOperator(tuple(operator.shape), dtype=dtype, **products)

@@ -1,6 +1,5 @@
-"""SingleStep: a step that came from no matrix, in the place of one."""
+"""A single solver step used in place of an operator: only B⁻¹g for one gradient g is known."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from .forms import to_dense
 from .solving import solver_rule
+from .structures import Map, square
 
 MEANT = (
     "a SingleStep is the step for one gradient: {}; step_cosine, step_quality, decrease_efficiency "
@@ -18,10 +18,10 @@ MEANT = (
 
 @dataclass(frozen=True, eq=False)
 class SingleStep:
-    """B of which this alone is known: B⁻¹ gradient = step, both [d]; the step is θ - step.
+    """B⁻¹ gradient = step, both [d], for one gradient: θ moves to θ - step.
 
-    For what an iterative solver made of a gradient: truncated conjugate gradients are no linear
-    map. `solve` gives the step for that very gradient; for anything else there is no answer.
+    Truncated conjugate gradients are no linear map, so B itself is unknown. `solve` returns the
+    step for that gradient and refuses any other.
 
     Raises: ValueError for vectors of different sizes, or not finite.
 
@@ -42,10 +42,7 @@ class SingleStep:
             if not torch.isfinite(vector).all():
                 raise ValueError(f"the {name} holds NaN or Inf")
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.step), len(self.step))
+    shape = square(lambda self: len(self.step))
 
     def __matmul__(self, v: Tensor) -> NoReturn:
         raise TypeError(MEANT.format("it has no product with a vector"))
@@ -57,7 +54,7 @@ def _(_operator: SingleStep) -> Tensor:
 
 
 @solver_rule(SingleStep)
-def _(operator: SingleStep, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: SingleStep, damping: float) -> Map:
     if damping:
         raise ValueError(MEANT.format(f"damping {damping:g} cannot be added to it"))
 

@@ -1,4 +1,4 @@
-"""Inverses and solves: factorise once, apply often."""
+"""Inverses and linear solves with operators; factorisations are kept with the operator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,28 +17,27 @@ from .structures import (
     Kronecker,
     KroneckerSum,
     LowRank,
+    Map,
     Operator,
     by_columns,
+    square,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """base⁻¹: applied by `solve`, and solved by applying base."""
+    """Inverse of base: `@` solves with base, `solve` multiplies with it."""
 
     base: Operator
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return tuple(self.base.shape)
+    shape = square(lambda self: self.base.shape[0])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return solve(self.base, v)
 
 
 def inverse(operator: Operator) -> Operator:
-    """Return operator⁻¹ in the operator's own structure where it has one, else an Inverse."""
+    """The inverse in the operator's own structure where it has one, else as an Inverse."""
     if isinstance(operator, Inverse):
         return operator.base
     if isinstance(operator, Kronecker):
@@ -57,17 +56,17 @@ def inverse(operator: Operator) -> Operator:
 
 
 def damp_blocks(operator: BlockDiagonal, damping: float) -> BlockDiagonal:
-    """Return operator + damping·I as a BlockDiagonal."""
+    """The sum operator + damping·I as a BlockDiagonal."""
     damped = [b + damping * torch.eye(len(b)).to(b) for b in operator.blocks]
     stacked = torch.stack(damped) if isinstance(operator.blocks, Tensor) else damped
     return BlockDiagonal(stacked, operator.order)
 
 
 def solve(operator: Operator, v: Tensor) -> Tensor:
-    """Return operator⁻¹ v for v [d] or [d, k].
+    """Solve operator x = v for v [d] or [d, k].
 
-    Kronecker, block-diagonal, diagonal and low-rank structure is used, also under damping; any
-    other operator is factorised densely (once per damping where it can keep the result).
+    By structure (Kronecker, block-diagonal, diagonal, low-rank; also damped), else by a dense
+    factorisation, kept per damping.
 
     Raises: torch.linalg.LinAlgError for a singular operator.
     """
@@ -75,9 +74,9 @@ def solve(operator: Operator, v: Tensor) -> Tensor:
 
 
 def keep(operator: Operator, key: Any, compute: Callable[[], Any]) -> Any:
-    """compute(), once per operator and key where the operator keeps things (`.kept`).
+    """compute(), once per operator and key where the operator has a dict `.kept`.
 
-    A Dense forgets what it kept of a matrix that was changed in place.
+    A Dense whose matrix was changed in place forgets what it kept.
     """
     kept = getattr(operator, "kept", None)
     if kept is None:
@@ -94,10 +93,9 @@ def keep(operator: Operator, key: Any, compute: Callable[[], Any]) -> Any:
 
 
 def dense_inverse(operator: Operator, damping: float) -> Tensor | None:
-    """(operator + damping·I)⁻¹ [d, d], or None where that is not positive definite.
+    """(operator + damping·I)⁻¹ [d, d], kept; None where that is not positive definite.
 
-    For many products with the inverse: one with a matrix is faster than a pair of triangular
-    solves with a single column. Kept with the operator.
+    For many single columns: a product is faster than two triangular solves.
     """
 
     def compute() -> Tensor | None:
@@ -108,7 +106,7 @@ def dense_inverse(operator: Operator, damping: float) -> Tensor | None:
 
 
 def cholesky(operator: Operator, damping: float) -> Tensor | None:
-    """Lower Cholesky factor [d, d] of operator + damping·I, None where there is none; kept."""
+    """Lower Cholesky factor [d, d] of operator + damping·I, kept; None where there is none."""
 
     def compute() -> Tensor | None:
         root, failed = torch.linalg.cholesky_ex(dense(Damped(operator, damping)))
@@ -117,8 +115,8 @@ def cholesky(operator: Operator, damping: float) -> Tensor | None:
     return keep(operator, ("cholesky", damping), compute)
 
 
-def solver(operator: Operator, damping: float) -> Callable[[Tensor], Tensor]:
-    """Factorise operator + damping·I once; the function returned applies the inverse."""
+def solver(operator: Operator, damping: float) -> Map:
+    """The function that applies (operator + damping·I)⁻¹, from one factorisation."""
     while isinstance(operator, Damped):
         damping += operator.damping
         operator = operator.base
@@ -126,14 +124,14 @@ def solver(operator: Operator, damping: float) -> Callable[[Tensor], Tensor]:
 
 
 @singledispatch
-def _solver(operator: Any, damping: float) -> Callable[[Tensor], Tensor]:
+def _solver(operator: Any, damping: float) -> Map:
     return dense_solver(operator, damping)
 
 
-def dense_solver(operator: Operator, damping: float) -> Callable[[Tensor], Tensor]:
-    """Factorise operator + damping·I as a dense matrix, by Cholesky or else LU."""
+def dense_solver(operator: Operator, damping: float) -> Map:
+    """The same from a dense matrix, by Cholesky or else LU."""
     undone = getattr(operator, "kept", {}).get(("inverse", damping))
-    if undone is not None:  # somebody paid for it already
+    if undone is not None:
         return lambda v: undone @ v
     root = cholesky(operator, damping)
     if root is not None:
@@ -143,19 +141,19 @@ def dense_solver(operator: Operator, damping: float) -> Callable[[Tensor], Tenso
 
 
 def solver_rule(kind: type) -> Callable:
-    """Register how operators of a kind are factorised: (operator, damping) -> apply the inverse."""
+    """Register the solver of a structure: (operator, damping) -> function applying the inverse."""
     return _solver.register(kind)
 
 
 @_solver.register
-def _(operator: KroneckerSum, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: KroneckerSum, damping: float) -> Map:
     if len(operator.left) == 1:
         return _solver(operator.terms[0], damping)
     return _solver(dense(operator), damping)
 
 
 def damped_eigenvalues(values: Tensor, operator: Operator, damping: float) -> Tensor:
-    """The damped values, to divide by. Raises: torch.linalg.LinAlgError where one is zero."""
+    """The values plus damping. Raises: torch.linalg.LinAlgError where one is zero."""
     damped = values + damping
     if (damped == 0).any():
         raise torch.linalg.LinAlgError(
@@ -166,13 +164,13 @@ def damped_eigenvalues(values: Tensor, operator: Operator, damping: float) -> Te
 
 
 @_solver.register
-def _(operator: Diagonal, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: Diagonal, damping: float) -> Map:
     inverted = Diagonal(1 / damped_eigenvalues(operator.diagonal, operator, damping))
     return lambda v: inverted @ v
 
 
 @_solver.register
-def _(operator: Kronecker, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: Kronecker, damping: float) -> Map:
     left, U = torch.linalg.eigh(operator.left)
     right, V = torch.linalg.eigh(operator.right)
     values = damped_eigenvalues(torch.outer(left, right).reshape(-1), operator, damping)
@@ -181,13 +179,13 @@ def _(operator: Kronecker, damping: float) -> Callable[[Tensor], Tensor]:
 
 
 @_solver.register
-def _(operator: BlockDiagonal, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: BlockDiagonal, damping: float) -> Map:
     inverted = inverse(damp_blocks(operator, damping))
     return lambda v: inverted @ v
 
 
 @_solver.register
-def _(operator: LowRank, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: LowRank, damping: float) -> Map:
     """Woodbury: (V Vᵀ + λI)⁻¹ = (I − V (VᵀV + λI)⁻¹ Vᵀ) / λ; without damping it is singular."""
     if not damping:
         raise torch.linalg.LinAlgError("a low-rank operator is singular without damping")
@@ -196,11 +194,10 @@ def _(operator: LowRank, damping: float) -> Callable[[Tensor], Tensor]:
 
 
 @_solver.register
-def _(operator: Inverse, damping: float) -> Callable[[Tensor], Tensor]:
+def _(operator: Inverse, damping: float) -> Map:
     if not damping:
         return lambda v: operator.base @ v
-    matrix = Dense(dense(operator))
-    return _solver(matrix, damping)
+    return _solver(dense(operator), damping)
 
 
 @to_dense.register

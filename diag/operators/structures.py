@@ -1,4 +1,4 @@
-"""The structures: Dense, Kronecker, KroneckerSum, BlockDiagonal, Diagonal, LowRank, Damped."""
+"""Matrix structures: Dense, Kronecker, KroneckerSum, BlockDiagonal, Diagonal, LowRank, Damped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+Map = Callable[[Tensor], Tensor]  # a linear map of vectors, [d] or [d, k] unless said otherwise
+
 
 @runtime_checkable
 class Operator(Protocol):
-    """What every operator has: `.shape` (d, d) and `@` with [d] or [d, k]."""
+    """Symmetric matrix: `.shape` is (d, d), `@` multiplies [d] or [d, k]."""
 
     @property
     def shape(self) -> Any:
@@ -20,23 +22,25 @@ class Operator(Protocol):
     def __matmul__(self, other: Tensor, /) -> Tensor: ...
 
 
-def by_columns(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+def by_columns(function: Map, v: Tensor) -> Tensor:
     """Apply a function of [k, d] row vectors to v [d] or [d, k]."""
     return function(v.T).T if v.ndim == 2 else function(v[None])[0]
 
 
+def square(rows: Callable[[Any], int]) -> Any:
+    """The property `.shape`, (d, d), of operators with d = rows(operator)."""
+    return property(lambda operator: (rows(operator),) * 2, doc="(d, d).")
+
+
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A matrix [d, d] held in full; n counts the examples it is the mean over, 0 if unknown."""
+    """Matrix [d, d] in full; n: examples it is the mean over, 0 if unknown."""
 
     matrix: Tensor
     n: int = 0
-    kept: dict = field(default_factory=dict, repr=False)  # factorisations, for the next question
+    kept: dict = field(default_factory=dict, repr=False)  # factorisations
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.matrix), len(self.matrix))
+    shape = square(lambda self: len(self.matrix))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matrix @ v
@@ -49,11 +53,7 @@ class Kronecker:
     left: Tensor
     right: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(o·i, o·i)."""
-        d = len(self.left) * len(self.right)
-        return (d, d)
+    shape = square(lambda self: len(self.left) * len(self.right))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         o, i = len(self.left), len(self.right)
@@ -74,10 +74,7 @@ class KroneckerSum:
         """The r Kronecker products."""
         return [Kronecker(left, right) for left, right in zip(self.left, self.right, strict=True)]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(o·i, o·i)."""
-        return self.terms[0].shape
+    shape = square(lambda self: self.left.shape[-1] * self.right.shape[-1])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return torch.stack([term @ v for term in self.terms]).sum(0)
@@ -85,26 +82,21 @@ class KroneckerSum:
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagonal:
-    """Square blocks along the diagonal, of the coordinates listed in `order` [d].
+    """Diagonal blocks [k, s, s], or a list of [s_j, s_j], on coordinates listed in `order` [d].
 
-    blocks: [k, s, s] or a list of [s_j, s_j]. order: None for coordinates as they come; else the
-    first block sits on coordinates order[:s], the next on order[s:2s], and so on.
+    The first block is on coordinates order[:s], the next on order[s:2s], ...; None: 0 ... d - 1.
     """
 
     blocks: Tensor | Sequence[Tensor]
     order: Tensor | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        d = sum(len(block) for block in self.blocks)
-        return (d, d)
+    shape = square(lambda self: sum(len(block) for block in self.blocks))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.apply(lambda block, part: block @ part, v)
 
     def apply(self, function: Callable[[Tensor, Tensor], Tensor], v: Tensor) -> Tensor:
-        """function(block, part of v [s, k]) block by block, put back in place."""
+        """Apply function(block, part of v [s, k]) to every block and its coordinates."""
         columns = v[:, None] if v.ndim == 1 else v
         columns = columns if self.order is None else columns[self.order]
         if isinstance(self.blocks, Tensor):
@@ -125,10 +117,7 @@ class Diagonal:
 
     diagonal: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.diagonal), len(self.diagonal))
+    shape = square(lambda self: len(self.diagonal))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.diagonal * v if v.ndim == 1 else self.diagonal[:, None] * v
@@ -140,10 +129,7 @@ class LowRank:
 
     factor: Tensor
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.factor), len(self.factor))
+    shape = square(lambda self: len(self.factor))
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.factor @ (self.factor.T @ v)
@@ -156,20 +142,17 @@ class Damped:
     base: Operator
     damping: float
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return tuple(self.base.shape)
+    shape = square(lambda self: self.base.shape[0])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.base @ v + self.damping * v
 
 
 def like(operator: Operator) -> Tensor:
-    """Return an empty tensor [0] with the dtype and device of `operator`, for `v.to(like(C))`.
+    """Empty tensor [0] with the dtype and device of an operator, for `v.to(like(C))`.
 
-    They are those of the operator itself where it has `.dtype` and `.device`, else those of the
-    first floating-point tensor it holds, directly, in a sequence or in an operator it wraps.
+    From its `.dtype` and `.device`, else from the first floating-point tensor that it holds,
+    directly, in a sequence or in an operator that it wraps.
 
     Raises: TypeError when it holds none.
 

@@ -1,4 +1,4 @@
-"""The problem whose curvature is asked for: a model, a loss, a batch, and its parameter blocks."""
+"""Problem: a model, a loss and a batch, and the parameter blocks whose curvature is computed."""
 
 from .blocks import Block, Member
 from .problem import Problem

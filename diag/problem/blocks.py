@@ -1,4 +1,4 @@
-"""Block: a named set of parameters and the order in which their entries are counted."""
+"""Blocks: named sets of parameters and the order of their entries in vectors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Member:
-    """The parameters one module gives to a block.
+    """The parameters of one module in a block.
 
-    `w_bar`: weight and bias stand side by side as [W, b], [out, in+1], bias last; otherwise they
-    follow one another, each row-major. `rows`, `columns`: the part of [W, b] taken, None for all.
+    w_bar: side by side as [W, b], [out, in+1], else one after the other, each row-major. rows,
+    columns: the part of [W, b] that is meant, None for all.
     """
 
     module: str
@@ -27,7 +27,7 @@ class Member:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(out, in+1) of the member's [W, b], or (entries, 1) of anything else."""
+        """(out, in+1) of the member's [W, b], else (entries, 1)."""
         entries = sum(math.prod(shape) for shape in self.shapes)
         if not self.w_bar:
             return (entries, 1)
@@ -43,27 +43,25 @@ class Member:
 
     def split(self, v: Tensor) -> dict[str, Tensor]:
         """Vector [d] -> {parameter: tensor of its full shape}, zero outside the member's rows."""
-        if not self.w_bar:
+        if self.w_bar:
+            matrix = v.reshape(self.matrix_shape)
+            if self.rows or self.columns:
+                out = self.shapes[0][0]
+                width = sum(math.prod(shape) for shape in self.shapes) // out
+                (top, bottom), (left, right) = self.rows or (0, out), self.columns or (0, width)
+                matrix = pad(matrix, (left, width - right, top, out - bottom))
+            parts = matrix.split([math.prod(shape[1:]) for shape in self.shapes], dim=1)
+        else:
             parts = v.split([math.prod(shape) for shape in self.shapes])
-            named = zip(self.parameters, parts, self.shapes, strict=True)
-            return {name: part.reshape(shape) for name, part, shape in named}
-        matrix = v.reshape(self.matrix_shape)
-        if self.rows or self.columns:
-            out = self.shapes[0][0]
-            width = sum(math.prod(shape) for shape in self.shapes) // out
-            (top, bottom), (left, right) = self.rows or (0, out), self.columns or (0, width)
-            matrix = pad(matrix, (left, width - right, top, out - bottom))
-        columns = matrix.split([math.prod(shape[1:]) for shape in self.shapes], dim=1)
-        named = zip(self.parameters, columns, self.shapes, strict=True)
+        named = zip(self.parameters, parts, self.shapes, strict=True)
         return {name: part.reshape(shape) for name, part, shape in named}
 
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
         """{parameter: [..., *shape]} -> [..., d]; leading dimensions are kept."""
+        named = zip(self.parameters, self.shapes, strict=True)
         if not self.w_bar:
-            named = zip(self.parameters, self.shapes, strict=True)
             flat = [tensors[n].reshape(*_lead(tensors[n], s), -1) for n, s in named]
             return torch.cat(flat, dim=-1)
-        named = zip(self.parameters, self.shapes, strict=True)
         columns = [tensors[n].reshape(*_lead(tensors[n], s), s[0], -1) for n, s in named]
         return self.cut(torch.cat(columns, dim=-1)).flatten(-2)
 
@@ -79,7 +77,7 @@ def _lead(tensor: Tensor, shape: tuple[int, ...]) -> torch.Size:
 
 @dataclass(frozen=True)
 class Block:
-    """A named set of parameters with d entries; made by `Problem.block` and `Problem.blocks`."""
+    """Named set of parameters with d entries, made by `Problem.block` and `Problem.blocks`."""
 
     name: str
     members: tuple[Member, ...]
@@ -91,12 +89,12 @@ class Block:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters the block has entries of."""
+        """Names of its parameters, of which it may hold a part."""
         return tuple(name for member in self.members for name in member.parameters)
 
     @property
     def single(self) -> Member | None:
-        """The one member of a layer, tensor or unit block; None for a group of several."""
+        """The only member of a layer, tensor or unit block; None for a group of several."""
         return self.members[0] if len(self.members) == 1 else None
 
     def split(self, v: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What must hold before a curvature is worth computing; each failure names its culprit."""
+"""Checks of a model, a loss and a batch; every error names its cause."""
 
 from collections.abc import Callable
 
@@ -29,15 +29,14 @@ def check_batch(inputs: Tensor, targets: Tensor) -> None:
             f"both need one row per example"
         )
     for name, tensor in {"inputs": inputs, "targets": targets}.items():
-        if not torch.isfinite(tensor).all():
-            rows = (~torch.isfinite(tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None])).any(
-                1
-            )
-            raise ValueError(f"{name} hold NaN or Inf, first in example {int(rows.nonzero()[0])}")
+        bad = ~torch.isfinite(tensor)
+        if bad.any():
+            first = int(bad.reshape(len(bad), -1).any(1).nonzero()[0])
+            raise ValueError(f"{name} hold NaN or Inf, first in example {first}")
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise ValueError naming a parameter that holds NaN or Inf, or if none can be trained."""
+    """Raise ValueError for a parameter that holds NaN or Inf, or if none can be trained."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f"parameter '{name}' holds NaN or Inf")
@@ -46,7 +45,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Raise ValueError for a module whose weight is made by a hook: the copy drops hooks."""
+    """Raise ValueError for a module whose weight is made by a hook, which the copy drops."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             kind = type(hook).__name__
@@ -64,7 +63,7 @@ def check_hooks(model: nn.Module) -> None:
 
 
 def layer_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """One forward pass; {name of each leaf module: its first output tensor}, in calling order."""
+    """{leaf module: its first output tensor} of one forward pass, in calling order."""
     seen: dict[str, Tensor] = {}
     handles = []
     for name, module in model.named_modules():
@@ -85,7 +84,7 @@ def layer_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def check_forward(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
-    """Raise ValueError for a non-tensor or non-finite output or loss, or a random model."""
+    """Raise ValueError for an output or loss of a wrong kind or not finite, or a random model."""
     with torch.no_grad():
         outputs, again = model(inputs), model(inputs)
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs):
@@ -119,9 +118,9 @@ def check_forward(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor)
 
 
 def check_mean(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless loss(batch) is the mean of the losses of the batch's examples.
+    """Raise ValueError unless loss(batch) is the mean of the examples' losses.
 
-    Compared: the whole batch, its first example, its halves. A batch of one is doubled.
+    Compared on the batch, its first example and its halves; a batch of one is doubled.
     """
     if len(inputs) == 1:
         inputs, targets = torch.cat([inputs, inputs]), torch.cat([targets, targets])

@@ -1,4 +1,4 @@
-"""What is measured is a copy: of the model and of the data, and what the copy leaves out."""
+"""Hook-free copies of models, and notes on what a copy leaves out."""
 
 import copy
 from collections import OrderedDict
@@ -21,7 +21,7 @@ HOOKS = (
 
 
 def hook_free_copy(model: nn.Module) -> nn.Module:
-    """Deep copy without hooks and .grad; hooks are not copied either (they may hold anything).
+    """Deep copy without hooks and .grad.
 
     Raises: ValueError naming the layer and the attribute that cannot be copied.
     """
@@ -35,7 +35,7 @@ def hook_free_copy(model: nn.Module) -> nn.Module:
 
 
 def _without_hooks(model: nn.Module) -> dict[int, Any]:
-    """What deepcopy is to take for copied already: every module's hooks, as none."""
+    """The memo for deepcopy that replaces every module's hooks by none."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name in HOOKS:
@@ -59,7 +59,7 @@ def _uncopied(model: nn.Module, error: Exception) -> str:
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes and buffers of a module itself."""
+    """Attributes and buffers of a module, without its submodules."""
     for attribute, value in vars(module).items():
         if attribute == "_buffers":
             yield from value.items()
@@ -68,20 +68,20 @@ def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def called(name: str) -> str:
-    """How messages call the module of this name."""
+    """The module's name in messages."""
     return f"layer '{name}'" if name else "the module itself"
 
 
 def first_line(error: Exception) -> str:
-    """The error's kind and the first line of what it says."""
+    """The error's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def left_out(model: nn.Module) -> tuple[str, bool]:
-    """What to say of forward hooks that the copy has not, "" where there are none.
+    """A note on the forward hooks that the copy lacks ("" for none), and whether to warn.
 
-    And whether one is a function that may change the outputs: they are not run to find out. Other
-    objects are those of optimizers and the like, which only watch, as BackPACK's functions do.
+    Warned is of Python functions, which may change the outputs; other hooks (of optimizers) and
+    BackPACK's only watch.
     """
     hooks = [
         (called(name), hook)
@@ -102,10 +102,7 @@ def left_out(model: nn.Module) -> tuple[str, bool]:
 
 
 def work_on_copies(model: nn.Module, inputs: Tensor) -> None:
-    """Give a model that writes into its input a copy of it at every pass; others are left alone.
-
-    One pass over the first example tells.
-    """
+    """Make a model that writes into its input work on a copy of it, found by one pass."""
     first = inputs[:1].clone()
     with torch.no_grad():
         model(first)

@@ -1,4 +1,4 @@
-"""A model called with other parameters, also where modules or parameters are shared; attention."""
+"""Model calls with replaced parameters, and attention by its plain formula."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Outputs of the model with these parameters in place of its own, by canonical name.
+    """Outputs of the model with these parameters, by canonical name, in place of its own.
 
-    A parameter that several modules share is replaced in all of them. A module that stands under
-    two names is visited once: PyTorch's own tying would visit it twice, and put the replacement
-    back in place of the parameter when it is done.
+    Shared parameters are replaced in all modules. A module under two names is visited once:
+    PyTorch's own tying would leave the replacement in it.
     """
     replaced = dict(parameters)
     by_id = {id(model.get_parameter(name)): name for name in parameters}
@@ -28,9 +27,9 @@ def call(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Within, or as a decorator: attention by its formula, as it was chosen before afterwards.
+    """Context or decorator in which attention is computed by its formula.
 
-    The fused kernels have no second or forward derivatives, and none of many directions at once.
+    The fused kernels lack second, forward and batched derivatives.
     """
     layers = torch.backends.mha  # nn.MultiheadAttention and nn.TransformerEncoderLayer
     fused = layers.get_fastpath_enabled()

@@ -1,4 +1,4 @@
-"""Problem: a model, a loss and a batch, checked once and never touched again."""
+"""Problem: a model, a loss and a batch, copied and checked, whose curvature is computed."""
 
 import warnings
 from collections import OrderedDict
@@ -13,28 +13,24 @@ from .blocks import Block, Member, owner, units
 from .copies import first_line, hook_free_copy, left_out, work_on_copies
 from .functional import call
 
-__all__ = ["Block", "Problem"]
-
 W_BAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Problem:
     """A model, a loss and a batch whose curvature is asked for.
 
-    loss(outputs, targets) must be the mean over the batch of per-example losses; this is checked
-    numerically. The work is done on a hook-free copy in eval mode and a copy of the data; the model
-    given keeps its parameters, .grad, buffers, hooks and mode, and the global random state stays as
-    it was. `notes` say where that makes the loss another one, or may.
+    loss(outputs, targets) must be the mean over the batch of per-example losses (checked). A
+    hook-free copy of the model in eval mode and a copy of the data are used; the model given and
+    the global random state stay as they are. `notes` say where eval mode or missing hooks change
+    the loss, or may.
 
-    dtype: of the copy and the data (float64 recommended for truths); None keeps the model's.
-    likelihood: "categorical", "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None
-    finds it from the loss's gradient.
-    budget: bytes that truths may take while they are computed and kept (default 4 GiB); what does
-    not fit is computed in parts, or refused with the remedy.
+    dtype: of the copies, float64 recommended; None keeps the model's. likelihood: "categorical",
+    "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None finds it from the loss's
+    gradient. budget: bytes for truths, computed and kept (default 4 GiB).
 
-    Raises: ValueError for an empty batch, non-finite values, a random model, a loss that is not a
-    mean over examples, a model without trainable parameters, weights made by hooks, a model that
-    cannot be copied; the message names the culprit.
+    Raises: ValueError naming the cause for an empty batch, non-finite values, a random model, a
+    loss that is not a mean over examples, no trainable parameter, weights made by hooks, or a model
+    that cannot be copied.
     """
 
     def __init__(
@@ -76,7 +72,7 @@ class Problem:
             warnings.warn(note, stacklevel=3)
 
     def _train_mode(self, model: nn.Module, dtype: torch.dtype | None) -> str:
-        """What to say where dropout or batch statistics make the training loss another one."""
+        """A note where dropout or batch statistics make the training loss another one, else ""."""
         with torch.no_grad():
             evaluation = self.loss(self.model(self.inputs), self.targets).item()
             try:
@@ -114,13 +110,13 @@ class Problem:
         return block.join({name: self._gradients[name] for name in block.parameters})  # type: ignore[misc]
 
     def outputs(self, block: Block, v: Tensor) -> Tensor:
-        """Model outputs [n, ...] at the parameters plus `v` [d] in the block; differentiable."""
+        """Model outputs [n, ...] at the block's parameters plus v [d]; differentiable."""
         shifts = block.split(v)
         parameters = {n: self.model.get_parameter(n) + shift for n, shift in shifts.items()}
         return call(self.model, parameters, self.inputs)
 
     def total_loss(self, outputs: Tensor) -> Tensor:
-        """Σ_n of the per-example losses, as a function of the outputs."""
+        """Sum of the per-example losses as a function of the outputs."""
         return self.n * self.loss(outputs, self.targets).reshape(())
 
     def blocks(
@@ -128,10 +124,9 @@ class Problem:
     ) -> list[Block]:
         """All blocks, by "layer" (module), "tensor", "unit" or "group".
 
-        Units are the output neurons of a Linear layer ("0[3]": row 3 of [W, b]) and the kernel
-        slices of a convolution ("0[3,1]": from input channel 1 to output 3; "0[3,bias]").
-
-        groups: for by="group", {name: module names}; a group holds those modules' layers.
+        Units are a Linear layer's output neurons ("0[3]": row 3 of [W, b]) and a convolution's
+        kernel slices ("0[3,1]": from input channel 1 to output 3; "0[3,bias]").
+        groups: {name: module names}, for by="group".
 
         Raises: ValueError for an unknown `by` or a group of unknown layers.
         """
@@ -167,12 +162,12 @@ class Problem:
         return Block(name, tuple(members))
 
     def _bare(self, module: str) -> bool:
-        """Whether it is a module without parameters, such as an activation."""
+        """Whether the module exists and has no parameters."""
         found = dict(self.model.named_modules()).get(module)
         return found is not None and not any(True for _ in found.parameters())
 
     def block(self, name: str) -> Block:
-        """Return the layer "encoder.0", tensor "encoder.0.weight" or unit "encoder.0[3]".
+        """The layer "encoder.0", tensor "encoder.0.weight" or unit "encoder.0[3]".
 
         Raises: ValueError for a name the model lacks, a frozen or an unused layer.
         """
@@ -225,16 +220,16 @@ class Problem:
         return Member(module, tuple(names), shapes, w_bar)
 
     def recall(self, key: Any) -> Any:
-        """Return what is kept for `key`, None if nothing is."""
+        """The result kept for `key`, None if there is none."""
         return self._kept[key][0] if key in self._kept else None
 
     def remember(
         self, key: Any, compute: Callable[[], Any], size: int | Callable[[Any], int]
     ) -> Any:
-        """Return what was computed for `key`, computing it now if it is not kept.
+        """The result kept for `key`, else that of compute(), which is kept.
 
-        size: bytes it takes, or a function that tells; the oldest results leave when the room (a
-        quarter of the budget) is full.
+        size: its bytes, or a function of it; the oldest results leave when a quarter of the budget
+        is full.
         """
         if key in self._kept:
             return self._kept[key][0]

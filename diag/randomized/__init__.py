@@ -2,14 +2,12 @@
 
 from .estimators import (
     DiagonalEstimate,
-    frobenius_squared,
     hutch_pp_trace,
     hutchinson_diagonal,
     hutchinson_trace,
-    inner_estimate,
-    relative_error_estimate,
     xtrace,
 )
+from .frobenius import frobenius_squared, inner_estimate, relative_error_estimate
 from .lanczos_quadrature import SpectralDensity, spectral_density, spectral_sum
 from .probes import ProbeEstimate, gaussian, rademacher
 

@@ -1,8 +1,8 @@
 """Stochastic Lanczos quadrature: spectral densities and traces of functions, matrix-free.
 
-With z a random sign vector of length √d, the spectral measure of C seen from z has mean
-(1/d) Σ_j δ(λ_j), and a few Lanczos steps from z give its Gauss quadrature: nodes, the eigenvalues
-of the tridiagonal T, and weights, the squared first entries of its eigenvectors.
+The spectral measure of C seen from random signs z has mean (1/d) Σ_j δ(λ_j). Lanczos steps from z
+give its Gauss quadrature: nodes are the eigenvalues of the tridiagonal T, weights the squared first
+entries of its eigenvectors.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class SpectralDensity(NamedTuple):
     """Smoothed density [m] of the eigenvalues over a grid [m], with 95 % bars low, high [m].
 
     The bars are pointwise Student-t intervals over the probes. kernel_width: standard deviation of
-    the Gaussian each eigenvalue is smeared into, in units of the eigenvalues.
+    the Gaussian of each eigenvalue.
     """
 
     grid: Tensor
@@ -51,10 +51,9 @@ def spectral_density(
 ) -> SpectralDensity:
     """Density of the eigenvalues, (1/d) Σ_j N(t; λ_j, kernel_width²), by Lanczos quadrature.
 
-    It integrates to 1. Exact within its bars once steps Lanczos steps resolve the kernel; fewer
-    smear out the bulk (its ends and outliers come first). One product a probe and step.
-    kernel_width: by default 1 % of the distance between the outermost nodes (of their size, where
-    they coincide).
+    It integrates to 1. Exact within its bars once the Lanczos steps resolve the kernel; fewer smear
+    out the bulk. One product a probe and step. kernel_width: by default 1 % of the distance between
+    the outermost nodes (of their size, where they coincide).
 
     Raises: ValueError for probes < 2, steps < 1, a kernel_width <= 0 or too narrow for the grid.
     Source: Ubaru, Chen and Saad 2017; Ghorbani, Krishnan and Xiao 2019 (arXiv:1901.10159).
@@ -94,10 +93,9 @@ def spectral_sum(
 ) -> ProbeEstimate:
     """Trace of f(C), Σ_j f(λ_j), by stochastic Lanczos quadrature; one product a probe and step.
 
-    function: elementwise, on a tensor of eigenvalues. The log-determinant of C + λI is
-    spectral_sum(Damped(C, λ), torch.log), the effective dimension spectral_sum(C, f) with
-    f(v) = v / (v + λ). The interval is over the probes; that the steps suffice is not in it (exact
-    for polynomials of degree below 2·steps).
+    function: elementwise, on a tensor of eigenvalues; with torch.log and Damped(C, λ) it gives the
+    log-determinant of C + λI. The interval is over the probes and holds no error of the steps,
+    which are exact for polynomials of degree below 2·steps.
 
     Raises: ValueError for probes < 2, steps < 1, or a function not finite on the spectrum.
     Source: Ubaru, Chen and Saad 2017.
@@ -120,7 +118,7 @@ def spectral_sum(
 def quadrature(
     operator: Operator, probes: int, steps: int, generator: torch.Generator | None = None
 ) -> Quadrature:
-    """Nodes and weights [probes, min(steps, d)] from that many random signs.
+    """Nodes and weights [probes, min(steps, d)] of the Gauss quadrature from each probe.
 
     Raises: ValueError for probes < 2 or steps < 1.
     """
@@ -135,8 +133,8 @@ def quadrature(
 def lanczos(operator: Operator, starts: Tensor, steps: int) -> Tensor:
     """Tridiagonal QᵀCQ [k, steps, steps] from each start vector [d, k], in float64.
 
-    Each new vector is orthogonalised against all before, twice. Where a Krylov space is exhausted
-    early T goes on with entries that the first unit vector does not reach.
+    Fully re-orthogonalised, twice. Where a Krylov space is exhausted early, T goes on with entries
+    that the first unit vector does not reach.
     """
     q = (starts / starts.norm(dim=0)).T
     basis = q.new_zeros(len(q), steps, q.shape[1])

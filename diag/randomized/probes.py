@@ -1,4 +1,4 @@
-"""Probes: seeded random vectors, products with blocks of them, and intervals over them."""
+"""Seeded random probes, products with blocks of them, and intervals over them."""
 
 import math
 from collections.abc import Iterator
@@ -17,21 +17,18 @@ CHUNK_BYTES = 2**27  # of a block of vectors multiplied at once
 
 @dataclass(frozen=True)
 class ProbeEstimate(Estimate):
-    """An Estimate from n random probes of one fixed matrix, with the standard error of `value`.
+    """Estimate from n random probes of a fixed matrix, with the standard error of `value`.
 
-    [low, high] is the 95 % Student-t interval over the probes: it says how far other probes would
-    have moved the value, and nothing of other batches.
+    [low, high] is the 95 % Student-t interval over the probes, not over batches.
     """
 
     standard_error: float = math.nan
 
 
 def rademacher(d: int, probes: int, generator: torch.Generator) -> Tensor:
-    """Independent signs ±1, [d, probes] in float64, on the generator's device.
-
-    Drawn probe by probe: the same probes however they are cut into blocks.
-    """
+    """Independent signs ±1, [d, probes] in float64, on the generator's device."""
     device = generator.device
+    # probe by probe: the same probes however they are cut into blocks
     bits = [torch.randint(2, (d,), generator=generator, device=device) for _ in range(probes)]
     return torch.stack(bits, dim=1).double() * 2 - 1
 
@@ -45,7 +42,7 @@ def gaussian(d: int, probes: int, generator: torch.Generator) -> Tensor:
 
 
 def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """Return the generator itself, or one of our own seeded 0; never the global one."""
+    """The generator, or for None a new one seeded 0."""
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
@@ -60,7 +57,7 @@ def probe_blocks(
 ) -> Iterator[Tensor]:
     """Rademacher probes in blocks [d, c], in float64 on the operator's device.
 
-    rows: vectors [d] that are kept per probe; a block of all of them fits CHUNK_BYTES.
+    rows: vectors [d] kept per probe, for which a block fits CHUNK_BYTES.
     Raises: ValueError for probes < 2.
     """
     check_probes(probes)
@@ -70,7 +67,7 @@ def probe_blocks(
 
 
 def products(operator: Operator, v: Tensor) -> Tensor:
-    """Product C v, [d, k] in float64, multiplied in the operator's own dtype and in chunks.
+    """C v, [d, k] in float64, multiplied in the operator's dtype and in chunks.
 
     Raises: ValueError when it is not finite.
     """
@@ -87,7 +84,7 @@ def products(operator: Operator, v: Tensor) -> Tensor:
 
 
 def _chunks(floats: int, columns: int) -> list[int]:
-    """Sizes of the blocks that `columns` columns of so many floats each are cut into."""
+    """Sizes of the blocks that hold `columns` columns of so many floats each."""
     size = max(1, CHUNK_BYTES // (8 * max(floats, 1)))
     whole, rest = divmod(columns, size)
     return [size] * whole + ([rest] if rest else [])
@@ -100,20 +97,20 @@ def over_probes(samples: Tensor) -> ProbeEstimate:
 
 
 def with_error(value: float, standard_error: float, n: int) -> ProbeEstimate:
-    """Put value ± t·standard_error, t the Student quantile of n - 1 degrees of freedom."""
+    """The estimate value ± t·standard_error, t Student's quantile of n - 1 degrees of freedom."""
     reach = t_quantile(n) * standard_error
     return ProbeEstimate(value, value - reach, value + reach, n, standard_error)
 
 
 def t_quantile(n: int) -> float:
-    """Half-width, in standard errors, of a LEVEL interval from n samples."""
+    """Half-width of a LEVEL interval from n samples, in standard errors."""
     return float(stdtrit(n - 1, (1 + LEVEL) / 2))
 
 
 def rooted(square: ProbeEstimate) -> ProbeEstimate:
     """Square root of an estimate of a quantity >= 0: ends rooted, error by the delta method.
 
-    An interval that reaches below zero is cut there; the standard error is then infinite at 0.
+    The interval is cut at 0, where the standard error is infinite.
     """
     value = max(square.value, 0.0) ** 0.5
     low, high = (max(end, 0.0) ** 0.5 for end in (square.low, square.high))

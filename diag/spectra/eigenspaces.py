@@ -1,6 +1,5 @@
-"""The strongest directions of an operator: its dominant eigenpair and its leading eigenspace."""
+"""Dominant eigenpair and leading eigenspace of an operator."""
 
-from collections.abc import Callable
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -10,11 +9,12 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from ..operators import BlockDiagonal, Diagonal, Kronecker, Operator, dense, like, to_scipy
+from ..operators.structures import Map
 from ..truths.low_rank_terms import LowRankTerms
 from .extreme_eigenpairs import DENSE_UP_TO, SEEDED, NotConvergedError, top_eigenpairs
 
 RESIDUAL = 1e-6  # of a Lanczos pair, relative to |λ|; its eigenvalue errs by about the square
-TIE_EPSILONS = 1000  # in units of the dtype's precision: what no eigenvalue can be told from
+TIE_EPSILONS = 1000  # times eps and the greatest eigenvalue: eigenvalues this close tie
 
 
 class Eigenpair(NamedTuple):
@@ -25,11 +25,10 @@ class Eigenpair(NamedTuple):
 
 
 def dominant(operator: Operator, scale: float = 0.0) -> Eigenpair:
-    """Eigenpair of the greatest |λ|: ‖operator‖₂ and the vector it is reached at.
+    """Eigenpair of the greatest |λ|, the spectral norm with its sign.
 
-    By full decomposition up to d = 400, else by Lanczos (ARPACK) from a fixed start vector.
-    scale: norm of what the operator is a difference of; where its product with the start vector is
-    nothing but the rounding of that, the value is 0.
+    By full decomposition up to d = 400, else by Lanczos (ARPACK) from a fixed start vector. scale:
+    norm of the operands of a difference; a product that is only their rounding gives the value 0.
 
     Raises: NotConvergedError.
 
@@ -41,17 +40,13 @@ def dominant(operator: Operator, scale: float = 0.0) -> Eigenpair:
         values, vectors = torch.linalg.eigh(dense(operator))
         at = values.abs().argmax()
         return Eigenpair(values[at].item(), vectors[:, at])
-    start = np.random.default_rng(d).standard_normal(d).astype(_numpy(entries))
+    start = np.random.default_rng(d).standard_normal(d).astype(to_scipy(operator).dtype)
     size = float(np.linalg.norm(to_scipy(operator) @ start) / np.linalg.norm(start))
     noise = 100 * torch.finfo(entries.dtype).eps * scale
     if size <= noise:
         return Eigenpair(0.0, torch.from_numpy(start / np.linalg.norm(start)).to(entries))
     value, vector = _lanczos(operator, start, max(RESIDUAL, noise / size))
     return Eigenpair(value, torch.from_numpy(vector).to(entries))
-
-
-def _numpy(entries: Tensor) -> np.dtype:
-    return entries.cpu().numpy().dtype
 
 
 def _lanczos(operator: Operator, start: np.ndarray, tolerance: float) -> tuple[float, np.ndarray]:
@@ -69,10 +64,7 @@ def _lanczos(operator: Operator, start: np.ndarray, tolerance: float) -> tuple[f
 
 
 def leading(values: Tensor, k: int) -> Tensor:
-    """Which eigenvalues [d] are the k greatest positive ones, with all that tie with the k-th.
-
-    A mask [d]; fewer than k are set where fewer are positive.
-    """
+    """Mask [d] of the k greatest positive eigenvalues and all that tie with the k-th."""
     greatest = values.topk(min(k, len(values))).values
     rounding = TIE_EPSILONS * torch.finfo(values.dtype).eps * greatest[0].abs()
     return (values > rounding) & (values >= greatest[-1] - rounding)
@@ -81,8 +73,8 @@ def leading(values: Tensor, k: int) -> Tensor:
 def leading_vectors(operator: Operator, k: int) -> Tensor:
     """Orthonormal basis [d, m] of the eigenspace of the k greatest positive eigenvalues.
 
-    m < k where fewer are positive. Eigenvalues that tie with the k-th join (m > k), except above
-    d = 400, where Lanczos finds k of them.
+    m < k where fewer are positive, m > k where several tie with the k-th (not above d = 400, where
+    Lanczos finds k).
 
     Raises: NotConvergedError.
     """
@@ -100,23 +92,20 @@ def leading_vectors(operator: Operator, k: int) -> Tensor:
 
 
 class Eigenspace(NamedTuple):
-    """A space of dimension `size` and the coordinates [size, c] in it of vectors [d, c]."""
+    """Space of dimension `size`; coordinates maps vectors [d, c] to theirs in it, [size, c]."""
 
     size: int
-    coordinates: Callable[[Tensor], Tensor]
+    coordinates: Map
 
 
 @singledispatch
 def leading_space(operator: Any, k: int) -> Eigenspace:
-    """The space `leading_vectors` spans, without its basis where structure gives all eigenvalues.
-
-    Ties are then closed at any size: they are the rule for I ⊗ A.
-    """
+    """The span of `leading_vectors`; by structure, where all ties join at any size."""
     vectors = leading_vectors(operator, k)
     return Eigenspace(vectors.shape[1], lambda v: vectors.T @ v)
 
 
-def _space(values: Tensor, turn: Callable[[Tensor], Tensor], k: int) -> Eigenspace:
+def _space(values: Tensor, turn: Map, k: int) -> Eigenspace:
     chosen = leading(values, k)
     return Eigenspace(int(chosen.sum()), lambda v: turn(v)[chosen])
 

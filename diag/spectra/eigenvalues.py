@@ -1,4 +1,4 @@
-"""All eigenvalues of an operator, from its structure where it has one."""
+"""All eigenvalues of an operator, from its structure or its dense matrix."""
 
 from functools import singledispatch
 from typing import Any
@@ -25,11 +25,10 @@ from ..truths.low_rank_terms import LowRankTerms
 
 
 def eigenvalues(operator: Operator) -> Tensor:
-    """All eigenvalues [d], ascending; from structure where it has one, else of the dense matrix.
+    """All eigenvalues [d], ascending, from the structure where it gives them.
 
-    Kronecker: products of the factors' eigenvalues; low rank: those of its Gram matrix and zeros;
-    so means of few low-rank terms; block-diagonal: the blocks'; diagonal, damped, inverse: as
-    they say.
+    Kronecker: products of the factors'; low rank and means of few low-rank terms: those of the Gram
+    matrix of the columns, and zeros; block-diagonal: the blocks'.
 
     Raises: ValueError where a dense matrix over the memory budget (4 GiB) would be needed.
 
@@ -41,7 +40,7 @@ def eigenvalues(operator: Operator) -> Tensor:
 
 @singledispatch
 def eigenvalues_in_any_order(operator: Any) -> Tensor:
-    """All eigenvalues [d], unsorted; a structure registers its own way here."""
+    """All eigenvalues [d], unsorted; structures register their own way here."""
     return _of_dense(operator)
 
 
@@ -105,14 +104,11 @@ def _(operator: LowRankTerms) -> Tensor:
 
 @eigenvalues_in_any_order.register
 def _(operator: KroneckerTerms) -> Tensor:
-    (o, i), roots = operator.factor_sizes, getattr(operator.left, "roots", None)
-    if roots is None or len(roots) * roots.shape[1] >= o * i:
+    roots, d = getattr(operator.left, "roots", None), operator.shape[0]
+    if roots is None or len(roots) * roots.shape[1] >= d:
         return _of_dense(operator)
-    n, k, _ = roots.shape
-    check_budget(operator, n * k)
-    flat, rows = roots.flatten(0, 1), operator.a.repeat_interleave(k, 0)
-    gram = ((flat @ flat.T) * (rows @ rows.T)).double() / n  # of the columns r_nk ⊗ a_n
-    return _with_zeros(gram, o * i).to(roots)
+    check_budget(operator, len(roots) * roots.shape[1])
+    return _with_zeros(operator.column_gram, d).to(roots)
 
 
 def _of_dense(operator: Operator) -> Tensor:
@@ -121,20 +117,20 @@ def _of_dense(operator: Operator) -> Tensor:
 
 
 def _with_zeros(gram: Tensor, d: int) -> Tensor:
-    """Eigenvalues [d] of F Fᵀ from its Gram matrix FᵀF [k, k] with k <= d, ascending."""
+    """Eigenvalues [d] of F Fᵀ, ascending, from FᵀF [k, k] with k <= d."""
     values = torch.linalg.eigvalsh(gram).clamp(min=0)  # rounding below zero
     return torch.cat([values.new_zeros(d - len(values)), values])
 
 
 def gram_eigenvalues(factor: Tensor) -> Tensor:
-    """Eigenvalues [d] of F Fᵀ for F [d, k], ascending, by way of Fᵀ F where k < d."""
+    """Eigenvalues [d] of F Fᵀ for F [d, k], ascending."""
     d, k = factor.shape
     check_budget(factor, min(d, k))
     return _with_zeros(factor.T @ factor if k < d else factor @ factor.T, d)
 
 
 def check_budget(operator: Operator, size: int) -> None:
-    """Raise ValueError when a matrix [size, size] needs more than the memory budget (4 GiB)."""
+    """Raise ValueError for a matrix [size, size] over the memory budget (4 GiB)."""
     if 8 * size * size > BUDGET:
         raise ValueError(
             f"the eigenvalues of a {type(operator).__name__} of {operator.shape[0]} rows need a "

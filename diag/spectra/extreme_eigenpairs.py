@@ -1,4 +1,4 @@
-"""Eigenvalues of an operator: all from structure, the extreme ones by Lanczos, their density."""
+"""Greatest and least eigenpairs of an operator by Lanczos, every copy of repeated ones."""
 
 from inspect import signature
 from typing import NamedTuple
@@ -10,21 +10,9 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, aslinearope
 from torch import Tensor
 
 from ..operators import Operator, like, to_scipy
-from ..randomized.lanczos_quadrature import SpectralDensity, lanczos, spectral_density, spectral_sum
+from ..randomized.lanczos_quadrature import lanczos
 from ..randomized.probes import products
-from .eigenvalues import check_budget, eigenvalues, gram_eigenvalues
-
-__all__ = [
-    "Eigenpairs",
-    "NotConvergedError",
-    "SpectralDensity",
-    "bottom_eigenpairs",
-    "eigenvalues",
-    "gram_eigenvalues",
-    "spectral_density",
-    "spectral_sum",
-    "top_eigenpairs",
-]
+from .eigenvalues import check_budget
 
 DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
 NORM_STEPS = 16  # of Lanczos, for a rough ‖C‖
@@ -49,11 +37,10 @@ def top_eigenpairs(
     """The k algebraically greatest eigenvalues, descending, each as often as it occurs.
 
     By full decomposition up to d = 400 or for k > d / 4, else by implicitly restarted Lanczos
-    (ARPACK) from a fixed start vector. One Krylov space holds one vector of each eigenspace, so
-    the search goes on, with what was found deflated, until nothing as great is left.
+    (ARPACK), repeated with the pairs found deflated, as a Krylov space holds one vector of each
+    eigenspace. tolerance: of the residuals, relative to ‖C‖; by default the root of the dtype's
+    precision. iterations: restarts allowed.
 
-    tolerance: of the residuals, relative to ‖C‖; by default the root of the dtype's precision.
-    iterations: restarts allowed.
     Raises: ValueError for k outside [1, d]; NotConvergedError.
     Source: Lehoucq, Sorensen and Yang 1998 (ARPACK users' guide).
 
@@ -67,12 +54,7 @@ def top_eigenpairs(
 def bottom_eigenpairs(
     operator: Operator, k: int, tolerance: float | None = None, iterations: int = 1000
 ) -> Eigenpairs:
-    """The k algebraically least eigenvalues, ascending; otherwise as `top_eigenpairs`.
-
-    >>> from kronscope.diag.operators import Diagonal
-    >>> bottom_eigenpairs(Diagonal(torch.tensor([1.0, -7.0, 3.0])), k=1).values.tolist()
-    [-7.0]
-    """
+    """The k algebraically least eigenvalues, ascending; otherwise as `top_eigenpairs`."""
     return _eigenpairs(operator, k, -1, tolerance, iterations)
 
 
@@ -102,8 +84,8 @@ def _eigenpairs(
 def _greatest(operator: Operator, k: int, sign: int, tolerance: float, iterations: int) -> Tensor:
     """Eigenvectors [d, k] of the greatest eigenvalues of sign·operator, descending, all copies.
 
-    Those of sign·C + 2‖C‖I, whose eigenvalues lie in [1, 3]·‖C‖: ARPACK's tolerance, relative to
-    the eigenvalue, becomes one relative to ‖C‖ and can be met at λ = 0 too. Deflated ones go to 0.
+    Found from sign·C + 2‖C‖I with eigenvalues in [1, 3]·‖C‖: ARPACK's tolerance, relative to the
+    eigenvalue, can then be met at λ = 0 too. Deflated eigenvalues go to 0.
     """
     d, entries = operator.shape[0], like(operator)
     generator = np.random.default_rng(d)
@@ -126,12 +108,12 @@ def _greatest(operator: Operator, k: int, sign: int, tolerance: float, iteration
 def _arpack(
     matrix: LinearOperator,
     k: int,
-    generator: np.random.Generator,
+    random: np.random.Generator,
     tolerance: float,
     iterations: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greatest eigenvalues [k], descending, and vectors [d, k], one of each eigenspace for sure."""
-    start, seed = generator.standard_normal(matrix.shape[0]), {"rng": generator} if SEEDED else {}
+    start, seed = random.standard_normal(matrix.shape[0]), {"rng": random} if SEEDED else {}
     try:
         values, vectors = eigsh(
             matrix, k=k, which="LA", v0=start, tol=tolerance / 3, maxiter=iterations, **seed

@@ -1,4 +1,4 @@
-"""How good can a sum of r Kronecker products be, for every r at once."""
+"""Error of the best sum of r Kronecker products as a function of r, with intervals."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from .kronecker_svd import best_kronecker_errors, leading_kronecker
 def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None) -> list[Estimate]:
     """Relative error of the best sum of r Kronecker products, r = 1 ... ranks, with intervals.
 
-    (‖C‖² − Σ_{k<=r} σ_k²)^½ / ‖C‖ from one decomposition. Interval: bootstrap over the truth's
-    examples to first order, the singular vectors held fixed (they are stationary); none for a
-    truth without per-example terms.
+    (‖C‖² − Σ_{k<=r} σ_k²)^½ / ‖C‖. Interval: first-order bootstrap over the truth's examples, the
+    singular vectors held fixed (they are stationary); none without per-example terms.
 
     Raises: ValueError for ranks < 1 or a truth without Kronecker factors.
     """
@@ -41,7 +40,7 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
 
 
 def _by_term(truth: PerExampleTerms, leading: KroneckerSum) -> Tensor:
-    """Every example's inner product with every term, [r, N]."""
+    """Inner products of every term with every example, [r, N]."""
     if isinstance(truth, KroneckerTerms):
         return truth.inners_by_term(leading).T
     return torch.stack([truth.inners(term) for term in leading.terms])

@@ -1,4 +1,4 @@
-"""Kronecker singular values: the spectrum of a block rearranged by Van Loan and Pitsianis."""
+"""Best sums of Kronecker products: SVD of the block rearranged by Van Loan and Pitsianis."""
 
 import torch
 from torch import Tensor
@@ -13,20 +13,8 @@ REARRANGED_UP_TO = 2**24  # entries of a rearranged block that is decomposed in 
 TOLERANCE = 1e-4  # residual of a leading singular triple found from products alone
 
 
-def kronecker_singular_values(operator: Operator, block: Block | None = None) -> Tensor:
-    """All singular values [r] of the rearranged block, largest first.
-
-    ‖C‖_F² = Σ σ_k², and the best sum of r Kronecker products misses (Σ_{k>r} σ_k²)^½.
-
-    Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
-    """
-    if isinstance(operator, KroneckerTerms):
-        return operator.kronecker_svd.values
-    return torch.linalg.svdvals(_rearranged(operator, block))
-
-
 def leading_kronecker(operator: Operator, rank: int, block: Block | None = None) -> KroneckerSum:
-    """Σ_{k<=rank} σ_k left_k ⊗ right_k, the leading terms of C = Σ σ_k left_k ⊗ right_k.
+    """Best sum of `rank` Kronecker products, the leading terms of C = Σ σ_k left_k ⊗ right_k.
 
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
@@ -45,9 +33,7 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
 
 
 def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = None) -> Tensor:
-    """Relative error of the best sum of r Kronecker products for r = 1 ... ranks, [ranks].
-
-    (‖C‖² − Σ_{k<=r} σ_k²)^½ / ‖C‖, from one decomposition.
+    """Relative error (‖C‖² − Σ_{k<=r} σ_k²)^½ / ‖C‖ of the best sum for r = 1 ... ranks, [ranks].
 
     Raises: ValueError for a dense operator without a `block` that has one matrix [W, b].
     """
@@ -64,10 +50,7 @@ def best_kronecker_errors(operator: Operator, ranks: int, block: Block | None = 
 
 
 def _by_products(mean: LowRankTerms, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triples of R: X -> (1/N) Σ V X Vᵀ, [i, i] -> [o, o], by Lanczos.
-
-    Every product is two matrix products over all columns V of all examples, each [o, i].
-    """
+    """Leading singular triples of X -> (1/N) Σ V X Vᵀ, [i, i] -> [o, o], V [o, i], by Lanczos."""
     assert mean.factor_sizes is not None
     (o, i), V = mean.factor_sizes, mean.V
     wide = V.reshape(-1, o, i).movedim(1, 0).contiguous()  # [o, N·k, i]
@@ -110,6 +93,6 @@ def _decomposed(operator: Operator, block: Block | None) -> tuple[Tensor, Tensor
 
 
 def _rearranged(operator: Operator, block: Block | None) -> Tensor:
-    """[o², i²]: row (o, p) holds the tile of output neurons o and p."""
+    """The block as [o², i²]: row (o, p) holds the tile of output neurons o and p."""
     o, i = _factor_sizes(operator, block)
     return dense(operator).reshape(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)

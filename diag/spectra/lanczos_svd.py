@@ -1,12 +1,11 @@
-"""Leading singular triples of a map known by its products: Golub and Kahan's Lanczos process."""
+"""Leading singular triples of a map known by its products, by Golub-Kahan-Lanczos."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Map = Callable[[Tensor], Tensor]
+from ..operators.structures import Map
 
 MOST_STEPS = 300
 
@@ -25,11 +24,9 @@ def leading_triples(
 ) -> Triples:
     """The `rank` greatest singular triples of `forward`, [n] -> [m]; `backward` is its transpose.
 
-    One product with each a step, all vectors kept orthogonal; stops when every residual
-    ‖Aᵀu − σv‖ is below tolerance times the greatest value (a value then errs by the square of that
-    over its distance to the others) or nothing is left to find: fewer triples than asked for come
-    back from a map of lower rank. Of a value that occurs several times exactly one triple is found,
-    as in every Lanczos process from one start.
+    One product with each a step, fully re-orthogonalised, until every residual ‖Aᵀu − σv‖ is below
+    tolerance times the greatest value. A map of lower rank gives fewer triples, a repeated value
+    exactly one.
 
     Raises: RuntimeError when MOST_STEPS are not enough.
     Source: Golub and Van Loan 2013, section 10.4.
@@ -52,12 +49,8 @@ def leading_triples(
         if betas[-1] <= floor or (
             len(found.values) == rank and found.residuals.max() <= tolerance * found.values[0]
         ):
-            return Triples(
-                found.values,
-                found.left @ torch.stack(lefts),
-                found.right @ torch.stack(rights),
-                found.residuals,
-            )
+            left, right = found.left @ torch.stack(lefts), found.right @ torch.stack(rights)
+            return found._replace(left=left, right=right)
         rights.append(v / betas[-1])
     raise RuntimeError(
         f"{MOST_STEPS} Lanczos steps left a residual of {found.residuals.max():.2g} among the "
@@ -66,7 +59,7 @@ def leading_triples(
 
 
 def orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """The part of a vector outside the span of an orthonormal basis; twice, to lose no digits."""
+    """Component of a vector orthogonal to an orthonormal basis, projected twice for accuracy."""
     for _ in range(2 if basis else 0):
         known = torch.stack(basis)
         vector = vector - known.T @ (known @ vector)
@@ -74,7 +67,7 @@ def orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 def _ritz(alphas: list[Tensor], betas: list[Tensor], rank: int) -> Triples:
-    """Triples of the bidiagonal matrix so far, and how far Aᵀu is from σv for each."""
+    """Singular triples of the bidiagonal matrix so far, with residuals ‖Aᵀu − σv‖."""
     small = torch.diag(torch.stack(alphas))
     if len(alphas) > 1:
         small = small + torch.diag(torch.stack(betas[:-1]), 1)

@@ -1,7 +1,7 @@
-"""The pair C + λI, B + μI: determinants, inverses, and the eigenvalues of one seen by the other.
+"""Determinants, inverses and generalised eigenvalues of a pair C + λI, B + μI.
 
-A truth with fewer columns F [d, r] than rows is thin: C = F Fᵀ, and every question here is answered
-through r x r matrices and solves with B. Any other truth is taken densely.
+Of a thin truth, C = F Fᵀ with F [d, r] and r < d, through r x r matrices and solves with B; of any
+other densely.
 """
 
 from functools import singledispatch
@@ -41,7 +41,7 @@ STEPS = "step_cosine, step_quality, decrease_efficiency and inverse_secant_consi
 
 
 def within_reach(truth: Operator, metric: str) -> Operator:
-    """The truth as these questions are best asked of it: by its columns where it is thin.
+    """The truth in the form for this module: LowRankTerms where it is thin.
 
     Raises: ValueError where the metric would need a dense matrix over the memory budget.
     """
@@ -60,12 +60,12 @@ def within_reach(truth: Operator, metric: str) -> Operator:
 
 
 def is_thin(truth: Operator) -> bool:
-    """Whether C is held by so few columns that its dense matrix need not be formed."""
+    """Whether C = F Fᵀ with so few columns that its dense matrix need not be formed."""
     return isinstance(truth, LowRankTerms) and _few(truth.n * truth.V.shape[1], truth.shape[0])
 
 
 def _by_columns(a: Tensor, roots: Tensor) -> LowRankTerms:
-    """The mean of R_nᵀR_n ⊗ a_n a_nᵀ from its columns r_nk ⊗ a_n."""
+    """The mean of R_nᵀR_n ⊗ a_n a_nᵀ by its columns r_nk ⊗ a_n."""
     return LowRankTerms(torch.einsum("nko,ni->nkoi", roots, a).flatten(2))
 
 
@@ -75,10 +75,7 @@ def _few(columns: int, d: int) -> bool:
 
 @singledispatch
 def log_determinant(operator: Any, damping: float) -> float | None:
-    """Log-determinant of operator + damping·I, None where that is not positive definite.
-
-    From the eigenvalues where structure gives them, else from a dense Cholesky factor (kept).
-    """
+    """Log-determinant of operator + damping·I, None where that is not positive definite."""
     root = cholesky(operator, damping)
     return None if root is None else 2 * root.diagonal().log().sum().item()
 
@@ -95,7 +92,7 @@ for _structure in (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, LowRank
 def inverses(
     truth: Operator, damping: float, approximation: Operator, added: float
 ) -> tuple[Operator, Operator]:
-    """P = (B + μI)⁻¹ and Q = (C + λI)⁻¹: matrices, but solving operators for a thin truth.
+    """P = (B + μI)⁻¹ and Q = (C + λI)⁻¹: Dense, or Solved for a thin truth.
 
     Raises: torch.linalg.LinAlgError for a singular matrix.
     """
@@ -112,7 +109,7 @@ def inverses(
 
 
 def inner_with(truth: Operator, other: Operator) -> float:
-    """<C, other>, by way of the examples where the truth is made of them."""
+    """<C, other>, as a mean over examples where the truth has per-example terms."""
     return (
         truth.inners(other).mean().item()
         if isinstance(truth, PerExampleTerms)
@@ -145,7 +142,7 @@ def share_between(
 ) -> float:
     """Share of the eigenvalues of (B + μI)^-½ (C + λI) (B + μI)^-½ between two positive ends.
 
-    Raises: diag.preconditioned.NotPositiveDefiniteError where B + μI is not positive definite.
+    Raises: NotPositiveDefiniteError where B + μI is not positive definite.
     """
     if is_thin(truth):
         if eigenvalues(approximation)[0] + added <= 0:
@@ -161,11 +158,11 @@ def share_between(
 def count_below(
     truth: Operator, damping: float, approximation: Operator, added: float, end: float
 ) -> int:
-    """How many eigenvalues t of C + λI = t(B + μI) are below `end`, for a thin C.
+    """Number of eigenvalues t of C + λI = t(B + μI) below `end`, for a thin C.
 
-    As many as F Fᵀ + E has negative ones, E = λI - end·(B + μI) (Sylvester's law of inertia). They
-    are counted by way of [[-I, Fᵀ], [F, E]], whose inertia is that of -I and F Fᵀ + E as well as
-    that of E and -I - Fᵀ E⁻¹ F, by its two Schur complements.
+    As many as F Fᵀ + E has negative ones, E = λI - end·(B + μI) (Sylvester's law of inertia).
+    [[-I, Fᵀ], [F, E]] has, by its two Schur complements, the inertia of -I and F Fᵀ + E, and that
+    of E and -I - Fᵀ E⁻¹ F, from which they are counted.
     """
     assert isinstance(truth, LowRankTerms)
     F = truth.columns.T

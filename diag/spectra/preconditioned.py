@@ -1,6 +1,5 @@
-"""Extreme eigenvalues of a truth seen through an approximation."""
+"""Extreme eigenvalues of a truth preconditioned by an approximation, B^-½ (C + λI) B^-½."""
 
-from collections.abc import Callable
 from functools import singledispatch
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from ..operators import (
     solver,
 )
 from ..operators.eigen import KroneckerEigen
+from ..operators.structures import Map
 
 DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
 INVERTED_UP_TO = 6000  # up to here many products with a dense inverse are fastest
@@ -31,13 +31,13 @@ TOLERANCE = 1e-4  # relative residual of a Lanczos pair; bounds the error of its
 class Root(NamedTuple):
     """B^½ and B^-½ as functions of [d] or [d, k]; `like` has their dtype and device."""
 
-    apply: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
+    apply: Map
+    inverse: Map
     like: Tensor
 
 
 class PencilPair(NamedTuple):
-    """An eigenvalue of B^-½ (C + λI) B^-½ and x = B^-½ v, so that x·(C + λI)x = value."""
+    """An eigenvalue of B^-½ (C + λI) B^-½ and x = B^-½ v, with x·(C + λI)x = value."""
 
     value: float
     x: Tensor
@@ -109,15 +109,13 @@ def _(operator: Damped, damping: float) -> Root:
 
 
 class NotPositiveDefiniteError(ValueError):
-    """A damped matrix has an eigenvalue that is not positive."""
+    """Raised where a damped matrix has an eigenvalue that is not positive."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} is not positive definite; a larger damping makes it so")
 
 
-def _root(
-    values: Tensor, basis: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
-) -> Root:
+def _root(values: Tensor, basis: Map, back: Map) -> Root:
     if values.min() <= 0:
         raise NotPositiveDefiniteError("the damped approximation")
     up, down = Diagonal(values.sqrt()), Diagonal(values.rsqrt())
@@ -129,8 +127,8 @@ def preconditioned_extremes(
 ) -> tuple[PencilPair, PencilPair]:
     """Least and greatest eigenpairs of B^-½ (C + damping·I) B^-½, given B's root.
 
-    All of them up to d = 400, else by Lanczos: the greatest from products with C, the least as the
-    greatest of the inverse.
+    By full decomposition up to d = 400, else by Lanczos: the greatest from products with C, the
+    least as the greatest of the inverse.
 
     Raises: NotPositiveDefiniteError where C + damping·I is not positive definite.
     """
@@ -138,15 +136,11 @@ def preconditioned_extremes(
     if d <= DENSE_UP_TO:
         matrix = root.inverse(root.inverse(dense(Damped(truth, damping))).T)
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        least, greatest = (
-            _pair(values[0], vectors[:, 0], root),
-            _pair(values[-1], vectors[:, -1], root),
-        )
+        least, greatest = (_pair(values[at], vectors[:, at], root) for at in (0, -1))
     else:
         undo = _inverse(truth, damping)
-        greatest = _lanczos(
-            lambda v: root.inverse(Damped(truth, damping) @ root.inverse(v)), d, root
-        )
+        damped = Damped(truth, damping)
+        greatest = _lanczos(lambda v: root.inverse(damped @ root.inverse(v)), d, root)
         inverse = _lanczos(lambda v: root.apply(undo(root.apply(v))), d, root)
         # the pair's x belongs to B^-½ v of the same v, whichever matrix v was found from
         least = PencilPair(1 / inverse.value, inverse.x)
@@ -155,8 +149,8 @@ def preconditioned_extremes(
     return least, greatest
 
 
-def _inverse(truth: Operator, damping: float) -> Callable[[Tensor], Tensor]:
-    """(C + damping·I)⁻¹ as a function: a dense matrix up to d = INVERTED_UP_TO, else by solving."""
+def _inverse(truth: Operator, damping: float) -> Map:
+    """The function (C + damping·I)⁻¹, from a dense inverse up to d = INVERTED_UP_TO."""
     if truth.shape[0] > INVERTED_UP_TO:
         return solver(truth, damping)
     undone = dense_inverse(truth, damping)
@@ -169,7 +163,7 @@ def _pair(value: Tensor, vector: Tensor, root: Root) -> PencilPair:
     return PencilPair(value.item(), root.inverse(vector))
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], d: int, root: Root) -> PencilPair:
+def _lanczos(product: Map, d: int, root: Root) -> PencilPair:
     """Greatest eigenpair of a symmetric product, by ARPACK from a fixed start vector."""
 
     def matvec(v: np.ndarray) -> np.ndarray:

@@ -1,32 +1,32 @@
-"""The greatest eigenvalue of a preconditioned curvature, by products alone: are steps too long?
+"""Preconditioned sharpness λ_max(P C), from products with C and P, and its stability limit.
 
-For a symmetric C and a positive definite P the eigenvalues of P C are real. They are found by a
-Lanczos process in the inner product of P⁻¹, which needs products with C and P, no root of either:
-w_j and u_j = P w_j are kept, with w_i · u_j = δ_ij, and T_ij = u_i · C u_j.
+Lanczos in the inner product of P⁻¹ keeps w_j and u_j = P w_j with w_i · u_j = δ_ij, and
+T_ij = u_i · C u_j.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..operators import Operator, like
+from ..operators.structures import Map
 from .preconditioned import NotPositiveDefiniteError
 
-SPACE = 12  # vectors kept; more are a restart from the best combination of these
+SPACE = 12  # vectors kept, from whose best combination a restart goes on
 
 
 class NotFiniteError(ValueError):
-    """A product with the curvature or with the preconditioner is not finite."""
+    """Raised where a product with the curvature or the preconditioner is not finite."""
 
 
 class Sharpest(NamedTuple):
-    """Greatest eigenvalue of P C, u [d] with P C u = value u and u · P⁻¹u = 1, and P⁻¹u [d].
+    """Greatest eigenvalue of P C, its u [d] with u · P⁻¹u = 1, and the dual P⁻¹u [d].
 
-    residual: ‖P C u − value u‖ in the norm of P⁻¹, which bounds the value's error. products: with
-    C and P that it took.
+    residual: ‖P C u − value u‖ in the norm of P⁻¹, a bound of the value's error. products: number
+    of products with C and P.
     """
 
     value: float
@@ -38,20 +38,18 @@ class Sharpest(NamedTuple):
 
 def sharpest(
     curvature: Operator,
-    precondition: Callable[[Tensor], Tensor],
+    precondition: Map,
     start: Tensor | None = None,
     tolerance: float = 1e-3,
     products: int = 200,
 ) -> Sharpest:
-    """The algebraically greatest eigenvalue of P C, whose square root of P is not needed.
+    """The algebraically greatest eigenvalue of P C for a symmetric C.
 
     precondition: v [d] -> P v, symmetric and positive definite. start: [d], a guess of P⁻¹u such as
-    `dual` of the step before; a fixed random vector unless given. tolerance: of the residual,
-    relative to the greatest eigenvalue in size. products: at most; what was reached by then is
-    returned with its residual.
+    `dual` of the step before; by default a fixed random vector. tolerance: of the residual,
+    relative to the greatest |eigenvalue|. products: at most.
 
-    Raises: NotPositiveDefiniteError (a ValueError) where P shows on the vectors met that it is
-    not; NotFiniteError (a ValueError) where C or P is not finite.
+    Raises: NotPositiveDefiniteError or NotFiniteError (ValueErrors), found on the vectors met.
     Source: Parlett 1998, "The symmetric eigenvalue problem", chapter 15 (Lanczos for a pair); as a
     measure of stability Cohen et al. 2022, arXiv:2207.14484 ("preconditioned sharpness").
 
@@ -73,11 +71,10 @@ def sharpest(
         w = found.dual
 
 
-def side_by_side(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
-    """Return v [d] -> what the operators make of its parts; [d_i, d_i] each, Σ d_i = d.
+def side_by_side(operators: Sequence[Operator]) -> Map:
+    """The map v [d] -> products of operators [d_i, d_i] with its parts, Σ d_i = d.
 
-    The preconditioner of a group of layers, in their order: `sharpest` of the whole model's
-    curvature sees what the layers do together.
+    It is the preconditioner of a group of layers, in their order, for `sharpest`.
 
     >>> from kronscope.diag.operators import Diagonal
     >>> P = side_by_side([Diagonal(torch.tensor([2.0])), Diagonal(torch.tensor([3.0, 4.0]))])
@@ -94,12 +91,12 @@ def side_by_side(operators: Sequence[Operator]) -> Callable[[Tensor], Tensor]:
 
 def _space(
     curvature: Operator,
-    precondition: Callable[[Tensor], Tensor],
+    precondition: Map,
     w: Tensor,
     tolerance: float,
     products: int,
 ) -> tuple[Sharpest, bool]:
-    """The best of one Krylov space, and whether a restart from it is wanted."""
+    """The best of one Krylov space, and whether it needs a restart."""
     duals, vectors, T = [], [], torch.zeros(SPACE, SPACE, dtype=torch.float64)
     u = precondition(w)
     length = _length(w, u)
@@ -138,10 +135,10 @@ def _length(w: Tensor, u: Tensor) -> float:
 
 
 def stability_limit(momentum: float) -> float:
-    """Greatest lr · λ_max(P C) at which averaged momentum is stable on a quadratic.
+    """Greatest stable lr · λ_max(P C) of averaged momentum on a quadratic, 2 (1 + β) / (1 − β).
 
-    2 (1 + β) / (1 − β) for m <- β m + (1 − β) g, θ <- θ − lr P m; with heavy-ball momentum
-    (m <- β m + g) it is (1 − β) times that.
+    For m <- β m + (1 − β) g, θ <- θ − lr P m; with heavy-ball momentum (m <- β m + g) it is (1 − β)
+    times that.
 
     Raises: ValueError for a momentum outside [0, 1).
     Source: the roots of z² − (1 + β − (1 − β) lr λ) z + β leave the unit disc at z = −1

@@ -1,4 +1,4 @@
-"""Truths of many blocks from one sweep back through the network."""
+"""Truths of many blocks from one back-propagation of the loss roots."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ from .low_rank_terms import LowRankTerms
 
 
 def by_rows(problem: Problem, block: Block) -> QualifiedLayer | None:
-    """The layer that sees one row per example of which the block is (a part of) [W, b], if any."""
+    """The layer with one row per example whose [W, b], or some rows of it, the block is, if any."""
     member = block.single
     if member is None or not member.w_bar or member.columns:
         return None
@@ -28,7 +28,7 @@ def by_rows(problem: Problem, block: Block) -> QualifiedLayer | None:
 
 
 def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> int:
-    """What the truth of a block takes, as assembled here from these roots."""
+    """Memory of a block's truth assembled from these roots."""
     each, k = problem.model.get_parameter(block.parameters[0]).element_size(), count(roots)
     if by_rows(problem, block) is None:
         positions = (
@@ -42,7 +42,7 @@ def size_in_bytes(problem: Problem, block: Block, roots: Diagonals | Outer) -> i
 def assembled(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, KroneckerTerms | LowRankTerms]:
-    """The truths of the blocks, given the roots of the curvature at the outputs."""
+    """The truths of the blocks from the loss roots."""
     collectors = {block: _collector(problem, block, roots) for block in blocks}
     joint = any(len(block.members) > 1 for block in blocks)
     return _collected(problem, collectors, roots, joint=joint)
@@ -51,10 +51,7 @@ def assembled(
 def columns(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, LowRankTerms]:
-    """The same with every block as a LowRankTerms, its columns V [N, k, d] formed.
-
-    The k-th columns of all blocks belong together: V_aᵀ V_b is the block between a and b.
-    """
+    """Every block as LowRankTerms V [N, k, d]; V_aᵀ V_b is then the block between a and b."""
     collectors = {block: _Columns(problem, block) for block in blocks}
     return _collected(problem, collectors, roots, joint=True)
 
@@ -62,7 +59,7 @@ def columns(
 def _collected(
     problem: Problem, collectors: dict, roots: Diagonals | Outer, *, joint: bool
 ) -> dict:
-    """One sweep, what comes back given to every block's collector."""
+    """One back-propagation whose results go to every block's collector."""
     known = layers(problem)
     members = [member for block in collectors for member in block.members]
     names = {m.module for m in members if _by_layer(problem, m)}
@@ -101,14 +98,11 @@ def _collector(problem: Problem, block: Block, roots: Diagonals | Outer) -> "_Ro
 
 
 class _Rows:
-    """Collects a KroneckerTerms: inputs, and curvatures at the outputs in the smallest form."""
+    """Collector of KroneckerTerms: inputs, and curvatures at the outputs in the smallest form."""
 
     def __init__(self, problem: Problem, member: Member, last: Tensor | None) -> None:
-        self.module, self.member, self.n = (
-            problem.model.get_submodule(member.module),
-            member,
-            problem.n,
-        )
+        self.module = problem.model.get_submodule(member.module)
+        self.member, self.n = member, problem.n
         self.outputs = slice(*member.rows) if member.rows else slice(None)
         self.values = None if last is None else last[:, self.outputs]
         self.a: list[Tensor] = []
@@ -116,7 +110,7 @@ class _Rows:
         self.packed: Tensor | None = None
 
     def add(self, chunk: Chunk, _pulled: dict[str, Tensor]) -> None:
-        """Take in what came back from some examples."""
+        """Add a chunk of examples."""
         found = chunk.layers[self.member.module]
         self.a.append(patches(self.module, found.x[0])[:, 0, 0, columns_of(self.member)])
         if self.values is not None:
@@ -131,7 +125,7 @@ class _Rows:
         self.packed[chunk.rows] = pack(roots.mT @ roots)
 
     def finish(self) -> KroneckerTerms:
-        """The operator."""
+        """The operator of all chunks."""
         if self.values is not None:
             left: BatchedSymmetric = Diagonals(self.values)
         elif self.packed is not None:
@@ -142,7 +136,7 @@ class _Rows:
 
 
 class _Columns:
-    """Collects a LowRankTerms: each example's columns, member after member."""
+    """Collector of LowRankTerms: each example's columns, member after member."""
 
     def __init__(self, problem: Problem, block: Block) -> None:
         self.problem, self.block = problem, block
@@ -151,7 +145,7 @@ class _Columns:
         self.by_position = _by_position(problem, block)
 
     def add(self, chunk: Chunk, pulled: dict[str, Tensor]) -> None:
-        """Take in what came back from some examples."""
+        """Add a chunk of examples."""
         found = [self._member(member, chunk, pulled) for member in self.block.members]
         self.V.append(torch.cat(found, dim=2).movedim(0, 1).contiguous())
         if self.by_position:
@@ -167,16 +161,15 @@ class _Columns:
         return member.cut(w_bar[..., columns_of(member)]).flatten(2)
 
     def finish(self) -> LowRankTerms:
-        """The operator."""
+        """The operator of all chunks."""
         member = self.block.single
         sizes = member.matrix_shape if member is not None and member.w_bar else None
         if not self.by_position:
             return LowRankTerms(torch.cat(self.V), None, sizes)
         assert member is not None
         module = self.problem.model.get_submodule(member.module)
-        return LowRankTerms(
-            torch.cat(self.V), partial(joined_positions, module, member, self.returned), sizes
-        )
+        positions = partial(joined_positions, module, member, self.returned)
+        return LowRankTerms(torch.cat(self.V), positions, sizes)
 
 
 def _by_position(problem: Problem, block: Block) -> bool:

@@ -1,12 +1,9 @@
-"""The exact block of a linear layer as a mean over examples, and all that follows from its Gram.
+"""Kronecker terms: the exact block of a Linear layer with one row per example.
 
-A pre-activation is linear in its weights, so with one row per example a layer's block is exactly
+    C = (1/N) Σ_n C_n ⊗ a_n a_nᵀ
 
-    C = (1/N) Σ_n C_n ⊗ a_n a_nᵀ,
-
-C_n [out, out] the curvature of example n's loss with respect to the pre-activation, a_n [in+1] the
-layer's input with 1 appended. Norms, errors, Kronecker singular values and sampling noise need only
-inner products between these terms, never a d x d matrix.
+C_n [out, out] is the curvature of example n's loss with respect to the pre-activation, a_n [in+1]
+the layer input with 1 appended. The block is exact because z = W_bar a is linear in W_bar.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,17 +41,14 @@ from ..operators.batched import (
 from ..operators.dtypes import made_of
 from ..operators.eigen import KroneckerEigen, Spectral
 from ..operators.forms import to_dense
-from ..operators.structures import by_columns
-from .per_example import PerExampleTerms
+from ..operators.structures import by_columns, square
+from .per_example import PerExampleTerms, mean_inner
 
 THIN_UP_TO = 2**24  # entries of the packed terms up to which they are factorised themselves
 
 
 class KroneckerTerms(PerExampleTerms):
-    """The operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ, from a [N, i] and C [N, o, o] (each symmetric).
-
-    C may be a BatchedSymmetric: packed, as roots, or as diagonals (one block per output neuron).
-    """
+    """Operator (1/N) Σ_n C_n ⊗ a_n a_nᵀ from a [N, i] and C, a BatchedSymmetric or [N, o, o]."""
 
     def __init__(self, a: Tensor, C: Tensor | BatchedSymmetric) -> None:
         self.a = a
@@ -68,7 +62,7 @@ class KroneckerTerms(PerExampleTerms):
 
     @property
     def C(self) -> Tensor:
-        """Every C_n in full, [N, o, o]; large for wide layers: `left` answers most questions."""
+        """Every C_n in full, [N, o, o]; large for wide layers."""
         return self.left.matrices()
 
     @property
@@ -76,11 +70,7 @@ class KroneckerTerms(PerExampleTerms):
         """(o, i): the sizes of a Kronecker product's factors."""
         return self.left.size, self.a.shape[1]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(o·i, o·i)."""
-        d = self.left.size * self.a.shape[1]
-        return (d, d)
+    shape = square(lambda self: self.left.size * self.a.shape[1])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         o, i = self.factor_sizes
@@ -119,7 +109,7 @@ class KroneckerTerms(PerExampleTerms):
         return keep(self, "gram", lambda: self.gram_left * self.gram_right)
 
     def inners(self, other: Operator) -> Tensor:
-        """<C_n ⊗ a_n a_nᵀ, other> for every example, [N], never forming [d, d] of the terms."""
+        """<C_n ⊗ a_n a_nᵀ, other> for every example, [N]."""
         a, (o, i) = self.a, self.factor_sizes
         if isinstance(other, Kronecker):
             return self.left.inners(other.left) * ((a @ other.right.to(a)) * a).sum(1)
@@ -133,17 +123,15 @@ class KroneckerTerms(PerExampleTerms):
             return (cross_gram(self.left, other.left) * across).mean(1)
         if isinstance(other, BlockDiagonal) and self._per_output(other):
             return (self.left.diagonals() * _quadratics(a, other.blocks)).sum(1)
-        if isinstance(other, LowRank):
-            factor = other.factor.reshape(o, i, -1).to(a)
-            projected = torch.einsum("oik,ni->nok", factor, a)
-            return (projected * self.left.apply(projected)).sum((1, 2))
+        if isinstance(other, LowRank | Spectral):
+            basis = other.factor if isinstance(other, LowRank) else other.basis
+            projected = torch.einsum("oik,ni->nok", basis.reshape(o, i, -1).to(a), a)
+            squares = (projected * self.left.apply(projected)).sum(1)
+            return squares.sum(1) if isinstance(other, LowRank) else squares @ other.values.to(a)
         if isinstance(other, KroneckerEigen):
             U, W, scale = (t.to(a) for t in (other.left_basis, other.right_basis, other.scale))
             bent = (U * self.left.apply(U.expand(self.n, -1, -1))).sum(1)  # u·C_n u, [N, o]
             return (bent * ((a @ W).square() @ scale.T)).sum(1)
-        if isinstance(other, Spectral):
-            projected = torch.einsum("oik,ni->nok", other.basis.reshape(o, i, -1).to(a), a)
-            return (projected * self.left.apply(projected)).sum(1) @ other.values.to(a)
         if isinstance(other, Damped):
             traces = self.left.diagonals().sum(1) * a.square().sum(1)
             return self.inners(other.base) + other.damping * traces
@@ -166,6 +154,14 @@ class KroneckerTerms(PerExampleTerms):
         i = self.a.shape[1]
         return other.order is None and all(b.shape == (i, i) for b in other.blocks)
 
+    @property
+    def column_gram(self) -> Tensor:
+        """Gram matrix of the columns r_nk ⊗ a_n / √N, [N·k, N·k], float64, for `left` as Outer."""
+        assert isinstance(self.left, Outer)
+        flat, k = self.left.roots.flatten(0, 1), self.left.roots.shape[1]
+        inputs = (self.a @ self.a.T).repeat_interleave(k, 0).repeat_interleave(k, 1)
+        return ((flat @ flat.T) * inputs).double() / self.n
+
     @cached_property
     def kronecker_svd(self) -> "KroneckerSVD":
         """Singular values and vectors of the rearranged block (Van Loan and Pitsianis 1993)."""
@@ -173,14 +169,15 @@ class KroneckerTerms(PerExampleTerms):
         return _by_thin_factors(self) if small else _by_gram(self)
 
     def covariance_square(self) -> float:
-        """‖C − G ⊗ A‖²: C less G ⊗ A is mean_n dC_n ⊗ dA_n, and keeps its digits when small."""
-        return keep(self, "covariance", self._covariance_square)
+        """‖C − G ⊗ A‖², from C − G ⊗ A = mean_n dC_n ⊗ dA_n without cancellation."""
 
-    def _covariance_square(self) -> float:
-        return (self.left.centred_gram() * centred(self.gram_right)).mean().item()
+        def compute() -> float:
+            return (self.left.centred_gram() * centred(self.gram_right)).mean().item()
+
+        return keep(self, "covariance", compute)
 
     def covariance_inner(self, other: Kronecker) -> float:
-        """<C − G ⊗ A, other>: the covariance over examples of the two factors' inner products."""
+        """<C − G ⊗ A, other>, the covariance over examples of the factors' inner products."""
         left = self.left.inners(other.left).double()
         right = ((self.a @ other.right.to(self.a)) * self.a).sum(1).double()
         return ((left - left.mean()) * (right - right.mean())).mean().item()
@@ -193,16 +190,16 @@ made_of(Diagonals, "values")
 
 
 def _quadratics(a: Tensor, blocks: Tensor | Sequence[Tensor]) -> Tensor:
-    """a_n·block_o a_n for every example and block, [N, o]; some blocks at a time."""
+    """a_n·block_o a_n for every example and block, [N, o]."""
     some = max(1, 2**22 // a.numel())
     parts = [torch.stack(list(blocks[j : j + some])) for j in range(0, len(blocks), some)]
     return torch.cat([((a @ part.to(a)) * a).sum(2) for part in parts]).T
 
 
 class KroneckerSVD(NamedTuple):
-    """C rearranged = Σ_k values_k left_k right_kᵀ; the vectors as weights over the examples.
+    """Rearranged C = Σ_k values_k vec(left_k) vec(right_k)ᵀ, values [r] descending.
 
-    values [r] descending; left [r, N] so that left_k = Σ_n left_kn C_n, right [r, N] likewise.
+    left(rank): [rank, o, o], right(rank): [rank, i, i].
     """
 
     values: Tensor
@@ -211,10 +208,7 @@ class KroneckerSVD(NamedTuple):
 
 
 def _by_thin_factors(mean: KroneckerTerms) -> KroneckerSVD:
-    """From thin factorisations Pᵀ = U R_P, Qᵀ = V R_Q: small values keep their full accuracy.
-
-    The rearranged block is PᵀQ/N with rows P_n = vec C_n and Q_n = vec a_n a_nᵀ.
-    """
+    """SVD of PᵀQ/N, rows P_n = vec C_n, Q_n = vec a_n a_nᵀ, by QR: small values keep accuracy."""
     o, i = mean.factor_sizes
     U, R_P = _thin(pack(mean.C).T)
     V, R_Q = _thin(pack(mean.a[:, :, None] * mean.a[:, None, :]).T)
@@ -227,7 +221,7 @@ def _by_thin_factors(mean: KroneckerTerms) -> KroneckerSVD:
 
 
 def _by_gram(mean: KroneckerTerms) -> KroneckerSVD:
-    """From the N x N Gram matrices alone: values to 1e-8 of the largest, factors by weighting."""
+    """The same from N x N Gram matrices: values to 1e-8 of the largest."""
     (P, R_P), (Q, R_Q) = (_gram_root(gram) for gram in (mean.gram_left, mean.gram_right))
     left, values, right = torch.linalg.svd(R_P @ R_Q.T / mean.n, full_matrices=False)
     return KroneckerSVD(
@@ -254,19 +248,16 @@ def _thin(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 @to_dense.register
 def _(operator: KroneckerTerms) -> Tensor:
-    """One product of packed halves, [o(o+1)/2, N] x [N, i(i+1)/2], then re-ordered.
-
-    Both factors are symmetric, so a quarter of the arithmetic of [o², N] x [N, i²] is enough.
-    """
+    """One product of packed halves, [o(o+1)/2, N] x [N, i(i+1)/2], then re-ordered."""
     if isinstance(operator.left, Diagonals):
         return torch.block_diag(*output_blocks(operator))
     o, i = operator.factor_sizes
     rows, columns = torch.triu_indices(o, o, device=operator.a.device)
     first, second = torch.triu_indices(i, i, device=operator.a.device)
-    products = _taken(operator.a, first).mul_(_taken(operator.a, second))
+    products = _selected(operator.a, first).mul_(_selected(operator.a, second))
     halves = empty(products, len(rows), len(first))
     torch.mm(operator.C[:, rows, columns].T, products, out=halves).div_(operator.n)
-    tiles = _taken(halves, positions(i, halves.device).flatten()).view(-1, i, i)
+    tiles = _selected(halves, positions(i, halves.device).flatten()).view(-1, i, i)
     matrix = empty(tiles, o, i, o, i)
     view = matrix.transpose(1, 2)  # [o, o, i, i]
     view[rows, columns] = tiles
@@ -275,12 +266,12 @@ def _(operator: KroneckerTerms) -> Tensor:
 
 
 def output_blocks(mean: KroneckerTerms) -> Tensor:
-    """The exact sub-blocks of the output neurons, mean_n C_n[o, o] a_n a_nᵀ, [o, i, i]."""
+    """Exact sub-blocks of the output neurons, mean_n C_n[o, o] a_n a_nᵀ, [o, i, i]."""
     weights = mean.left.diagonals().T  # [o, N]
     return (weights[:, None, :] * mean.a.T) @ mean.a / mean.n
 
 
-def _taken(matrix: Tensor, columns: Tensor) -> Tensor:
+def _selected(matrix: Tensor, columns: Tensor) -> Tensor:
     """matrix[:, columns], in memory from `empty`."""
     found = empty(matrix, len(matrix), len(columns))
     return torch.index_select(matrix, 1, columns, out=found)
@@ -292,25 +283,5 @@ def _(operator: KroneckerTerms) -> Tensor:
     return (weights.T @ operator.a.square() / operator.n).reshape(-1)
 
 
-@inner_rule(KroneckerTerms, KroneckerTerms)
-def _(first: KroneckerTerms, second: KroneckerTerms) -> Tensor:
-    if first is second:
-        return first.gram.mean()
-    return first.inners(second).mean()
-
-
-def _mean_inner(first: KroneckerTerms, second: Operator) -> Tensor:
-    return first.inners(second).mean()
-
-
-for _structure in (
-    Kronecker,
-    KroneckerSum,
-    KroneckerEigen,
-    Diagonal,
-    BlockDiagonal,
-    LowRank,
-    Spectral,
-    Damped,
-):
-    inner_rule(KroneckerTerms, _structure)(_mean_inner)
+_KNOWN = (Kronecker, KroneckerSum, KroneckerEigen, Diagonal, BlockDiagonal, LowRank, Spectral)
+inner_rule(KroneckerTerms, KroneckerTerms, *_KNOWN, Damped)(mean_inner)

@@ -1,8 +1,7 @@
-"""The exact GGN or Fisher of any block as a mean over examples of V_n V_nᵀ, low-rank each.
+"""Low-rank terms: the exact GGN or Fisher of any block as a mean over examples of V_n V_nᵀ.
 
-A layer that uses its weights at many positions, a group of layers, an embedding, a norm: each
-example's curvature is V_n V_nᵀ with as many columns as the loss has directions of curvature at the
-outputs. All questions are answered from inner products between columns.
+V_n [d, k] has as many columns as the loss has directions of curvature at the outputs. The form
+suits shared weights, groups of layers, embeddings and norms.
 """
 
 from collections.abc import Callable
@@ -29,18 +28,18 @@ from ..operators.batched import squared_blocks
 from ..operators.dtypes import conversion, convert, made_of
 from ..operators.eigen import KroneckerEigen, Spectral
 from ..operators.forms import to_dense
+from ..operators.structures import square
 from .kronecker_terms import KroneckerTerms
-from .per_example import PerExampleTerms
+from .per_example import PerExampleTerms, mean_inner
 
 AT_ONCE = 2**24  # floats of columns another operator is applied to at a time
 
 
 class LowRankTerms(PerExampleTerms):
-    """The operator (1/N) Σ_n Σ_k V_nk V_nkᵀ with V [N, k, d].
+    """Operator (1/N) Σ_n Σ_k V_nk V_nkᵀ with V [N, k, d].
 
-    positions: makes a layer's inputs and roots by position, V_nk = Σ_t b_nkt a_ntᵀ, where they are
-    known; inner products then take the cheaper way.
-    factor_sizes: (o, i) where the block is one matrix [W, b], for Kronecker questions.
+    positions: returns the layer's a_nt and b_nkt, V_nk = Σ_t b_nkt a_ntᵀ; the Gram matrix then
+    takes the cheaper way. factor_sizes: (o, i) of a block that is one matrix [W, b].
     """
 
     def __init__(
@@ -59,10 +58,7 @@ class LowRankTerms(PerExampleTerms):
         """Number of examples."""
         return len(self.V)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (self.V.shape[2], self.V.shape[2])
+    shape = square(lambda self: self.V.shape[2])
 
     @property
     def columns(self) -> Tensor:
@@ -85,7 +81,7 @@ class LowRankTerms(PerExampleTerms):
 
     @cached_property
     def column_gram(self) -> Tensor:
-        """FFᵀ [N·k, N·k], float64: C has the same eigenvalues, but for zeros."""
+        """FFᵀ [N·k, N·k], float64; it has the nonzero eigenvalues of C."""
         flat = self.V.flatten(0, 1)
         return (flat @ flat.T).double() / self.n
 
@@ -107,10 +103,7 @@ def _quadratics(V: Tensor, other: Operator) -> Tensor:
 
 
 def cheaper_by_position(positions: Positions) -> bool:
-    """Whether inner products through positions take less arithmetic than through parameters.
-
-    Per pair of examples, k²·o·i through parameters; T²·(i + k²·(o + 1)) through positions.
-    """
+    """Whether T²·(i + k²·(o + 1)), the arithmetic by position, is below k²·o·i by parameter."""
     (_, T, i), (_, k, _, o) = positions.a.shape, positions.b.shape
     return T**2 * (i + k**2 * (o + 1)) < k**2 * o * i
 
@@ -148,26 +141,5 @@ def _(operator: LowRankTerms) -> Tensor:
     return operator.V.square().sum((0, 1)) / operator.n
 
 
-@inner_rule(LowRankTerms, LowRankTerms)
-def _(first: LowRankTerms, second: LowRankTerms) -> Tensor:
-    return first.gram.mean() if first is second else first.inners(second).mean()
-
-
-def _mean_inner(first: LowRankTerms, second: Operator) -> Tensor:
-    return first.inners(second).mean()
-
-
-for _structure in (
-    Dense,
-    Tensor,
-    Kronecker,
-    KroneckerSum,
-    Diagonal,
-    BlockDiagonal,
-    LowRank,
-    KroneckerEigen,
-    Spectral,
-    Damped,
-    KroneckerTerms,
-):
-    inner_rule(LowRankTerms, _structure)(_mean_inner)
+_KNOWN = (Kronecker, KroneckerSum, KroneckerEigen, Diagonal, BlockDiagonal, LowRank, Spectral)
+inner_rule(LowRankTerms, LowRankTerms, KroneckerTerms, *_KNOWN, Damped, Dense, Tensor)(mean_inner)

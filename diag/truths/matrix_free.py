@@ -1,31 +1,26 @@
-"""A truth known by its products alone, for blocks too large to hold."""
-
-from collections.abc import Callable
+"""MatrixFree: a truth known by its products with vectors, for blocks too large to hold."""
 
 import torch
 from torch import Tensor
 
 from ..operators.dtypes import Converted, conversion, made_of
 from ..operators.forms import to_dense
-from ..operators.structures import by_columns
+from ..operators.structures import Map, by_columns, square
 
 
 class MatrixFree:
-    """The operator of a function that multiplies rows [k, d]; n examples are behind it.
+    """Operator of a function that multiplies rows [k, d]; n examples are behind it.
 
-    Norms and errors of it are estimates from random probes, with intervals.
+    Its norms and errors are estimates from random probes.
     """
 
-    def __init__(self, rows: Callable[[Tensor], Tensor], like: Tensor, n: int) -> None:
+    def __init__(self, rows: Map, like: Tensor, n: int) -> None:
         self._rows = rows
         self.like = like  # [d], the dtype and device of its vectors
         self.n = n
         self.kept: dict = {}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, d)."""
-        return (len(self.like), len(self.like))
+    shape = square(lambda self: len(self.like))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -36,7 +31,7 @@ class MatrixFree:
         return by_columns(lambda rows: self._rows(rows.to(self.like)).detach(), v)
 
 
-made_of(MatrixFree, "like")  # its function is of a problem's own copy, which stays as it is
+made_of(MatrixFree, "like")  # its function belongs to a problem's own copy, which never changes
 
 
 @conversion.register

@@ -8,12 +8,12 @@ from ..operators import Operator
 
 
 class PerExampleTerms(ABC):
-    """An operator C = (1/N) Σ_n T_n with symmetric terms T_n [d, d] that are never formed.
+    """Operator C = (1/N) Σ_n T_n with symmetric terms T_n [d, d] that are never formed.
 
-    Norms, errors, sampling noise and intervals are made of the inner products below alone.
+    Norms, errors, sampling noise and intervals follow from the inner products below.
     """
 
-    kept: dict  # what was derived, for the next question
+    kept: dict  # results of earlier questions
 
     @property
     @abstractmethod
@@ -40,3 +40,8 @@ class PerExampleTerms(ABC):
 
     @abstractmethod
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+
+def mean_inner(first: PerExampleTerms, second: Operator) -> Tensor:
+    """<C, second> as the mean over examples: the rule of `inner` for per-example terms."""
+    return first.gram.mean() if first is second else first.inners(second).mean()

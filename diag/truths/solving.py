@@ -1,11 +1,8 @@
-"""Solves with truths of any size: densely, in the space of the samples, or from products alone.
+"""Linear solves with truths of any size: dense, by Woodbury, or by conjugate gradients.
 
-A truth of few columns, C = FᵀF with F [m, d] and m < d, is inverted where it is small, by Woodbury:
-(C + λI)⁻¹ = (I − Fᵀ (FFᵀ + λI)⁻¹ F) / λ. What is neither small nor of few columns is solved by
-conjugate gradients.
+Woodbury is for truths of few columns, C = FᵀF with F [m, d] and m < d:
+(C + λI)⁻¹ = (I − Fᵀ (FFᵀ + λI)⁻¹ F) / λ.
 """
-
-from collections.abc import Callable
 
 import torch
 from scipy.sparse.linalg import cg
@@ -14,7 +11,7 @@ from torch import Tensor
 from ..operators import Damped, Operator, like, to_scipy
 from ..operators.batched import Outer
 from ..operators.solving import dense_solver, solver_rule
-from ..operators.structures import by_columns
+from ..operators.structures import Map, by_columns
 from .kronecker_terms import KroneckerTerms
 from .low_rank_terms import LowRankTerms
 from .matrix_free import MatrixFree
@@ -24,15 +21,13 @@ COLUMNS_UP_TO = 12_000  # m; FFᵀ and its factor then stay near 2 GiB
 RESIDUAL = {torch.float64: 1e-10, torch.float32: 1e-5}
 MOST_PRODUCTS = 5000
 
-Solve = Callable[[Tensor], Tensor]
-
 
 class NotSolvedError(ArithmeticError):
     """Conjugate gradients did not reach the residual asked for."""
 
 
 @solver_rule(LowRankTerms)
-def _(operator: LowRankTerms, damping: float) -> Solve:
+def _(operator: LowRankTerms, damping: float) -> Map:
     m, d = operator.V.shape[0] * operator.V.shape[1], operator.shape[0]
     if damping > 0 and m < d and m <= COLUMNS_UP_TO:
         F = operator.columns
@@ -41,7 +36,7 @@ def _(operator: LowRankTerms, damping: float) -> Solve:
 
 
 @solver_rule(KroneckerTerms)
-def _(operator: KroneckerTerms, damping: float) -> Solve:
+def _(operator: KroneckerTerms, damping: float) -> Map:
     d = operator.shape[0]
     if d <= DENSE_UP_TO:
         return dense_solver(operator, damping)
@@ -53,17 +48,14 @@ def _(operator: KroneckerTerms, damping: float) -> Solve:
 
 
 @solver_rule(MatrixFree)
-def _(operator: MatrixFree, damping: float) -> Solve:
+def _(operator: MatrixFree, damping: float) -> Map:
     return _by_products(operator, damping)
 
 
-def _in_sample_space(operator: KroneckerTerms, R: Tensor, damping: float) -> Solve:
-    """Woodbury with the columns r_nk ⊗ a_n, which are never formed."""
+def _in_sample_space(operator: KroneckerTerms, R: Tensor, damping: float) -> Map:
+    """Woodbury with the columns r_nk ⊗ a_n, without forming them."""
     (n, k, o), a = R.shape, operator.a
     scale = n**-0.5
-    flat = R.flatten(0, 1)
-    inputs = (a @ a.T).repeat_interleave(k, 0).repeat_interleave(k, 1)
-    gram = ((flat @ flat.T) * inputs).double() / n
 
     def project(v: Tensor) -> Tensor:  # [d, c] -> [n·k, c]
         W = v.T.reshape(-1, o, a.shape[1])
@@ -73,11 +65,11 @@ def _in_sample_space(operator: KroneckerTerms, R: Tensor, damping: float) -> Sol
         bent = torch.einsum("nko,nkc->con", R, u.reshape(n, k, -1))
         return scale * (bent @ a).flatten(1).T
 
-    return _woodbury(project, expand, gram, damping)
+    return _woodbury(project, expand, operator.column_gram, damping)
 
 
-def _woodbury(project: Solve, expand: Solve, gram: Tensor, damping: float) -> Solve:
-    """Apply (FᵀF + λI)⁻¹ given F, Fᵀ and FFᵀ, by the Cholesky factor of FFᵀ + λI."""
+def _woodbury(project: Map, expand: Map, gram: Tensor, damping: float) -> Map:
+    """The function applying (FᵀF + λI)⁻¹ given F, Fᵀ and FFᵀ."""
     shifted = gram.clone()
     shifted.diagonal().add_(damping)
     factor = torch.linalg.cholesky(shifted)
@@ -91,8 +83,8 @@ def _woodbury(project: Solve, expand: Solve, gram: Tensor, damping: float) -> So
     return solve
 
 
-def _by_products(operator: Operator, damping: float) -> Solve:
-    """Conjugate gradients, column by column; raises where they do not converge."""
+def _by_products(operator: Operator, damping: float) -> Map:
+    """Conjugate gradients, column by column. Raises: NotSolvedError."""
     matrix, entries = to_scipy(Damped(operator, damping)), like(operator)
     residual = RESIDUAL[entries.dtype]
 

@@ -19,14 +19,15 @@ from kronscope.diag.operators import (
     dense,
 )
 from kronscope.diag.randomized.estimators import (
-    frobenius_norm_estimate,
-    frobenius_squared,
     hutch_pp_trace,
     hutchinson_diagonal,
     hutchinson_trace,
+    xtrace,
+)
+from kronscope.diag.randomized.frobenius import (
+    frobenius_squared,
     inner_estimate,
     relative_error_estimate,
-    xtrace,
 )
 from kronscope.diag.randomized.probes import (
     ProbeEstimate,
@@ -39,7 +40,7 @@ from kronscope.diag.randomized.probes import (
 
 SEEDS = 400
 TRACES = (hutchinson_trace, hutch_pp_trace, xtrace)
-OF_ONE = (*TRACES, hutchinson_diagonal, frobenius_squared, frobenius_norm_estimate)
+OF_ONE = (*TRACES, hutchinson_diagonal, frobenius_squared)
 
 
 def symmetric(k: int) -> Tensor:
@@ -190,12 +191,12 @@ def test_frobenius():
     values, _, share = sweep(lambda g: frobenius_squared(C, 20, g), square)
     assert unbiased(values, square)
     assert COVERS[0] < share < COVERS[1]
-    roots, errors, share = sweep(lambda g: frobenius_norm_estimate(C, 20, g), C.norm().item())
+    roots, errors, share = sweep(lambda g: rooted(frobenius_squared(C, 20, g)), C.norm().item())
     assert COVERS[0] < share < COVERS[1]
     torch.testing.assert_close(roots, values.sqrt())
     spread = errors.square().mean().sqrt() / roots.std()
     assert spread.item() == pytest.approx(1, abs=0.15)
-    assert frobenius_norm_estimate(C, 20_000).value == pytest.approx(C.norm().item(), rel=0.02)
+    assert rooted(frobenius_squared(C, 20_000)).value == pytest.approx(C.norm().item(), rel=0.02)
 
 
 def test_inner_products():

@@ -25,7 +25,7 @@ from kronscope.diag import (
 )
 from kronscope.diag.operators.batched import Outer
 from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
-from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values, leading_kronecker
+from kronscope.diag.spectra.kronecker_svd import leading_kronecker
 from kronscope.diag.spectra.lanczos_svd import leading_triples
 from kronscope.diag.spectra.preconditioned import preconditioned_extremes, square_root
 from kronscope.diag.truths.kronecker_terms import KroneckerTerms
@@ -54,7 +54,7 @@ def test_kronecker_svd_by_both_routes(classifier, monkeypatch, of, thin_up_to):
     for block in classifier.blocks():
         truth = exact.truth(classifier, block, of)
         expected = torch.linalg.svdvals(rearranged(dense(truth), truth.factor_sizes))
-        found = kronecker_singular_values(truth)
+        found = truth.kronecker_svd.values
         count = min(len(found), len(expected))
         torch.testing.assert_close(  # a Gram matrix squares: half the digits near zero
             found[:count], expected[:count], rtol=0, atol=1e-7 * expected[0].item()

@@ -9,7 +9,7 @@ from torch import nn
 from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
 from kronscope.diag.registry import metric
 from kronscope.diag.spectra.kronecker_rank import best_kronecker_curve
-from kronscope.diag.spectra.kronecker_svd import kronecker_singular_values
+from kronscope.diag.spectra.kronecker_svd import leading_kronecker
 from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 from kronscope.diag.truths.low_rank_terms import LowRankTerms
 
@@ -230,7 +230,7 @@ def numbers(problem, block):
     estimates += best_kronecker_curve(truth, 3)
     found = [end for e in estimates for end in (e.value, e.low, e.high)]
     assert not any(map(math.isnan, found))
-    return [*found, *kronecker_singular_values(truth)[:3].tolist()]
+    return [*found, *leading_kronecker(truth, 3).left.flatten(1).norm(dim=1).tolist()]
 
 
 def test_what_is_asked_on_a_gpu_is_defined_here_too(network_of_all):
