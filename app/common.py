@@ -30,7 +30,7 @@ DRAWING = RLock()  # matplotlib's text layout is not safe between threads
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A run as the views see it."""
 
     folder: Path
@@ -88,9 +88,9 @@ def _list(run: str, stamped: Stamp) -> pd.DataFrame:  # noqa: ARG001 - part of t
     return records.list_matrices(Path(run))
 
 
-def load(run: Path) -> Run:
+def load(run: Path) -> LoadedRun:
     """Return the run with its records, read again only when there are new ones."""
-    return Run(run, records.read_header(run), _read(str(run), stamp(run)))
+    return LoadedRun(run, records.read_header(run), _read(str(run), stamp(run)))
 
 
 def count(run: Path) -> int:
@@ -115,7 +115,7 @@ def pictures(path: str) -> dict[str, np.ndarray]:
         return {}
 
 
-def open_run() -> Run:
+def open_run() -> LoadedRun:
     """Let the reader pick a run and return it; explain and stop where there is nothing to show."""
     folders = {folder.name: folder for folder in run_folders()}
     if not folders:
@@ -134,7 +134,7 @@ def open_run() -> Run:
     return run
 
 
-def _explain(run: Run) -> None:
+def _explain(run: LoadedRun) -> None:
     """Say what is unusual about the run."""
     status = str(run.header.get("status", "unknown"))
     if not run.header:
@@ -163,7 +163,7 @@ def _follow(run: Path, seen: Stamp) -> None:
         st.rerun()
 
 
-def say_nothing_compared(run: Run, what: str) -> None:
+def say_nothing_compared(run: LoadedRun, what: str) -> None:
     """Say that `what` of the page is not there, and whether it may come."""
     if run.header.get("status") == "running":
         st.info(f"This run has compared nothing yet; {what} with the first comparison.")
@@ -209,7 +209,7 @@ def draw(figure: Figure) -> None:
     st.image(picture)
 
 
-def show_table(run: Run, table: pd.DataFrame) -> None:
+def show_table(run: LoadedRun, table: pd.DataFrame) -> None:
     """Show a table whose columns are metrics, with their definitions as tooltips."""
     config = {
         name: st.column_config.TextColumn(summaries.label(name), help=run.about(name))

@@ -28,7 +28,7 @@ DAMPING = 1e-4  # so small that conjugate gradients do not end before they are t
 
 
 @dataclass(frozen=True)
-class Cost:
+class IterationCost:
     """Seconds of a CG iteration and of a step of SGD-momentum beside it, medians; their products.
 
     flops: of an iteration and of such a step. once: what a step costs beside its iterations.
@@ -73,7 +73,7 @@ def thirds(model: nn.Module) -> list[list[str]]:
 
 def measured(
     name: str, problem: TrainingProblem, x: Tensor, blocks: list[list[str]] | None
-) -> Cost:
+) -> IterationCost:
     """Time steps of few and of many iterations, and of SGD-momentum, in turn.
 
     Raises: RuntimeError if conjugate gradients ended before they were told to.
@@ -89,7 +89,7 @@ def measured(
     a, b = statistics.median(few), statistics.median(many)
     iteration = (b - a) / (MANY - FEW)
     flops = (_flops(lambda: step(FEW + 1)) - _flops(lambda: step(FEW)), _flops(sgd))
-    return Cost(name, iteration, a - FEW * iteration, statistics.median(gradient), flops)
+    return IterationCost(name, iteration, a - FEW * iteration, statistics.median(gradient), flops)
 
 
 def _prepared(
@@ -137,7 +137,7 @@ def _flops(function: Callable[[], object]) -> int:
     return count.get_total_flops()
 
 
-def _table(costs: list[Cost], title: str) -> rich.table.Table:
+def _table(costs: list[IterationCost], title: str) -> rich.table.Table:
     columns = ("ms", "over SGD-m", "target", "over plain", "target", "products", "once")
     plain, rows = costs[0], []
     for cost in costs:

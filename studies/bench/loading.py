@@ -26,7 +26,7 @@ DOMINATES = 0.5  # of a step
 
 
 @dataclass(frozen=True)
-class Cost:
+class LoadingCost:
     """Medians of the seconds in which a problem's batch is loaded and a whole step is done."""
 
     name: str
@@ -72,7 +72,7 @@ def _held(found: data.Data) -> Callable[[], data.Data]:
     return lambda: found
 
 
-def measured(problem: TrainingProblem, steps: int = STEPS) -> Cost:
+def measured(problem: TrainingProblem, steps: int = STEPS) -> LoadingCost:
     """Time the loading of each batch, and the step that loads and uses it."""
     settings = training.Settings(problem, YARDSTICK, training.FOREVER)
     loads: list[float] = []
@@ -87,10 +87,10 @@ def measured(problem: TrainingProblem, steps: int = STEPS) -> Cost:
         training.batch(state, settings)
         loads.append(time.perf_counter() - begun)
     load, whole = statistics.median(loads[BEFORE:]), statistics.median(wholes[BEFORE + 1 :])
-    return Cost(problem.name, state.batch, load, whole)
+    return LoadingCost(problem.name, state.batch, load, whole)
 
 
-def _table(costs: Sequence[Cost], left_out: Sequence[str]) -> rich.table.Table:
+def _table(costs: Sequence[LoadingCost], left_out: Sequence[str]) -> rich.table.Table:
     title = f"loading a batch, {YARDSTICK} with momentum, float32, two threads"
     columns, rows = ("problem", "batch", "loading, ms", "step, ms", "share", "target"), []
     for cost in costs:

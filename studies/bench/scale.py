@@ -36,7 +36,7 @@ COLUMNS = ("kfac", "kbfgs", "mini_block", "diagonal", "best r=1", "best r=10", "
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScaleResult:
     """One measurement: cells by layer, and what it cost."""
 
     title: str
@@ -65,7 +65,7 @@ def scale() -> Group:
     return Group(*(_errors(each) for each in found), summary)
 
 
-def _cost(each: Measured) -> list[str]:
+def _cost(each: ScaleResult) -> list[str]:
     floor = f"{each.floor:.1f} ({each.flops / 1e9:,.0f} GFLOP at {each.rate / 1e9:.0f} GFLOP/s)"
     ratio = f"{each.seconds / each.floor:.2f}"
     return [each.title, f"{each.seconds:.1f}", floor, ratio, f"{each.peak:.2f}"]
@@ -92,7 +92,7 @@ def trained_autoencoder() -> tuple[dict[str, Tensor], dict[str, Operator]]:
 
 def measured_autoencoder(
     trained: tuple[dict[str, Tensor], dict[str, Operator]], examples: int
-) -> Measured:
+) -> ScaleResult:
     """All eight layers on the first training examples, float32."""
     parameters, curvatures = trained
     setting = problems.get("mnist-autoencoder")
@@ -108,7 +108,7 @@ def measured_autoencoder(
     return timed(title, measure)
 
 
-def measured_resnet(examples: int) -> Measured:
+def measured_resnet(examples: int) -> ScaleResult:
     """All 31 convolutions of ResNet32 after a few steps of SGD that set its batch norms, float32.
 
     On a part of CIFAR-10. K-BFGS is replayed on the problem's data.
@@ -133,7 +133,7 @@ def measured_resnet(examples: int) -> Measured:
     return timed(title, measure)
 
 
-def timed(title: str, measure: Callable[[], dict[str, dict[str, str]]]) -> Measured:
+def timed(title: str, measure: Callable[[], dict[str, dict[str, str]]]) -> ScaleResult:
     """Run a measurement, count its matrix products, and time large ones before and after."""
     before, count = rate_of_products(), counter()
     start = time.perf_counter()
@@ -142,7 +142,7 @@ def timed(title: str, measure: Callable[[], dict[str, dict[str, str]]]) -> Measu
     seconds = time.perf_counter() - start
     rate = (before + rate_of_products()) / 2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Measured(title, found, seconds, count.get_total_flops(), rate, peak)
+    return ScaleResult(title, found, seconds, count.get_total_flops(), rate, peak)
 
 
 def rate_of_products(size: int = 2048, repeats: int = 8) -> float:
@@ -177,6 +177,6 @@ def _cell(error: Estimate) -> str:
     return f"{error.value:.3g} [{error.low:.3g}, {error.high:.3g}]"
 
 
-def _errors(each: Measured) -> rich.table.Table:
+def _errors(each: ScaleResult) -> rich.table.Table:
     rows = [[layer, *(row[name] for name in COLUMNS)] for layer, row in each.cells.items()]
     return Table("", ("layer", *COLUMNS), rows).for_terminal(each.title)

@@ -38,7 +38,7 @@ SPIKE = 1.4
 
 
 @dataclass(frozen=True)
-class Cost:
+class StepCost:
     """What an optimizer's steps cost.
 
     seconds, yardstick: mean of a step, its own and SGD-momentum's beside it. spike: the slowest of
@@ -82,7 +82,7 @@ def threads(count: int) -> Iterator[None]:
 
 def measured(
     name: str, problem: TrainingProblem, x: Tensor, t: Tensor, rounds: int = ROUNDS
-) -> Cost:
+) -> StepCost:
     """Time whole refresh periods of an optimizer between as many steps of SGD-momentum.
 
     Of each place in the period the least over the rounds counts.
@@ -101,7 +101,7 @@ def measured(
     if not torch.isfinite(loss):
         raise RuntimeError(f"the loss of '{name}' is {loss.item()}: its steps cannot be timed")
     places, reference = (torch.tensor(rows).amin(0) for rows in (timed, plain))
-    return Cost(
+    return StepCost(
         name,
         float(places.mean()),
         float(reference.mean()),
@@ -180,7 +180,7 @@ def _tensors(thing: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _table(costs: list[Cost], title: str) -> rich.table.Table:
+def _table(costs: list[StepCost], title: str) -> rich.table.Table:
     """One row per optimizer, the cheapest first, its target beside it."""
     arithmetic = next(cost.flops for cost in costs if cost.name == YARDSTICK)
     columns = ("ms", "over SGD-m", "target", f"slowest (≤ {SPIKE})", "products", "floats")

@@ -107,7 +107,8 @@ def study(
         str | None, typer.Option(help="Tuned: times the recommended damping, commas between.")
     ] = None,
     adam_lr_factors: Annotated[
-        str | None, typer.Option(help="As lr-factors, of Adam, in studies that have it beside.")
+        str | None,
+        typer.Option(help="As lr-factors, of Adam, in studies that have it beside others."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes side by side, with one thread each.")
@@ -212,16 +213,16 @@ def train(
 ) -> None:
     """Train a problem; records and a checkpoint after every epoch."""
     from ..experiments import train as runs
-    from ..measuring.during_training import Alongside
+    from ..measuring.during_training import DuringTraining
     from .progress import bars
 
-    beside = None if measure is None else Alongside(measure)
+    during = None if measure is None else DuringTraining(measure)
     given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs or None, "seed": seed}
     given |= {"batch_size": batch_size, "device": device, "lr": lr, "damping": damping}
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = runs.settings(problem, chosen, resume)
     with bars(console) as progress:
-        outcome = runs.train(settings, results, progress, resume, beside)
+        outcome = runs.train(settings, results, progress, resume, during)
     console.print(runs.table(outcome.frame).for_terminal())
     if outcome.measuring:
         console.print(outcome.measuring)
@@ -275,7 +276,8 @@ def dashboard(
     console.print(f"dashboard: [bold]http://localhost:{port}[/] (stop with Ctrl-C)")
     flags = ["--server.headless=true", f"--server.port={port}", "--browser.gatherUsageStats=false"]
     flags += ["--server.address=localhost", "--client.toolbarMode=viewer"]
-    command = [sys.executable, "-m", "streamlit", "run", page.origin, *flags]
+    # -P: a kronscope.py or a streamlit/ in the folder of the user is not what is meant
+    command = [sys.executable, "-P", "-m", "streamlit", "run", page.origin, *flags]
     try:
         subprocess.run([*command, "--", "--results", str(results)], check=False)
     except KeyboardInterrupt:

@@ -14,12 +14,12 @@ from ..reports.comparison_tables import METRICS, end
 from ..reports.summaries import number
 from ..results.tables import Table
 
-Run = pd.DataFrame
+Losses = pd.DataFrame
 COLUMNS = ("run", "settings", "updates", "train loss", "test loss", "test acc.", "ms / update")
 FEWER, CHEAP, RISE = 8.0, 1.1, 1.05  # "about ten times", "as much as", "rises"
 
 
-def table(runs: Mapping[str, Sequence[Run]], settings: Mapping[str, str], epochs: int) -> Table:
+def table(runs: Mapping[str, Sequence[Losses]], settings: Mapping[str, str], epochs: int) -> Table:
     """Where each run ended, in order; without empty columns."""
     rows = []
     for name, own in runs.items():
@@ -36,7 +36,7 @@ def table(runs: Mapping[str, Sequence[Run]], settings: Mapping[str, str], epochs
     return Table(caption, COLUMNS, rows).without_empty_columns()
 
 
-def fewer_updates(small: Sequence[Run], block: Sequence[Run]) -> str:
+def fewer_updates(small: Sequence[Losses], block: Sequence[Losses]) -> str:
     """Block HF in large batches gets as far as Adam in small ones, in ten times fewer updates."""
     losses = [median(_losses(run)[-1] for run in own) for own in (small, block)]
     claim = (
@@ -54,7 +54,7 @@ def fewer_updates(small: Sequence[Run], block: Sequence[Run]) -> str:
     )
 
 
-def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]]) -> str:
+def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Losses], Sequence[Losses]]]) -> str:
     """Block HF does at least as well as plain HF at every curvature batch; (plain, block) each.
 
     A batch at which both diverge compares nothing.
@@ -77,7 +77,9 @@ def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]
     )
 
 
-def costs(adam: Sequence[Run], pairs: Mapping[int, tuple[Sequence[Run], Sequence[Run]]]) -> str:
+def costs(
+    adam: Sequence[Losses], pairs: Mapping[int, tuple[Sequence[Losses], Sequence[Losses]]]
+) -> str:
     """An update costs as much as plain HF's, and several times Adam's at the same batch."""
     over_plain = [seconds_per_update(b) / seconds_per_update(a) for a, b in pairs.values()]
     over_adam = [seconds_per_update(b) / seconds_per_update(adam) for _, b in pairs.values()]
@@ -88,7 +90,7 @@ def costs(adam: Sequence[Run], pairs: Mapping[int, tuple[Sequence[Run], Sequence
     )
 
 
-def late_rise(adam: Sequence[Run]) -> str:
+def late_rise(adam: Sequence[Losses]) -> str:
     """Adam's training loss rises late in large batches."""
     rise = median(_losses(run)[-1] / min(_losses(run)) for run in adam)
     return (
@@ -102,18 +104,18 @@ def verdict(holds: bool) -> str:
     return "holds" if holds else "does not hold"
 
 
-def seconds_per_update(runs: Sequence[Run]) -> float:
+def seconds_per_update(runs: Sequence[Losses]) -> float:
     """Median over the runs of training time over updates."""
     return median(run["seconds"].max() / max(1, run["step"].max()) for run in runs)
 
 
-def _losses(run: Run, metric: str = "train_loss") -> list[float]:
+def _losses(run: Losses, metric: str = "train_loss") -> list[float]:
     """By epoch; a run that diverged ends infinite."""
     values = run.loc[run["metric"] == metric, "value"].tolist()
     return [*values, np.inf] if run["ended"].iloc[0] else values
 
 
-def _updates(run: Run, loss: float) -> float:
+def _updates(run: Losses, loss: float) -> float:
     """Least updates after which the training loss was this low; infinite if it never was."""
     rows = run[(run["metric"] == "train_loss") & (run["value"] <= loss)]
     return float(rows["step"].min()) if len(rows) else np.inf

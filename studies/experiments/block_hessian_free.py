@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress
 
 from .. import problems
-from ..results import records
 from ..results.runs import running
 from ..training import trials
 from ..training.trials import Trial
@@ -76,8 +74,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     resume: the folder of an earlier run on the same problem; what it has trained is kept.
     Raises: ValueError for a folder of another study or problem.
     """
-    question = (__doc__ or "").partition("\n")[0]
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
+    with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)
         finals = train_best(grid, folder, tuned, progress)
         judge(grid, folder, finals, header)
@@ -125,8 +122,7 @@ def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
     """Train all candidates; {name: the best of its own}."""
     own = contenders(grid)
     trials.complete_all(folder, itertools.chain(*own.values()), grid.workers, "tuning", progress)
-    losses = {name: [trials.loss_at_the_end(folder, t) for t in own[name]] for name in own}
-    return {name: own[name][int(np.argmin(losses[name]))] for name in own}
+    return {name: trials.best(folder, found) for name, found in own.items()}
 
 
 def train_best(
@@ -149,14 +145,13 @@ def train_best(
     wanted = itertools.chain(*finals.values())
     trials.complete_all(folder, wanted, grid.workers, "best settings", progress)
     for name, own in finals.items():
-        rows = [row for trial in own for row in trials.rows(folder, trial, NAME, name)]
-        records.put(folder, name.replace(", ", "-").replace(" ", "-"), rows)
+        trials.record(folder, name.replace(", ", "-").replace(" ", "-"), NAME, {name: own})
     return finals
 
 
 def judge(grid: Grid, folder: Path, finals: dict[str, list[Trial]], header: dict[str, Any]) -> None:
     """Put the table and what the runs say of each claim into the header."""
-    runs = {name: [trials.read(folder, t) for t in own] for name, own in finals.items()}
+    runs = trials.read_all(folder, finals)
     settings = {name: _in_print(own[0]) for name, own in finals.items()}
     header["comparison"] = _hessian_free_claims.table(runs, settings, grid.budget).as_header()
     plain, block = KINDS.values()

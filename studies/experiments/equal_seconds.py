@@ -4,7 +4,6 @@ Each trains alone, on all cores, from the same start and with the same batches, 
 recommended settings, until the last of the given seconds; the clock stands while it is evaluated.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,8 +67,10 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     Raises: ValueError for a folder of another study or problem or of other `FIXED` settings, or for
     an unknown optimizer.
     """
-    question, config = (__doc__ or "").partition("\n")[0], dataclasses.asdict(grid)
-    with running(NAME, config, question, results, resume, FIXED) as (folder, header):
+    with running(NAME, vars(grid), __doc__, results, resume, FIXED) as (
+        folder,
+        header,
+    ):
         ended = header.setdefault("ended", {})
         task = progress.add_task("training", total=len(grid.optimizers))
         for name in grid.optimizers:
@@ -97,28 +98,27 @@ def train(folder: Path, grid: Grid, name: str, seed: int) -> str:
     Those of a seed before it, which diverged, are replaced.
 
     Raises: what comes up before the first evaluation, and what is none of the numbers'
-    (`training.IN_THE_NUMBERS`).
+    (`training.NUMERICAL_ERRORS`).
     """
     torch.set_num_threads(os.cpu_count() or 1)
     problem = problems.get(grid.problem)
     settings = training.Settings(problem, name, training.FOREVER, seed, device=grid.device)
-    shared = {"run": folder.name, "study": NAME, "problem": problem.name, "optimizer": name}
+    shared = {"run": folder.name, "study": NAME}
     rows: list[dict[str, Any]] = []
     try:
         for state in _at(grid.marks, settings):
-            place = {"seed": seed, "step": state.step, "epoch": state.epoch}
-            place["seconds"] = state.seconds
+            place = training.place(settings, state)
             for metric, value in training.evaluated(state, problem).items():
                 rows.append({**shared, **place, **loss_row(metric, value)})
             records.put(folder, name, rows)
-    except training.IN_THE_NUMBERS as error:
+    except training.NUMERICAL_ERRORS as error:
         if not rows:
             raise
         return str(error)
     return ""
 
 
-def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[training.State]:
+def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[training.TrainingState]:
     """The states before the first step and at the first step that ends after each mark."""
     due = list(marks)
     for state in training.steps(settings):

@@ -5,7 +5,6 @@ and approximations built from data, are held against the exact Hessian and GGN b
 """
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from rich.progress import Progress
 
 from .. import problems, training
 from ..measuring.measurement import Plan, definitions
-from ..measuring.snapshots import Measured, Snapshot, measure_all, take
-from ..results import options, provenance, records
+from ..measuring.snapshots import Snapshot, SnapshotRecords, measure_all, take
+from ..results import records
+from ..results.runs import running
 from ..training import checkpoints
 
 NAME = "error_along_training"
@@ -52,28 +52,18 @@ def run(grid: Grid, results: Path, progress: Progress) -> Path:
 
     Raises: ValueError as `options.options`.
     """
-    options.options(dataclasses.asdict(grid))
-    begun = time.perf_counter()
-    folder = records.new_run(results, NAME)
-    setting = problems.get(grid.problem)
-    plan = Plan(damping=setting.measure_damping, examples=grid.examples)
-    header = provenance.header(NAME, grid.problem, grid.device, dataclasses.asdict(grid))
-    header["metrics"] = definitions([*plan.metrics, "noise_floor"])
-    records.write_header(folder, header)
+    plan = Plan(damping=problems.get(grid.problem).measure_damping, examples=grid.examples)
     diverged: list[str] = []
-    try:
+    with running(NAME, vars(grid), __doc__, results, None) as (folder, header):
+        header["metrics"] = definitions([*plan.metrics, "noise_floor"])
+        records.write_header(folder, header)
         measuring = progress.add_task("measuring", total=grid.points * len(grid.optimizers))
         for found in measure_all(_snapshots(grid, plan, folder, progress, diverged), grid.workers):
             _write(folder, found)
             header["not_measured"] = found.left_out
             progress.advance(measuring)
-        header["status"] = "; ".join(diverged) or "finished"
-    except BaseException as error:
-        header["status"] = f"failed: {error or type(error).__name__}"
-        raise
-    finally:
-        header["seconds"] = time.perf_counter() - begun
-        records.write_header(folder, header)
+        if diverged:
+            header["status"] = "; ".join(diverged)
     return folder
 
 
@@ -88,7 +78,7 @@ def _snapshots(
         )
         try:
             yield from _trained(settings, grid, plan, progress)
-        except training.IN_THE_NUMBERS as error:
+        except training.NUMERICAL_ERRORS as error:
             diverged.append(f"diverged: {name}: {error}")
             if isinstance(error, training.DivergedError):
                 checkpoints.save_parameters(error.parameters, folder / f"last-finite-{name}.pt")
@@ -123,7 +113,7 @@ def measuring_steps(total: int, points: int) -> dict[int, int]:
     return {step: place for place, step in enumerate(sorted(places))}
 
 
-def _write(folder: Path, found: Measured) -> None:
+def _write(folder: Path, found: SnapshotRecords) -> None:
     named = [{**row, "run": folder.name, "study": NAME} for row in found.rows]
     records.append(folder, ({c: row[c] for c in records.COLUMNS} for row in named))
     for key, pictures in found.matrices:

@@ -91,8 +91,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     A training that diverges, or whose factors cannot be inverted, counts as infinitely bad.
     Raises: ValueError for a folder of another study or problem.
     """
-    question = (__doc__ or "").partition("\n")[0]
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
+    with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)
         finals = train_best(grid, folder, tuned, progress)
         header["comparison"] = compared(grid, folder, tuned, finals, progress).as_header()
@@ -120,12 +119,7 @@ def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
     own = {name: candidates(grid, name) for name in grid.optimizers}
     several = itertools.chain(*(found for found in own.values() if len(found) > 1))
     trials.complete_all(folder, several, grid.workers, "tuning", progress)
-    best = {name: found[0] for name, found in own.items()}
-    for name, found in own.items():
-        if len(found) > 1:
-            losses = [trials.loss_at_the_end(folder, trial) for trial in found]
-            best[name] = found[int(np.argmin(losses))]
-    return best
+    return {name: trials.best(folder, found) for name, found in own.items()}
 
 
 @dataclass(frozen=True)
@@ -160,8 +154,7 @@ def train_best(
     for name, found in own.items():
         shown = sorted(found, key=lambda trial: trial not in _converged(folder, found))
         finals[name] = Finals(sorted(shown[: grid.seeds], key=lambda t: t.seed), len(found))
-        rows = [row for t in finals[name].trials for row in trials.rows(folder, t, NAME, name)]
-        records.put(folder, name, rows)
+        trials.record(folder, name, NAME, {name: finals[name].trials})
     return finals
 
 
@@ -231,8 +224,6 @@ def add_published(
     for name in known:
         found = _published.rows(shared, name, per_epoch, grid.budget(name))
         records.put(folder, f"{name}-published", found)
-    runs = {
-        n: [trials.read(folder, t) for t in _converged(folder, finals[n].trials)] for n in known
-    }
+    runs = trials.read_all(folder, {n: _converged(folder, finals[n].trials) for n in known})
     last = max(grid.budget(name) for name in known)
     header["published"] = _published.table(grid.problem, runs, last).as_header()

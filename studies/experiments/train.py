@@ -15,7 +15,7 @@ from loky.process_executor import TerminatedWorkerError
 from rich.progress import Progress
 
 from .. import measuring, problems, training
-from ..measuring.during_training import Alongside
+from ..measuring.during_training import DuringTraining
 from ..results import options, provenance, records
 from ..results.records import loss_row
 from ..results.tables import Table
@@ -51,13 +51,13 @@ def train(
     results: Path,
     progress: Progress,
     resume: Path | None = None,
-    beside: Alongside | None = None,
+    during: DuringTraining | None = None,
 ) -> Outcome:
     """Train, writing losses and a checkpoint after every epoch; evaluation time is not counted.
 
     resume: the folder of an earlier run of the same settings, which then goes on in place, for more
     epochs or on another device if these differ.
-    beside: measures at ends of epochs; what it spent goes into the header.
+    during: measures at ends of epochs; what it spent goes into the header.
     A run that diverges keeps its records; the last parameters with a finite loss are in
     last-finite.pt and the header's status says so. SIGTERM ends the run after the step under way,
     with a checkpoint of that.
@@ -68,9 +68,9 @@ def train(
     options.device(settings.device)
     header = _header(settings) if resume is None else _header_again(resume, settings)
     folder = resume or records.new_run(results, NAME)
-    if beside is not None:
-        header["metrics"] = measuring.definitions([*beside.plan.metrics, "noise_floor"])
-        beside.resume(header.get("measuring", {}))
+    if during is not None:
+        header["metrics"] = measuring.definitions([*during.plan.metrics, "noise_floor"])
+        during.resume(header.get("measuring", {}))
     records.write_header(folder, header | {"status": "running"})
     status, diverged, begun = "finished", "", time.perf_counter()
     try:
@@ -81,9 +81,9 @@ def train(
                 # before measuring, which may be killed with the run or for its memory
                 checkpoints.save(state, folder / CHECKPOINT)
                 if new:
-                    records.append(folder, _rows(folder, settings, state, beside, losses))
-                    if beside is not None:
-                        header["measuring"] = beside.counters()
+                    records.append(folder, _rows(folder, settings, state, during, losses))
+                    if during is not None:
+                        header["measuring"] = during.counters()
                         records.write_header(folder, header | {"status": "running"})
     except Stopped as reason:
         status = f"stopped: {reason}"
@@ -91,7 +91,7 @@ def train(
         if not asked.is_set():
             raise
         status = "stopped: by SIGTERM while it was measuring; --resume goes on"
-    except training.IN_THE_NUMBERS as error:
+    except training.NUMERICAL_ERRORS as error:
         diverged = str(error)
         status = f"diverged: {diverged}"
         if isinstance(error, training.DivergedError):  # else the last checkpoint is good
@@ -102,7 +102,7 @@ def train(
     seconds = header["seconds"] + time.perf_counter() - begun
     records.write_header(folder, header | {"status": status, "seconds": seconds})
     frame = records.read(folder)
-    said = "" if beside is None else beside.summary(frame["seconds"].max())
+    said = "" if during is None else during.summary(frame["seconds"].max())
     return Outcome(folder, frame, diverged, status.startswith("stopped"), said)
 
 
@@ -183,7 +183,7 @@ def _epochs(
     resume: Path | None,
     progress: Progress,
     asked: Event,
-) -> Iterator[training.State]:
+) -> Iterator[training.TrainingState]:
     """The states at the ends of epochs, the start included.
 
     Raises: Stopped if the event is set, when the checkpoint is written.
@@ -207,23 +207,15 @@ def _last_step(folder: Path) -> int:
 def _rows(
     folder: Path,
     settings: training.Settings,
-    state: training.State,
-    beside: Alongside | None,
+    state: training.TrainingState,
+    during: DuringTraining | None,
     losses: dict[str, float],
 ) -> list[dict[str, Any]]:
     own = {"run": folder.name, "study": NAME}
-    measured = [] if beside is None or state.step == 0 else beside.rows(settings, state, losses)
+    measured = [] if during is None or state.step == 0 else during.rows(settings, state, losses)
     if measured:
         return [{**own, **row} for row in measured]
-    shared = {
-        **own,
-        "problem": settings.problem.name,
-        "optimizer": settings.optimizer,
-        "seed": settings.seed,
-        "step": state.step,
-        "epoch": state.epoch,
-        "seconds": state.seconds,
-    }
+    shared = {**own, **training.place(settings, state)}
     return [{**shared, **loss_row(name, value)} for name, value in losses.items()]
 
 

@@ -1,6 +1,6 @@
 """Measuring a training's curvature against the truth."""
 
-from .during_training import Alongside
+from .during_training import DuringTraining
 from .measurement import (
     Plan,
     definitions,
@@ -13,7 +13,7 @@ from .measurement import (
 )
 
 __all__ = [
-    "Alongside",
+    "DuringTraining",
     "Plan",
     "definitions",
     "layers",

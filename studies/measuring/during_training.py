@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..training.loop import Settings
-from ..training.state import State
+from ..training.state import TrainingState
 from . import measurement, snapshots
 
 # what costs little next to the training: no factorisation of a block
@@ -14,7 +14,7 @@ METRICS = ("relative_error", "relative_error_best_scale", "cosine")
 
 
 @dataclass
-class Alongside:
+class DuringTraining:
     """Measures GGN blocks of a run at some of its steps: the live approximations and KFAC's.
 
     Blocks of Linear layers and convolutions; which are not measured is in `summary`.
@@ -46,7 +46,7 @@ class Alongside:
     def allows(self, training: float) -> bool:
         """Whether another measurement stays within the share after `training` seconds.
 
-        >>> beside = Alongside(0.2, seconds=3.0, last=3.0)
+        >>> beside = DuringTraining(0.2, seconds=3.0, last=3.0)
         >>> beside.allows(20.0), beside.allows(24.0)
         (False, True)
         """
@@ -54,7 +54,7 @@ class Alongside:
         return spent <= self.share * (training + spent)
 
     def rows(
-        self, settings: Settings, state: State, losses: dict[str, float]
+        self, settings: Settings, state: TrainingState, losses: dict[str, float]
     ) -> list[dict[str, Any]]:
         """Rows without run and study, the losses among them; [] where it has to be left out.
 

@@ -20,7 +20,7 @@ from kronscope.diag import (
 )
 
 from ..results.records import difference_name, reduce_matrix
-from ..training.state import State
+from ..training.state import TrainingState
 
 UNDAMPED = "_undamped"
 
@@ -47,7 +47,7 @@ class Plan:
     examples: int = 256
 
 
-def live_curvatures(name: str, state: State) -> dict[str, dict[str, Operator]]:
+def live_curvatures(name: str, state: TrainingState) -> dict[str, dict[str, Operator]]:
     """What the optimizer holds, {approximation name: {block: operator}}; {} if it shows nothing.
 
     "<name>_live" is what it applies, P⁻¹ with its damping inside; "<name>_live_undamped" the

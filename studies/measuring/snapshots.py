@@ -20,8 +20,8 @@ from kronscope.diag import Operator, Problem
 from .. import problems
 from ..data import Data
 from ..results.records import loss_row
-from ..training.loop import Settings
-from ..training.state import State
+from ..training.loop import Settings, place
+from ..training.state import TrainingState
 from ..training.workers import shared_pool
 from . import measurement
 
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SnapshotRecords:
     """What came back: rows without run and study, matrices with their keys, blocks left out."""
 
     rows: list[dict[str, Any]]
@@ -51,20 +51,13 @@ class Measured:
 
 def take(
     settings: Settings,
-    state: State,
+    state: TrainingState,
     plan: measurement.Plan,
     losses: dict[str, float],
     keep_matrices: bool,
 ) -> Snapshot:
     """Copy out what measuring needs; losses as `training.evaluate` returns them."""
-    key = {
-        "problem": settings.problem.name,
-        "optimizer": settings.optimizer,
-        "seed": settings.seed,
-        "step": state.step,
-        "epoch": state.epoch,
-        "seconds": state.seconds,
-    }
+    key = place(settings, state)
     parameters = {n: t.detach().cpu().clone() for n, t in state.model.state_dict().items()}
     lives = _on_cpu(measurement.live_curvatures(settings.optimizer, state), settings.device)
     return Snapshot(key, parameters, lives, losses, plan, keep_matrices)
@@ -81,7 +74,7 @@ def _on_cpu(lives: Lives, device: str) -> Lives:
     return moved
 
 
-def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measured]:
+def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[SnapshotRecords]:
     """Measure snapshots as they come, in `workers` processes; results in order of completion.
 
     Taking the next snapshot waits while more than four per worker are queued.
@@ -100,7 +93,7 @@ def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[Measure
             future.cancel()
 
 
-def measure(snapshot: Snapshot) -> Measured:
+def measure(snapshot: Snapshot) -> SnapshotRecords:
     """All rows of one snapshot, computed with one thread."""
     torch.set_num_threads(1)
     setting = problems.get(snapshot.settings_key["problem"])
@@ -109,7 +102,7 @@ def measure(snapshot: Snapshot) -> Measured:
     rows += measurement.measure(problem, snapshot.plan, snapshot.lives)
     complete = [{**snapshot.settings_key, **row} for row in rows]
     pictures = _pictures(snapshot, problem) if snapshot.keep_matrices else []
-    return Measured(complete, pictures, measurement.not_measured(problem))
+    return SnapshotRecords(complete, pictures, measurement.not_measured(problem))
 
 
 def _pictures(

@@ -13,7 +13,7 @@ import pandas as pd
 from ..results.tables import Table
 from .summaries import number
 
-Run = pd.DataFrame
+Losses = pd.DataFrame
 Settings = Sequence[tuple[str, Any]]
 COLUMNS = (
     "optimizer",
@@ -32,7 +32,7 @@ METRICS = ("train_loss", "test_loss", "test_accuracy")
 
 
 @dataclass(frozen=True)
-class Row:
+class RankedRow:
     """One optimizer: its final training loss, by which rows are sorted, and its cells in print."""
 
     loss: float
@@ -42,11 +42,11 @@ class Row:
 def row(
     name: str,
     settings: str,
-    runs: Sequence[Run],
+    runs: Sequence[Losses],
     epochs: int,
-    paces: Sequence[Sequence[Run]],
+    paces: Sequence[Sequence[Losses]],
     tried: int = 0,
-) -> Row:
+) -> RankedRow:
     """Medians over the runs after their epochs, and of their ratios to SGD-momentum's pace.
 
     paces: for each of `runs` SGD-momentum's, from the same start and with the same batches.
@@ -64,10 +64,10 @@ def row(
     lost = tried - int(np.isfinite(ends["train_loss"]).sum())
     diverged = f"{lost} of {tried}" if lost else "–"
     cells = [name, settings, *values, diverged, number(float(middle["seconds"])), *ratios]
-    return Row(float(middle["train_loss"]), cells)
+    return RankedRow(float(middle["train_loss"]), cells)
 
 
-def end(run: Run, epochs: int) -> dict[str, float]:
+def end(run: Losses, epochs: int) -> dict[str, float]:
     """Where a run was after `epochs`: its losses are infinite if it did not get there."""
     rows = run[run["epoch"] == epochs].set_index("metric")
     found = {metric: rows["value"].get(metric, np.nan) for metric in METRICS}
@@ -78,7 +78,7 @@ def end(run: Run, epochs: int) -> dict[str, float]:
     return {**found, "step": rows["step"].iloc[0], "seconds": rows["seconds"].iloc[0]}
 
 
-def reached(paces: Sequence[Run], loss: float) -> dict[str, tuple[float, bool]]:
+def reached(paces: Sequence[Losses], loss: float) -> dict[str, tuple[float, bool]]:
     """Least steps and seconds with which any of the runs has this training loss, by unit.
 
     A pair: the number, and whether it was reached; where it was not, the number is a lower bound,
@@ -95,7 +95,7 @@ def reached(paces: Sequence[Run], loss: float) -> dict[str, tuple[float, bool]]:
     return found
 
 
-def median_ratio(ends: pd.DataFrame, paces: Sequence[Sequence[Run]], unit: str) -> str:
+def median_ratio(ends: pd.DataFrame, paces: Sequence[Sequence[Losses]], unit: str) -> str:
     """What SGD-momentum needed over what a run took, in print: the median, of two the lower."""
     found = []
     for (_, own), pace in zip(ends.iterrows(), paces, strict=True):
@@ -142,7 +142,7 @@ def point(values: Mapping[str, float]) -> str:
     return ", ".join(f"{SHORT.get(name, name)} {value:g}" for name, value in values.items())
 
 
-def table(rows: Sequence[Row], budget: str, seeds: int, longer: int) -> Table:
+def table(rows: Sequence[RankedRow], budget: str, seeds: int, longer: int) -> Table:
     """The whole table, the least loss first, without empty columns.
 
     budget: how long they were trained, in words. longer: times its own that SGD-momentum had.

@@ -23,7 +23,7 @@ COLUMNS = ("number", "threshold", "foretold", "false alarms", "steps ahead")
 
 
 @dataclass(frozen=True)
-class Run:
+class TracedRun:
     """One run: its number by step, and the step from which on its loss was wrong, if ever."""
 
     values: Mapping[int, float]
@@ -49,22 +49,22 @@ def wrong_steps(frame: pd.DataFrame) -> dict[int, int | None]:
     return found
 
 
-def runs(frame: pd.DataFrame, chosen: pd.Series) -> dict[int, Run]:
+def runs(frame: pd.DataFrame, chosen: pd.Series) -> dict[int, TracedRun]:
     """{seed: its run}; chosen: which rows of the frame are the number's."""
     wrong, mine = wrong_steps(frame), frame[chosen]
     own = {seed: mine[mine["seed"] == seed] for seed in wrong}
     values = {
         seed: dict(zip(rows["step"], rows["value"], strict=True)) for seed, rows in own.items()
     }
-    return {seed: Run(values[seed], wrong[seed]) for seed in wrong}
+    return {seed: TracedRun(values[seed], wrong[seed]) for seed in wrong}
 
 
-def threshold(own: Sequence[Run]) -> float:
+def threshold(own: Sequence[TracedRun]) -> float:
     """The level with the greatest Youden's J, of several the middle one.
 
     NaN without both runs that went wrong and runs that did not.
 
-    >>> bad, good = Run({1: 1.0, 2: 9.0}, wrong=3), Run({1: 2.0, 2: 3.0}, wrong=None)
+    >>> bad, good = TracedRun({1: 1.0, 2: 9.0}, wrong=3), TracedRun({1: 2.0, 2: 3.0}, wrong=None)
     >>> threshold([bad, good])
     6.0
     """
@@ -78,7 +78,7 @@ def threshold(own: Sequence[Run]) -> float:
     return float(best[len(best) // 2])
 
 
-def rates(own: Sequence[Run], level: float) -> tuple[float, float]:
+def rates(own: Sequence[TracedRun], level: float) -> tuple[float, float]:
     """Share with an alarm of the runs that went wrong (hits), and of the others (false alarms)."""
     wrong = [run.alarm(level) is not None for run in own if run.wrong is not None]
     right = [run.alarm(level) is not None for run in own if run.wrong is None]
@@ -109,7 +109,7 @@ def table(frame: pd.DataFrame) -> Table:
     return Table(caption, COLUMNS, rows)
 
 
-def _judged(found: Mapping[int, Run]) -> list[str]:
+def _judged(found: Mapping[int, TracedRun]) -> list[str]:
     level = threshold([run for seed, run in found.items() if seed % 2 == 0])
     judged = [run for seed, run in found.items() if seed % 2]
     wrong = [run for run in judged if run.wrong is not None]

@@ -195,12 +195,16 @@ def _edges(frame: pd.DataFrame, header: Mapping[str, Any]) -> Iterator[Picture]:
         if len(own):
             caption = CAPTIONS["edge"].format(optimizer=optimizer)
             yield Picture(
-                f"edge-{optimizer}", caption, sharpness_figures.edge_traces(own, optimizer, limit)
+                f"edge-{optimizer}",
+                caption,
+                sharpness_figures.run_curves(own, optimizer, limit),
             )
-        if sharpness_figures.layers_went_wrong(own):
+        if sharpness_figures.has_layers(own):
             caption = CAPTIONS["layers"].format(optimizer=optimizer)
             yield Picture(
-                f"layers-{optimizer}", caption, sharpness_figures.layers_before(own, optimizer)
+                f"layers-{optimizer}",
+                caption,
+                sharpness_figures.layer_map(own, optimizer),
             )
 
 

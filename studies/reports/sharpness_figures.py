@@ -34,7 +34,7 @@ BIN, BINS = 3, 5  # steps before a run went wrong that are taken together, and h
 RIGHT = "runs\nright"
 
 
-def edge_traces(frame: pd.DataFrame, optimizer: str, limit: float) -> Figure:
+def run_curves(frame: pd.DataFrame, optimizer: str, limit: float) -> Figure:
     """A line per training against its steps: how near to instability, and the loss.
 
     limit: greatest stable sharpness on a quadratic, dashed. Runs that went wrong end in a cross.
@@ -85,8 +85,8 @@ def _legend(found: Mapping[int, int | None], limit: float) -> list[Line2D]:
     ]
 
 
-def layers_went_wrong(own: pd.DataFrame) -> bool:
-    """Whether there is anything for `layers_before` in the records of one optimizer."""
+def has_layers(own: pd.DataFrame) -> bool:
+    """Whether there is anything for `layer_map` in the records of one optimizer."""
     return bool(_layers(own)["wrong"].notna().any())
 
 
@@ -96,7 +96,7 @@ def _layers(own: pd.DataFrame) -> pd.DataFrame:
     return own[own["block"] != ""].assign(wrong=lambda f: f["seed"].map(wrong))
 
 
-def layers_before(frame: pd.DataFrame, optimizer: str) -> Figure:
+def layer_map(frame: pd.DataFrame, optimizer: str) -> Figure:
     """Layer by layer, what became of the sharpness of each part before runs went wrong.
 
     A panel per part: layers down, across the steps that were left, last the median of the runs that

@@ -13,15 +13,16 @@ from . import options, provenance, records
 def running(
     study: str,
     config: Mapping[str, Any],
-    question: str,
+    question: str | None,
     results: Path,
     resume: Path | None,
     fixed: Sequence[str] = (),
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Inside, (folder, header) of the run; the header is written at both ends, however it ends.
 
-    config: of the study, its "problem" among it. resume: the folder of an earlier run on the same
-    problem, whose seconds count on and whose tables stay until there are new ones.
+    config: of the study, its "problem" among it. question: its first line is kept.
+    resume: the folder of an earlier run on the same problem, whose seconds count on and whose
+    tables stay until there are new ones.
     fixed: settings that must be as they were, for what is kept was made with them.
 
     Raises: ValueError for a folder of another study or problem, or with other fixed settings, and
@@ -29,9 +30,8 @@ def running(
     """
     options.options(config)
     begun, problem = time.perf_counter(), str(config["problem"])
-    header = provenance.header(study, problem, str(config.get("device", "cpu")), dict(config)) | {
-        "question": question
-    }
+    header = provenance.header(study, problem, str(config.get("device", "cpu")), config)
+    header["question"] = (question or "").partition("\n")[0]
     if resume is not None:
         earlier = _earlier(resume, study, config, fixed)
         header = provenance.again(earlier, header) | {"seconds": float(earlier["seconds"])}
@@ -39,7 +39,7 @@ def running(
     records.write_header(folder, header)
     try:
         yield folder, header
-        header["status"] = "finished"
+        header["status"] = header["status"].replace("running", "finished")
     except BaseException as error:
         header["status"] = f"failed: {error or type(error).__name__}"
         raise

@@ -2,28 +2,30 @@
 
 from .loop import (
     FOREVER,
-    IN_THE_NUMBERS,
+    NUMERICAL_ERRORS,
     DivergedError,
     Settings,
     batch,
     batch_loss,
     evaluate,
     evaluated,
+    place,
     start,
     steps,
 )
-from .state import State
+from .state import TrainingState
 
 __all__ = [
     "FOREVER",
-    "IN_THE_NUMBERS",
+    "NUMERICAL_ERRORS",
     "DivergedError",
     "Settings",
-    "State",
+    "TrainingState",
     "batch",
     "batch_loss",
     "evaluate",
     "evaluated",
+    "place",
     "start",
     "steps",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .state import State
+    from .state import TrainingState
 
 PARTS = ("model", "optimizer", "averaged", "scheduler", "step", "seconds", "first")
 EXPECTED = "a checkpoint that `kronscope train` wrote"
@@ -35,7 +35,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
-def save(state: "State", path: Path) -> None:
+def save(state: "TrainingState", path: Path) -> None:
     """Write a checkpoint from which `steps(settings, resume=path)` goes on."""
     content = {
         "model": state.model.state_dict(),
@@ -50,7 +50,7 @@ def save(state: "State", path: Path) -> None:
     _write(content, path)
 
 
-def load(state: "State", path: Path) -> None:
+def load(state: "TrainingState", path: Path) -> None:
     """Put a checkpoint's model, optimizer and counters into a fresh state.
 
     Raises: ValueError naming a missing file, a damaged one, or one of another problem or optimizer.

@@ -19,14 +19,14 @@ from ..data import Data
 from ..problems import TrainingProblem
 from ..results import options
 from . import checkpoints, optimizers
-from .state import State
+from .state import TrainingState
 
 Closure = Callable[[], Tensor]
 
 FOREVER = 10**6  # epochs of a training that something else ends
 DIVERGED_AT = 100.0  # times the first loss: far beyond what any run recovered from
 # what ends a training because of its settings; all else, a full memory say, is none of theirs
-IN_THE_NUMBERS = (NumericalError, torch.linalg.LinAlgError)
+NUMERICAL_ERRORS = (NumericalError, torch.linalg.LinAlgError)
 
 
 class DivergedError(NumericalError):
@@ -66,7 +66,7 @@ class Settings:
         options.options(own)
 
 
-def start(settings: Settings) -> State:
+def start(settings: Settings) -> TrainingState:
     """Model, optimizer and data on the device, before the first step and before the warm-up.
 
     Raises: ValueError for a device that is not there, an unknown optimizer or hyper-parameter, and
@@ -91,7 +91,7 @@ def start(settings: Settings) -> State:
     schedule = problem.schedule.get(settings.optimizer)
     scheduler = None if schedule is None else schedule.scheduler(optimizer)
     of = (problem.name, settings.optimizer)
-    return State(model, optimizer, data, batch, averaged, scheduler, of=of)
+    return TrainingState(model, optimizer, data, batch, averaged, scheduler, of=of)
 
 
 def _on(data: Data, device: str) -> Data:
@@ -99,7 +99,7 @@ def _on(data: Data, device: str) -> Data:
     return Data(*(tensor.to(device) for tensor in tensors))
 
 
-def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
+def steps(settings: Settings, resume: Path | None = None) -> Iterator[TrainingState]:
     """Train, yielding the state before the first step and after each one.
 
     What the caller does between two yields is not counted in `state.seconds`. Batches are blocks of
@@ -139,18 +139,30 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[State]:
         yield state
 
 
+def place(settings: Settings, state: TrainingState) -> dict[str, Any]:
+    """Columns of the records that say which training this is and how far it is."""
+    return {
+        "problem": settings.problem.name,
+        "optimizer": settings.optimizer,
+        "seed": settings.seed,
+        "step": state.step,
+        "epoch": state.epoch,
+        "seconds": state.seconds,
+    }
+
+
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _blocks(state: State) -> list[Tensor]:
+def _blocks(state: TrainingState) -> list[Tensor]:
     """Consecutive batches in file order: the pass the papers initialise their statistics with."""
     n = len(state.data.train_inputs)
     order = torch.arange(n, device=state.data.train_inputs.device)
     return list(order[: state.batch * state.steps_per_epoch].split(state.batch))
 
 
-def _rows(state: State, seed: int) -> Tensor:
+def _rows(state: TrainingState, seed: int) -> Tensor:
     """The examples of the next batch; the order of an epoch depends on seed and epoch alone."""
     n = len(state.data.train_inputs)
     epoch, place = divmod(state.step, state.steps_per_epoch)
@@ -164,13 +176,13 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
-def batch(state: State, settings: Settings) -> tuple[Tensor, Tensor]:
+def batch(state: TrainingState, settings: Settings) -> tuple[Tensor, Tensor]:
     """Inputs and targets of the coming step, augmented as they will be then."""
     return _batch(state, settings, _rows(state, settings.seed), (0, state.step))
 
 
 def _batch(
-    state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]
+    state: TrainingState, settings: Settings, rows: Tensor, draw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets of these examples; `draw` is the batch's own number for augmentation."""
     inputs, targets = state.data.train_inputs[rows], state.data.train_targets[rows]
@@ -179,7 +191,9 @@ def _batch(
     return inputs, targets
 
 
-def _closure(state: State, settings: Settings, rows: Tensor, draw: tuple[int, int]) -> Closure:
+def _closure(
+    state: TrainingState, settings: Settings, rows: Tensor, draw: tuple[int, int]
+) -> Closure:
     """Loss and gradient of these examples."""
     inputs, targets = _batch(state, settings, rows, draw)
 
@@ -212,15 +226,15 @@ def _draws_of(settings: Settings, step: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def batch_loss(state: State, settings: Settings) -> float:
+def batch_loss(state: TrainingState, settings: Settings) -> float:
     """Loss of the coming step's batch, with the model as `evaluate` takes it; disturbs nothing."""
     inputs, targets = batch(state, settings)
-    with _finished(state.model):
+    with _evaluation_mode(state.model):
         return float(settings.problem.loss(state.model(inputs), targets))
 
 
 @torch.no_grad()
-def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[str, float]:
+def evaluate(state: TrainingState, problem: TrainingProblem, chunk: int = 1000) -> dict[str, float]:
     """Means over the whole sets: {"train_loss": ..., "test_loss": ...}.
 
     Taken at the running average of the parameters where the problem has one.
@@ -232,7 +246,7 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
         "train": (data.train_inputs, data.train_targets),
         "test": (data.test_inputs, data.test_targets),
     }
-    with _finished(model):
+    with _evaluation_mode(model):
         for name, (inputs, targets) in sets.items():
             loss = right = 0.0
             for x, t in zip(inputs.split(chunk), targets.split(chunk), strict=True):
@@ -246,7 +260,7 @@ def evaluate(state: State, problem: TrainingProblem, chunk: int = 1000) -> dict[
     return found
 
 
-def evaluated(state: State, problem: TrainingProblem) -> dict[str, float]:
+def evaluated(state: TrainingState, problem: TrainingProblem) -> dict[str, float]:
     """As `evaluate`, of a run that goes on.
 
     Raises: DivergedError where the training loss is not finite or beyond DIVERGED_AT times the
@@ -260,7 +274,7 @@ def evaluated(state: State, problem: TrainingProblem) -> dict[str, float]:
 
 
 @contextmanager
-def _finished(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Inside, batch norm goes by its running statistics and leaves them, and nothing drops out."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

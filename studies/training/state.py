@@ -1,4 +1,4 @@
-"""State: a training as it is handed out after each step."""
+"""TrainingState: a training as it is handed out after each step."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from ..data import Data
 
 
 @dataclass
-class State:
+class TrainingState:
     """Where a run stands: after `step` steps, `seconds` of training (evaluation excluded).
 
     of: the names of problem and optimizer. averaged: running average of the parameters, of problems

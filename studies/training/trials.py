@@ -5,8 +5,7 @@
 A trial that is there is not run again, unless it was asked for fewer epochs than are wanted now.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .. import problems
 from ..results import records
 from ..results.records import loss_row
 from . import loop
-from .workers import shared_pool
+from .workers import results_of
 
 FOLDER = "trials"
 
@@ -69,7 +68,7 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
     """Train with one thread; at the start and after each epoch the rows of its losses.
 
     A row: (step, epoch, seconds, metric, value), with seconds of training, evaluation excluded.
-    Raises: EndedError for what comes up in the numbers (`loop.IN_THE_NUMBERS`) after the first
+    Raises: EndedError for what comes up in the numbers (`loop.NUMERICAL_ERRORS`) after the first
     evaluation; any other error as it is.
     """
     torch.set_num_threads(1)
@@ -90,7 +89,7 @@ def epochs(trial: Trial) -> Iterator[list[dict[str, Any]]]:
                 place = {"step": step, "epoch": state.epoch, "seconds": state.seconds}
                 found = loop.evaluated(state, problem)
                 yield [{**place, "metric": name, "value": v} for name, v in found.items()]
-    except loop.IN_THE_NUMBERS as error:
+    except loop.NUMERICAL_ERRORS as error:
         if step < 0:
             raise
         raise EndedError(str(error), getattr(error, "step", step)) from error
@@ -121,18 +120,10 @@ def complete(run: Path, trials: Iterable[Trial], workers: int) -> Iterator[Trial
         longest[trial.name] = trial
     missing = [trial for trial in longest.values() if not _is_done(run, trial)]
     yield from (trial for trial in longest.values() if trial not in missing)
-    pool = shared_pool(workers)
     by_length = sorted(missing, key=lambda trial: trial.epochs, reverse=True)  # else as they came
-    pending = {pool.submit(train, trial): trial for trial in by_length}
-    try:
-        for future in as_completed(pending):
-            trial = pending[future]
-            content = future.result().to_parquet(index=False)
-            records.write_atomically(_path(run, trial), content)
-            yield trial
-    finally:
-        for future in pending:  # nobody waits for these after an error
-            future.cancel()
+    for (trial,), frame in results_of(train, ((trial,) for trial in by_length), workers):
+        records.write_atomically(_path(run, trial), frame.to_parquet(index=False))
+        yield trial
 
 
 def complete_all(
@@ -145,9 +136,14 @@ def complete_all(
         progress.advance(task)
 
 
-def rows(run: Path, trial: Trial, study: str, label: str) -> list[dict[str, Any]]:
-    """The trial's losses as rows for the records, with `label` as name of the optimizer."""
-    return as_records(run, trial, study, label, read(run, trial).to_dict("records"))
+def record(run: Path, part: str, study: str, labelled: Mapping[str, Iterable[Trial]]) -> None:
+    """Put losses of trials into the run's records; their labels are the names of the optimizers."""
+    rows: list[dict[str, Any]] = []
+    for label, own in labelled.items():
+        for trial in own:
+            losses = read(run, trial).to_dict("records")
+            rows += as_records(run, trial, study, label, losses)
+    records.put(run, part, rows)
 
 
 def as_records(
@@ -175,6 +171,18 @@ def read(run: Path, trial: Trial) -> pd.DataFrame:
     """The rows of a trial up to its epochs, as `train` returns them."""
     frame = pd.read_parquet(_path(run, trial))
     return frame[frame["epoch"] <= trial.epochs]
+
+
+def read_all(run: Path, named: Mapping[str, Iterable[Trial]]) -> dict[str, list[pd.DataFrame]]:
+    """`read` of each trial, under the same names."""
+    return {name: [read(run, trial) for trial in own] for name, own in named.items()}
+
+
+def best(run: Path, candidates: Sequence[Trial]) -> Trial:
+    """The trial with the least training loss at its end; one alone need not have been trained."""
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda trial: loss_at_the_end(run, trial))
 
 
 def fell(frame: pd.DataFrame, epochs: int) -> tuple[float, float]:

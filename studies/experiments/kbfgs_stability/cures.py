@@ -1,12 +1,11 @@
 """What keeps K-BFGS from diverging at its published settings, and what does it cost?
 
-Candidates are trained with the same seeds: the published algorithm, `KBFGS(curvature_limit=)` with
-several limits, the variants of `kbfgs_stability.variants`, pairs that are not averaged, and smaller
+Candidates are trained with the same seeds: the published algorithm, `KBFGSLimited` with several
+limits, the variants of `kbfgs_stability.variants`, pairs that are not averaged, and smaller
 steps. Judged by how many seeds diverge (as in `stability`), the loss where the published algorithm
 converges anyway, and the time of a step.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich.progress import Progress
 
 from ... import problems
 from ...reports.summaries import number, share, span
-from ...results import records
 from ...results.runs import running
 from ...results.tables import Table
 from ...training import trials
@@ -28,10 +26,13 @@ PUBLISHED = "published"
 TIMES = 3.0  # by how much lr is smaller, and damping greater, in the candidates with such
 
 # by name: the optimizer, what it takes beside the recommended settings, and factors of those
-Cure = tuple[str, Mapping[str, float], Mapping[str, float]]
-CURES: dict[str, Cure] = {
+Candidate = tuple[str, Mapping[str, float], Mapping[str, float]]
+CANDIDATES: dict[str, Candidate] = {
     PUBLISHED: ("kbfgs", {}, {}),
-    **{f"limit {c:g}": ("kbfgs", {"curvature_limit": c}, {}) for c in (5.0, 10.0, 20.0, 40.0)},
+    **{
+        f"limit {c:g}": ("kbfgs_limited", {"curvature_limit": c}, {})
+        for c in (5.0, 10.0, 20.0, 40.0)
+    },
     "undoing": ("kbfgs_undoing", {"curvature_limit": 1.0}, {}),
     "planned change at most 0.1": ("kbfgs_trusting", {"curvature_limit": 0.1}, {}),
     "limit 10 of steps alone": ("kbfgs_step_only", {"curvature_limit": 10.0}, {}),
@@ -47,10 +48,10 @@ CURES: dict[str, Cure] = {
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over. cures: names in `CURES`; the published algorithm always comes."""
+    """What the study runs over. cures: names in `CANDIDATES`; "published" is always among them."""
 
     problem: str = "mnist-autoencoder"
-    cures: Sequence[str] = tuple(CURES)
+    cures: Sequence[str] = tuple(CANDIDATES)
     seed: int = 0
     seeds: int = 20
     epochs: int = 1
@@ -67,24 +68,22 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     resume: the folder of an earlier run on the same problem; what it has trained is kept.
     Raises: ValueError for a folder of another study or problem, or an unknown cure.
     """
-    if unknown := set(grid.cures) - set(CURES):
-        raise ValueError(f"no cure {sorted(unknown)}; known: {list(CURES)}")
-    question = (__doc__ or "").partition("\n")[0]
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
-        wanted = {name: _trials(grid, name) for name in CURES if name in {PUBLISHED, *grid.cures}}
+    if unknown := set(grid.cures) - set(CANDIDATES):
+        raise ValueError(f"no cure {sorted(unknown)}; known: {list(CANDIDATES)}")
+    with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
+        chosen = {PUBLISHED, *grid.cures}
+        wanted = {name: _trials(grid, name) for name in CANDIDATES if name in chosen}
         # seed by seed, so that a run cut short has compared all on the first ones
         in_order = [own[k] for k in range(grid.seeds) for own in wanted.values()]
         trials.complete_all(folder, in_order, grid.workers, "training", progress)
         for name, own in wanted.items():
-            rows = [row for trial in own for row in trials.rows(folder, trial, NAME, name)]
-            records.put(folder, name.replace(" ", "-"), rows)
-        frames = {name: [trials.read(folder, t) for t in own] for name, own in wanted.items()}
-        header["comparison"] = table(frames, grid).as_header()
+            trials.record(folder, name.replace(" ", "-"), NAME, {name: own})
+        header["comparison"] = table(trials.read_all(folder, wanted), grid).as_header()
     return folder
 
 
 def _trials(grid: Grid, name: str) -> list[Trial]:
-    optimizer, added, factors = CURES[name]
+    optimizer, added, factors = CANDIDATES[name]
     settings = dict(problems.get(grid.problem).optimizers["kbfgs"])
     settings |= {key: settings[key] * factor for key, factor in factors.items()} | dict(added)
     items = tuple(sorted(settings.items()))

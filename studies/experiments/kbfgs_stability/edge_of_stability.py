@@ -23,11 +23,11 @@ TRUTHS = ("hessian", "ggn")
 ENOUGH = 0.05  # relative residual; the value's own error is far below it
 PRODUCTS = 24
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """A training at one step: copies of what is measured, so that nothing is disturbed.
 
     layers: those with a preconditioner. P: by layer. C: by truth, of all these layers together.
@@ -47,7 +47,7 @@ class Seen:
         return zip(self.layers, starts, strict=False)
 
 
-def see(state: training.State, setting: training.Settings, examples: int) -> Seen:
+def observe(state: training.TrainingState, setting: training.Settings, examples: int) -> Observed:
     """A training at this step, with the curvature of the first so many training examples.
 
     Raises: AttributeError for an optimizer that shows no preconditioner.
@@ -60,7 +60,7 @@ def see(state: training.State, setting: training.Settings, examples: int) -> See
     whole = problem.group("", [block.name for block in layers])
     weights = {block.name: block.parameters[0] for block in layers}
     states = state.optimizer.state
-    return Seen(
+    return Observed(
         problem,
         layers,
         whole,
@@ -70,7 +70,7 @@ def see(state: training.State, setting: training.Settings, examples: int) -> See
     )
 
 
-class Part:
+class PrincipalBlock:
     """The rows and columns `place` of a symmetric operator that is known by its products."""
 
     def __init__(self, whole: Operator, place: slice) -> None:
@@ -101,32 +101,32 @@ class Searches:
         return found.value
 
 
-def of_the_whole(seen: Seen, lr: float, searches: Searches) -> Iterator[Row]:
+def of_the_whole(view: Observed, lr: float, searches: Searches) -> Iterator[Record]:
     """Sharpness of the whole model, by truth."""
-    P = side_by_side([seen.P[block.name] for block in seen.layers])
-    for of, C in seen.C.items():
+    P = side_by_side([view.P[block.name] for block in view.layers])
+    for of, C in view.C.items():
         value = lr * searches.value((of, ""), C, P)
-        yield row("sharpness", value, size=seen.whole.d, truth=of)
+        yield row("sharpness", value, size=view.whole.d, truth=of)
 
 
-def by_layer(seen: Seen, lr: float, searches: Searches) -> Iterator[Row]:
+def by_layer(view: Observed, lr: float, searches: Searches) -> Iterator[Record]:
     """Sharpness of each layer's own block, by truth."""
-    for of, C in seen.C.items():
-        for block, at in seen.places():
-            part = Part(C, slice(at, at + block.d))
-            value = lr * searches.value((of, block.name), part, seen.P[block.name].__matmul__)
+    for of, C in view.C.items():
+        for block, at in view.places():
+            part = PrincipalBlock(C, slice(at, at + block.d))
+            value = lr * searches.value((of, block.name), part, view.P[block.name].__matmul__)
             yield row("sharpness", value, block=block.name, size=block.d, truth=of)
 
 
-def efficiency(seen: Seen, lr: float, damping: float) -> Iterator[Row]:
+def efficiency(view: Observed, lr: float, damping: float) -> Iterator[Record]:
     """How much of the GGN model's possible decrease a step lr P g, without momentum, takes."""
-    g = seen.problem.gradient(seen.whole).detach()
-    P = side_by_side([seen.P[block.name] for block in seen.layers])
+    g = view.problem.gradient(view.whole).detach()
+    P = side_by_side([view.P[block.name] for block in view.layers])
     step = SingleStep(gradient=g, step=lr * P(g))
-    found = metrics.decrease_efficiency(seen.C["ggn"], step, damping, g, approximation_damping=0.0)
-    yield row("decrease_efficiency", found.value, size=seen.whole.d, truth="ggn", damping=damping)
+    found = metrics.decrease_efficiency(view.C["ggn"], step, damping, g, approximation_damping=0.0)
+    yield row("decrease_efficiency", found.value, size=view.whole.d, truth="ggn", damping=damping)
 
 
-def row(metric: str, value: float, **more: Any) -> Row:
+def row(metric: str, value: float, **more: Any) -> Record:
     """A record's own part; what is not given is that of a number about the whole model."""
     return {**loss_row(metric, value), **more}

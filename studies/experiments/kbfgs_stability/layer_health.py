@@ -18,7 +18,7 @@ from kronscope.diag import Block, Dense, Kronecker, Operator, Problem
 from kronscope.diag.backward import layers, recording
 from kronscope.optim.methods.kbfgs import COUNTS
 
-from .edge_of_stability import Part, Row, Searches, Seen, row
+from .edge_of_stability import Observed, PrincipalBlock, Record, Searches, row
 
 MET = ("H_g accepted", "H_g skipped")
 FIRED = ("H_g skipped", "Powell fired", "second damping fired")
@@ -27,14 +27,14 @@ Pair = tuple[Tensor, Tensor]
 Moments = dict[Block, tuple[Operator, Operator]]
 
 
-def factors(seen: Seen, found: Moments, searches: Searches) -> Iterator[Row]:
+def factors(view: Observed, found: Moments, searches: Searches) -> Iterator[Record]:
     """left_sharpness, λ_max(H_g G), and right_sharpness, λ_max(H_a A); exact inverses have 1.
 
     found: G and A as `moments` returns them. If the layer's block were G ⊗ A, its sharpness would
     be lr times the product of the two.
     """
     for block, (G, A) in found.items():
-        P = seen.P[block.name]
+        P = view.P[block.name]
         if isinstance(P, Kronecker):
             left = searches.value((block.name, "left"), G, P.left.__matmul__)
             right = searches.value((block.name, "right"), A, P.right.__matmul__)
@@ -43,17 +43,17 @@ def factors(seen: Seen, found: Moments, searches: Searches) -> Iterator[Row]:
             yield row("right_sharpness", right, **own)
 
 
-def moments(seen: Seen) -> Moments:
+def moments(view: Observed) -> Moments:
     """G = E[∂²ℓ/∂z∂z] [out, out] and A = E[ã ãᵀ] [in+1, in+1] of each layer that this is for.
 
     G by its products, as the Hessian of the biases.
     """
-    A, found = input_moments(seen.problem), Moments()
-    for block, at in seen.places():
+    A, found = input_moments(view.problem), Moments()
+    for block, at in view.places():
         if block.name in A:
             out, width = block.members[0].matrix_shape
             biases = slice(at + width - 1, at + out * width, width)
-            found[block] = Part(seen.C["hessian"], biases), Dense(A[block.name])
+            found[block] = PrincipalBlock(view.C["hessian"], biases), Dense(A[block.name])
     return found
 
 
@@ -93,11 +93,11 @@ class Pairs:
                 )
                 self.averaged[name] = new
 
-    def fired(self, seen: Seen) -> Iterator[Row]:
+    def fired(self, view: Observed) -> Iterator[Record]:
         """Share of the pairs since this was last asked that each damping fired on."""
-        for block in seen.layers:
+        for block in view.layers:
             if block.name in self.last:
-                now = seen.states[block.name]["counts"].clone()
+                now = view.states[block.name]["counts"].clone()
                 new = now - self.counts.get(block.name, torch.zeros_like(now))
                 self.counts[block.name] = now
                 pairs = sum(int(new[COUNTS.index(what)]) for what in MET)
@@ -106,7 +106,7 @@ class Pairs:
                     name = what.lower().replace(" ", "_")
                     yield row(name, share, block=block.name, size=block.d)
 
-    def quality(self, found: Moments) -> Iterator[Row]:
+    def quality(self, found: Moments) -> Iterator[Record]:
         """pair_curvature, s·y / s·Gs, and pair_cosine, of y and Gs; 1 where the pair tells of G."""
         for block, (G, _) in found.items():
             if block.name in self.last:

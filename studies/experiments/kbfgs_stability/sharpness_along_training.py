@@ -8,11 +8,9 @@ loss of the coming batch and, of an optimizer that sees it for nothing, the curv
 last step. Then a threshold on each is chosen on half of the seeds and judged on the others.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from kronscope import optim
 from kronscope.diag.spectra import stability_limit
 
 from ... import problems, training
@@ -30,15 +29,15 @@ from ...results.records import loss_row
 from ...results.runs import running
 from ...training import optimizers
 from ...training.optimizers import HESSIAN_FREE, OPTIMIZERS, WRAPPED
-from ...training.workers import shared_pool
+from ...training.workers import results_of
 from . import edge_of_stability, layer_health
-from .edge_of_stability import Searches, see
+from .edge_of_stability import Searches, observe
 from .layer_health import Pairs
 
 NAME = "sharpness_along_training"
-HEAVY_BALL = ("eva", "mbf", "shampoo", "tnt")  # M <- β M + ∇; the others average it
 FIXED = "steps", "examples", "layers_every"
-WATCH_ONLY = {name: {"curvature_limit": math.inf} for name in ("kbfgs", "kbfgs_l")}
+# trained as kbfgs_limited without a limit: the same steps, and the curvature ratio is measured
+WATCHED: dict[str, dict[str, Any]] = {"kbfgs": {}, "kbfgs_l": {"history": 100}}
 
 
 @dataclass(frozen=True)
@@ -72,29 +71,26 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     Raises: ValueError for a folder of another study or problem or of other `FIXED` settings, or an
     optimizer without a preconditioner to be shown.
     """
-    question, config = (__doc__ or "").partition("\n")[0], dataclasses.asdict(grid)
     limits = {name: limit(grid.problem, name) for name in grid.optimizers}
-    with running(NAME, config, question, results, resume, FIXED) as (folder, header):
+    with running(NAME, vars(grid), __doc__, results, resume, FIXED) as (
+        folder,
+        header,
+    ):
         seeds = range(grid.seed, grid.seed + grid.seeds)
         wanted = list(itertools.product(grid.optimizers, seeds))
         missing = [place for place in wanted if not _path(folder, *place).is_file()]
         task = progress.add_task(
             "training", total=len(wanted), completed=len(wanted) - len(missing)
         )
-        pool = shared_pool(grid.workers)
-        pending = {pool.submit(trace, grid, *place): place for place in missing}
-        try:
-            for future in as_completed(pending):
-                (rows, ended), place = future.result(), pending[future]
-                if ended:
-                    progress.console.print(f"{place[0]}, seed {place[1]} ended: {ended}")
-                content = records.frame_of(_complete(folder, grid, rows))
-                path = _path(folder, *place)
-                records.write_atomically(path, content.to_parquet(index=False))
-                progress.advance(task)
-        finally:
-            for future in pending:  # nobody waits for these after an error
-                future.cancel()
+        jobs = [(grid, *place) for place in missing]
+        for (_, optimizer, seed), (rows, ended) in results_of(trace, jobs, grid.workers):
+            if ended:
+                progress.console.print(f"{optimizer}, seed {seed} ended: {ended}")
+            content = records.frame_of(_complete(folder, grid, rows))
+            records.write_atomically(
+                _path(folder, optimizer, seed), content.to_parquet(index=False)
+            )
+            progress.advance(task)
         header["comparison"] = prediction.table(records.read(folder)).as_header()
         header["stable_below"] = limits
     return folder
@@ -109,11 +105,11 @@ def limit(problem: str, optimizer: str) -> float:
     (38.0, 3.8)
     """
     made = optimizers.make(optimizer, torch.nn.Linear(1, 1), problems.get(problem), {})
-    if not hasattr(made, "preconditioner"):
+    if not isinstance(made, optim.CurvatureOptimizer):
         known = sorted(set(OPTIMIZERS) - {"adam", "sgd", *HESSIAN_FREE, *WRAPPED})
         raise ValueError(f"'{optimizer}' shows no preconditioner; these do: {known}")
     momentum = made.param_groups[0].get("momentum", 0.0)
-    return stability_limit(momentum) * (1 - momentum if optimizer in HEAVY_BALL else 1.0)
+    return stability_limit(momentum) * (1 - momentum if made.heavy_ball else 1.0)
 
 
 def _path(folder: Path, optimizer: str, seed: int) -> Path:
@@ -133,15 +129,18 @@ def trace(grid: Grid, optimizer: str, seed: int) -> tuple[list[dict[str, Any]], 
     """
     torch.set_num_threads(1)
     problem = problems.get(grid.problem)
-    hyper = dict(WATCH_ONLY.get(optimizer, {}))
-    settings = training.Settings(problem, optimizer, training.FOREVER, seed, hyper=hyper)
+    name, hyper = optimizer, dict[str, Any]()
+    if optimizer in WATCHED:
+        own = WATCHED[optimizer] | dict(problem.optimizers.get(optimizer, {}))
+        name, hyper = "kbfgs_limited", own | {"curvature_limit": math.inf}
+    settings = training.Settings(problem, name, training.FOREVER, seed, hyper=hyper)
     measuring, states = _Measuring(grid, settings), training.steps(settings)
     rows: list[dict[str, Any]] = []
     place: dict[str, Any] = {"optimizer": optimizer, "seed": seed}
     while True:
         try:
             state = next(states)
-        except training.IN_THE_NUMBERS as error:
+        except training.NUMERICAL_ERRORS as error:
             if "step" not in place:
                 raise
             place["step"] += 1
@@ -162,7 +161,7 @@ class _Measuring:
         self.pairs: Pairs | None = None
         self.first = np.nan
 
-    def at(self, state: training.State) -> tuple[list[dict[str, Any]], bool]:
+    def at(self, state: training.TrainingState) -> tuple[list[dict[str, Any]], bool]:
         """Rows, and whether the loss of the coming batch is wrong."""
         loss = training.batch_loss(state, self.settings)
         self.first = self.first if state.step else loss
@@ -175,24 +174,24 @@ class _Measuring:
             found += self.rows(state)
         return found, wrong
 
-    def rows(self, state: training.State) -> list[dict[str, Any]]:
+    def rows(self, state: training.TrainingState) -> list[dict[str, Any]]:
         """How near to instability; at their turn what the layers show."""
         group = state.optimizer.param_groups[0]
         if self.pairs is None:
             own = group.get("pair_decay")
             self.pairs = Pairs(group.get("decay", 0.0) if own is None else own)
-        seen = see(state, self.settings, self.grid.examples)
-        self.pairs.look(seen.states)
-        found = [edge_of_stability.of_the_whole(seen, group["lr"], self.searches)]
+        view = observe(state, self.settings, self.grid.examples)
+        self.pairs.look(view.states)
+        found = [edge_of_stability.of_the_whole(view, group["lr"], self.searches)]
         if self.grid.layers_every and state.step % self.grid.layers_every == 0:
-            moments = layer_health.moments(seen)
+            moments = layer_health.moments(view)
             found += [
-                edge_of_stability.by_layer(seen, group["lr"], self.searches),
+                edge_of_stability.by_layer(view, group["lr"], self.searches),
                 edge_of_stability.efficiency(
-                    seen, group["lr"], self.settings.problem.measure_damping
+                    view, group["lr"], self.settings.problem.measure_damping
                 ),
-                layer_health.factors(seen, moments, self.searches),
-                self.pairs.fired(seen),
+                layer_health.factors(view, moments, self.searches),
+                self.pairs.fired(view),
                 self.pairs.quality(moments),
             ]
         return [{**row, "n": self.grid.examples} for row in itertools.chain(*found)]

@@ -20,7 +20,6 @@ from rich.progress import Progress
 from ... import problems
 from ...reports import comparison_tables
 from ...reports.summaries import number, share, span
-from ...results import records
 from ...results.runs import running
 from ...results.tables import Table
 from ...training import trials
@@ -54,8 +53,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
     resume: the folder of an earlier run on the same problem; what it has trained is kept.
     Raises: ValueError for a folder of another study or problem, or an unknown optimizer.
     """
-    question = (__doc__ or "").partition("\n")[0]
-    with running(NAME, dataclasses.asdict(grid), question, results, resume) as (folder, header):
+    with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         points = {name: _points(grid, name) for name in grid.optimizers}
         wanted = itertools.chain(*itertools.chain(*points.values()))
         trials.complete_all(folder, wanted, grid.workers, "training", progress)
@@ -141,7 +139,7 @@ def _record(grid: Grid, folder: Path, points: dict[str, list[list[Trial]]]) -> l
     shown, all_names = [], []
     recommended = problems.get(grid.problem).optimizers
     for name, grids in points.items():
-        rows = []
+        labelled: dict[str, list[Trial]] = {}
         for own in grids:
             settings = dict(own[0].settings)
             middle = all(settings[k] == v for k, v in recommended.get(name, {}).items())
@@ -149,6 +147,6 @@ def _record(grid: Grid, folder: Path, points: dict[str, list[list[Trial]]]) -> l
             label = name if middle else f"{name} {printed}"
             shown += [name] if middle else []
             all_names.append(label)
-            rows += [row for t in own for row in trials.rows(folder, t, NAME, label)]
-        records.put(folder, name, rows)
+            labelled.setdefault(label, []).extend(own)
+        trials.record(folder, name, NAME, labelled)
     return shown or all_names

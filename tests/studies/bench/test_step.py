@@ -95,8 +95,8 @@ def test_the_number_of_threads_is_put_back():
 
 def test_the_table_has_the_targets_beside_the_ratios():
     costs = [
-        bench_step.Cost("kfac", 0.3, 0.1, 1.5, 6e9, 5.0),
-        bench_step.Cost("sgd", 0.1, 0.1, 1.0, 2e9, 1.0),
+        bench_step.StepCost("kfac", 0.3, 0.1, 1.5, 6e9, 5.0),
+        bench_step.StepCost("sgd", 0.1, 0.1, 1.0, 2e9, 1.0),
     ]
     table = bench_step._table(costs, "title")
     columns = [list(column.cells) for column in table.columns]

@@ -120,8 +120,8 @@ def test_the_table_by_hand():
     ended = {"adam": {"0": ""}, "sgd": {"0": "it diverged; try less"}}
     ended["kfac"] = {"0": "it diverged", "1": ""}
     found = study.table(frame, ended, grid)
-    assert found["columns"] == ["optimizer", "settings", "seed", "diverged", "1 s", "2 s", "epochs"]
-    assert found["rows"] == [
+    assert found.columns == ["optimizer", "settings", "seed", "diverged", "1 s", "2 s", "epochs"]
+    assert found.rows == [
         ["kfac", "lr 1, λ 0.3", "1", "1 of 2", "7.500 (2)", "4.000 (1)", "1.00"],
         ["adam", "lr 0.01", "0", "0 of 1", "7.000 (1)", "6.500 (2)", "1.50"],
         ["sgd", "lr 0.01: it diverged", "0", "1 of 1", "10.00 (3)", "∞", "1.00"],

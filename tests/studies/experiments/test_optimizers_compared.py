@@ -324,8 +324,8 @@ def test_a_row_of_the_table():
     assert broken.cells == ["mine", settings, "∞", "∞", "–", "1 of 1", "–", "–", "–"]
     assert comparison.row("mine", "", [own], 2, paces, tried=3).cells[5] == "2 of 3"
     table = comparison.table([broken, row], "2 epochs", 1, 6)
-    assert [cells[0:3:2] for cells in table["rows"]] == [["mine", "6.500"], ["mine", "∞"]]
-    assert table["columns"] == [c for c in comparison.COLUMNS if c != "test acc."]
+    assert [cells[0:3:2] for cells in table.rows] == [["mine", "6.500"], ["mine", "∞"]]
+    assert table.columns == [c for c in comparison.COLUMNS if c != "test acc."]
 
 
 def test_no_pace_no_ratio():

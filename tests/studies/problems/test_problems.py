@@ -282,8 +282,8 @@ def test_the_limited_form_has_the_published_settings():
         optimizers.make(name, nn.Linear(2, 2), PROBLEMS["mnist-autoencoder"], {})
         for name in ("kbfgs_limited", "kbfgs")
     )
-    assert limited.param_groups[0]["curvature_limit"] == optimizers.CURVATURE_LIMIT
-    assert plain.param_groups[0]["curvature_limit"] is None
+    assert limited.param_groups[0]["curvature_limit"] == 5.0
+    assert "curvature_limit" not in plain.param_groups[0]
 
 
 def test_published_settings():

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from kronscope.studies import problems
 from kronscope.studies.experiments import train as runs
-from kronscope.studies.measuring.during_training import Alongside
+from kronscope.studies.measuring.during_training import DuringTraining
 from kronscope.studies.results import records
 from kronscope.studies.training import checkpoints, optimizers
 from kronscope.studies.training import loop as training
@@ -134,9 +134,9 @@ def test_a_run_that_diverges_keeps_its_records(tmp_path):
 def test_a_last_step_that_destroys_the_model_is_noticed(tmp_path, epochs, share):
     """An epoch of one step: no further batch tells, nor is there anything to measure."""
     chosen = settings("sgd", epochs=epochs, batch_size=1500, hyper={"lr": 1e30})
-    beside = None if share is None else Alongside(share)
+    during = None if share is None else DuringTraining(share)
     with Progress(disable=True) as progress:
-        outcome = runs.train(chosen, tmp_path, progress, beside=beside)
+        outcome = runs.train(chosen, tmp_path, progress, during=during)
     assert "diverged at step 1: the training loss is" in outcome.diverged
     kept = torch.load(outcome.folder / runs.LAST_FINITE, weights_only=True)
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
@@ -153,10 +153,10 @@ def test_a_run_killed_while_it_measures_has_its_checkpoint(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return []
 
-    monkeypatch.setattr(Alongside, "rows", killed)
+    monkeypatch.setattr(DuringTraining, "rows", killed)
     with Progress(disable=True) as progress:
         with pytest.raises(KeyboardInterrupt):
-            runs.train(chosen, tmp_path, progress, beside=Alongside(0.5))
+            runs.train(chosen, tmp_path, progress, during=DuringTraining(0.5))
         (folder,) = tmp_path.iterdir()
         assert torch.load(folder / runs.CHECKPOINT, weights_only=True)["step"] == 20
         outcome = runs.train(chosen, tmp_path, progress, resume=folder)
@@ -176,16 +176,16 @@ def test_a_measuring_process_that_ends_with_the_run(tmp_path, monkeypatch, asked
             raise TerminatedWorkerError("gone")
         return []
 
-    monkeypatch.setattr(Alongside, "rows", terminated)
+    monkeypatch.setattr(DuringTraining, "rows", terminated)
     with Progress(disable=True) as progress:
         if asked:
-            outcome = runs.train(settings("adam"), tmp_path, progress, beside=Alongside(0.5))
+            outcome = runs.train(settings("adam"), tmp_path, progress, during=DuringTraining(0.5))
             assert outcome.stopped
             outcome = runs.train(settings("adam"), tmp_path, progress, resume=outcome.folder)
             assert list(outcome.frame["step"].unique()) == [0, 10, 20]
         else:
             with pytest.raises(TerminatedWorkerError, match="gone"):
-                runs.train(settings("adam"), tmp_path, progress, beside=Alongside(0.5))
+                runs.train(settings("adam"), tmp_path, progress, during=DuringTraining(0.5))
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):

@@ -17,7 +17,7 @@ from kronscope.studies import problems
 from kronscope.studies.experiments.kbfgs_stability import cures
 from kronscope.studies.experiments.kbfgs_stability import variants as kbfgs_variants
 from kronscope.studies.results import records
-from kronscope.studies.training import trials
+from kronscope.studies.training import trials, workers
 
 
 def autoencoder():
@@ -200,7 +200,7 @@ def test_a_run(done):
 
 def test_every_cure_can_be_built():
     problem = problems.get("digits-autoencoder-small")
-    for name in cures.CURES:
+    for name in cures.CANDIDATES:
         (trial,) = cures._trials(cures.Grid(problem.name, seeds=1), name)
         assert trial.optimizer in {"kbfgs", *kbfgs_variants.VARIANTS}
     third = dict(cures._trials(cures.Grid(problem.name, seeds=1), "lr a third")[0].settings)
@@ -221,7 +221,7 @@ def test_the_table():
         "published": [a_run(4.0), a_run(0.0, last_step=7), a_run(6.0), a_run(10.0)],
         "limit 10": [a_run(5.0, 1.1), a_run(2.0), a_run(0.0, last_step=9), a_run(3.0)],
     }
-    published, limited = cures.table(frames, cures.Grid(seeds=4))["rows"]
+    published, limited = cures.table(frames, cures.Grid(seeds=4)).rows
     assert published[1].startswith("2 of 4 ")
     assert published[2:] == ["7 (7–7)", "5.00", "5.00", "1.00"]
     assert limited[1].startswith("1 of 4 ")
@@ -243,7 +243,7 @@ class Recording:
 
 def test_trials_come_in_order_the_longest_first(tmp_path, monkeypatch):
     pool = Recording()
-    monkeypatch.setattr(trials, "shared_pool", lambda _: pool)
+    monkeypatch.setattr(workers, "shared_pool", lambda _: pool)
     wanted = [
         trials.Trial("p", name, (), seed, epochs)
         for seed, epochs in ((0, 1), (1, 1), (2, 3))

@@ -13,16 +13,12 @@ from rich.progress import Progress
 
 from kronscope.diag import Diagonal, Problem, dense, exact, live
 from kronscope.optim import NumericalError
-from kronscope.optim.core.momentum import heavy_ball
 from kronscope.optim.methods.kbfgs.kbfgs import COUNTS
 from kronscope.studies import problems, training
-from kronscope.studies.experiments.kbfgs_stability import edge_of_stability as edge
-from kronscope.studies.experiments.kbfgs_stability import layer_health
+from kronscope.studies.experiments.kbfgs_stability import edge_of_stability, layer_health
 from kronscope.studies.experiments.kbfgs_stability import sharpness_along_training as study
-from kronscope.studies.reports import prediction as foretelling
-from kronscope.studies.reports import report
-from kronscope.studies.reports import sharpness_figures as traces
-from kronscope.studies.reports.prediction import Run
+from kronscope.studies.reports import prediction, report, sharpness_figures
+from kronscope.studies.reports.prediction import TracedRun
 from kronscope.studies.results import records
 from kronscope.studies.training import optimizers
 
@@ -53,7 +49,7 @@ def test_a_run(done):
     assert set(layers["block"]) == {"0", "2", "4", "5", "7", "9"}
     assert set(layers.loc[layers["metric"] == "sharpness", "truth"]) == {"hessian", "ggn"}
     assert "curvature_ratio" not in set(frame.loc[frame["optimizer"] == "kfac", "metric"])
-    assert header["comparison"]["columns"] == list(foretelling.COLUMNS)
+    assert header["comparison"]["columns"] == list(prediction.COLUMNS)
     assert len(header["comparison"]["rows"]) == 5
 
 
@@ -206,7 +202,7 @@ def test_optimizers_without_a_preconditioner_are_refused(tmp_path):
 
 
 def test_searches_that_cannot_be_made():
-    searches, key = edge.Searches(), ("",)
+    searches, key = edge_of_stability.Searches(), ("",)
     C = Diagonal(torch.tensor([3.0, 1.0]))
     assert searches.value(key, C, lambda v: v) == pytest.approx(3.0)
     assert np.isnan(searches.value(key, C, lambda v: -v))
@@ -222,11 +218,14 @@ def test_pairs_of_steps_that_update_nothing():
 
 
 def test_foretelling_by_hand():
-    late = Run({1: 1.0, 2: 8.0, 3: 9.0}, wrong=3)
+    late = TracedRun({1: 1.0, 2: 8.0, 3: 9.0}, wrong=3)
     assert (late.alarm(5.0), late.alarm(8.5)) == (2, None)  # what comes with it is no warning
-    assert Run({1: 1.0, 2: 8.0}, wrong=None).alarm(5.0) == 2
-    assert foretelling.rates([late, Run({1: 2.0}, None), Run({1: 6.0}, None)], 5.0) == (1.0, 0.5)
-    assert np.isnan(foretelling.threshold([late, late]))
+    assert TracedRun({1: 1.0, 2: 8.0}, wrong=None).alarm(5.0) == 2
+    assert prediction.rates([late, TracedRun({1: 2.0}, None), TracedRun({1: 6.0}, None)], 5.0) == (
+        1.0,
+        0.5,
+    )
+    assert np.isnan(prediction.threshold([late, late]))
 
 
 def test_the_table_is_of_seeds_that_the_threshold_was_not_chosen_on():
@@ -246,24 +245,16 @@ def test_the_table_is_of_seeds_that_the_threshold_was_not_chosen_on():
             *rows(7, [10, 19, 7, 6], [0, 1, 2, 3]),  # a rise that is none
         ]
     )
-    (row,) = foretelling.table(frame)["rows"]
+    (row,) = prediction.table(frame).rows
     assert row == [
         "kbfgs: curvature ratio of the last step", "6.00", "1 of 2", "1 of 2", "2 (2–2)",
     ]  # fmt: skip
 
 
 def test_examples_in_docstrings():
-    for module in (foretelling, study):
+    for module in (prediction, study):
         found = doctest.testmod(module)
         assert found.failed == 0 < found.attempted
-
-
-def test_which_keep_a_heavy_ball():
-    for name in optimizers.kinds():
-        made = optimizers.make(name, torch.nn.Linear(2, 2), SMALL, {})
-        if hasattr(made, "_harness"):
-            heavy = made._harness.form is heavy_ball
-            assert heavy == (name in study.HEAVY_BALL), name
 
 
 def traced(outcomes, layers=False):
@@ -283,7 +274,7 @@ def traced(outcomes, layers=False):
 
 
 def test_the_figure_of_runs():
-    drawn = traces.edge_traces(traced([True, False, True]), "kbfgs", 38.0)
+    drawn = sharpness_figures.run_curves(traced([True, False, True]), "kbfgs", 38.0)
     hessian, ggn, loss = drawn.axes
     assert hessian.get_title() == "λ_max of lr · P · Hessian"
     ends = [line.get_ydata()[-1] for line in hessian.lines if line.get_marker() == "x"]
@@ -294,11 +285,11 @@ def test_the_figure_of_runs():
     assert labels[:2] == ["1 runs that stayed right", "2 runs that went wrong"]
     assert len(loss.lines) == 5  # three runs, two crosses
     with pytest.raises(ValueError, match="kfac"):
-        traces.edge_traces(traced([True]), "kfac", 38.0)
+        sharpness_figures.run_curves(traced([True]), "kfac", 38.0)
 
 
 def test_the_figure_of_layers():
-    drawn = traces.layers_before(traced([True, False, True], layers=True), "kbfgs")
+    drawn = sharpness_figures.layer_map(traced([True, False, True], layers=True), "kbfgs")
     (panel, _) = drawn.axes
     assert [label.get_text() for label in panel.get_yticklabels()] == ["2", "10"]
     heads = [label.get_text() for label in panel.get_xticklabels()]
@@ -306,8 +297,8 @@ def test_the_figure_of_layers():
     texts = [text.get_text() for text in panel.texts]
     assert texts[:3] == ["2", "27", "-1"]  # of 1 and 3; of 9, 27, 81; of the run that did not
     with pytest.raises(ValueError, match="no run went wrong"):
-        traces.layers_before(traced([False], layers=True), "kbfgs")
-    assert not traces.layers_went_wrong(traced([True]))
+        sharpness_figures.layer_map(traced([False], layers=True), "kbfgs")
+    assert not sharpness_figures.has_layers(traced([True]))
 
 
 def test_the_report_draws_them(done):
