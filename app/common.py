@@ -1,4 +1,4 @@
-"""What the views share: the chosen run, cached reading, and pickers that live in the address."""
+"""Shared by the pages: choice of the run, cached reading, pickers kept in the address."""
 
 import argparse
 import io
@@ -31,7 +31,7 @@ DRAWING = RLock()  # matplotlib's text layout is not safe between threads
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run as the views see it."""
+    """Folder, header and records of a run."""
 
     folder: Path
     header: dict[str, Any]
@@ -64,7 +64,7 @@ def run_folders() -> list[Path]:
 
 
 def stamp(run: Path) -> Stamp:
-    """Return a value that changes when a file is moved into the run."""
+    """Modification times of the run's folders: they change when a file is added."""
     folders = (run, run / "records", run / "matrices")
     return tuple(folder.stat().st_mtime_ns for folder in folders if folder.is_dir())
 
@@ -94,12 +94,12 @@ def load(run: Path) -> LoadedRun:
 
 
 def count(run: Path) -> int:
-    """Return how many records the run has, by its files' own word; damaged ones are left out."""
+    """Number of records of the run; damaged files are left out."""
     return _count(str(run), stamp(run))
 
 
 def matrices(run: Path) -> pd.DataFrame:
-    """Return the index of the run's stored matrices; damaged files are left out, and said so."""
+    """Index of the run's stored matrices; warns of damaged files and leaves them out."""
     index = _list(str(run), stamp(run))
     for text in index.attrs["damaged"]:
         st.warning(f"Some stored matrices cannot be read: {text}")
@@ -107,7 +107,7 @@ def matrices(run: Path) -> pd.DataFrame:
 
 
 def pictures(path: str) -> dict[str, np.ndarray]:
-    """Return the matrices of one stored file; none, and said so, where it is damaged."""
+    """Matrices of one stored file; {} with a warning if it is damaged."""
     try:
         return records.load_matrices(path)
     except UNREADABLE as error:
@@ -116,7 +116,7 @@ def pictures(path: str) -> dict[str, np.ndarray]:
 
 
 def open_run() -> LoadedRun:
-    """Let the reader pick a run and return it; explain and stop where there is nothing to show."""
+    """The run that the reader picks; the page stops with an explanation if there is none."""
     folders = {folder.name: folder for folder in run_folders()}
     if not folders:
         st.info(
@@ -164,7 +164,7 @@ def _follow(run: Path, seen: Stamp) -> None:
 
 
 def say_nothing_compared(run: LoadedRun, what: str) -> None:
-    """Say that `what` of the page is not there, and whether it may come."""
+    """Explain why `what` of the page is missing, and whether it may come."""
     if run.header.get("status") == "running":
         st.info(f"This run has compared nothing yet; {what} with the first comparison.")
     else:

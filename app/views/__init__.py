@@ -1,1 +1,1 @@
-"""One file per page: choose, filter, draw."""
+"""The dashboard's pages, one file each: choose, filter, draw."""

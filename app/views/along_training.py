@@ -1,4 +1,4 @@
-"""How does the error of each approximation change along training, layer by layer?"""
+"""Page: error of each approximation along training, layer by layer."""
 
 import streamlit as st
 

@@ -1,4 +1,4 @@
-"""What does a layer's block look like, exact and approximated?"""
+"""Page: a layer's exact block, an approximation and their difference, with all metrics."""
 
 import pandas as pd
 import streamlit as st

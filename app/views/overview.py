@@ -1,4 +1,4 @@
-"""Which runs are there, and what does the chosen one say?"""
+"""Page: the list of runs, and verdict, tables and curves of the chosen one."""
 
 import pandas as pd
 import streamlit as st

@@ -1,4 +1,4 @@
-"""Benches: ratios against a peer, both timed in one run on one machine."""
+"""Benchmarks: run times as ratios to a peer that is timed in the same run."""
 
 from . import exact, hessian_free, loading, scale, step
 

@@ -66,7 +66,7 @@ def exact() -> rich.table.Table:
 
 
 def _table(times: dict[str, float], title: str) -> rich.table.Table:
-    """Seconds of each method and what multiple of the first one's they are."""
+    """Seconds of each method, and over those of the first."""
     first = next(iter(times.values()))
     rows = [[name, f"{took:.4f}", f"{took / first:.1f}"] for name, took in times.items()]
     return Table("", ("method", "seconds", "times the first"), rows).for_terminal(title)
@@ -82,7 +82,7 @@ def _torch_func(model: nn.Module, loss: Loss, x: Tensor, t: Tensor) -> Callable[
 
 
 def _curvlinops(model: nn.Module, loss: Loss, x: Tensor, t: Tensor) -> Callable[[], Tensor] | None:
-    """The peer's dense Hessian of the same block, where it is installed (extra dev)."""
+    """Dense Hessian of the same block by curvlinops; None if it is not installed (extra dev)."""
     try:
         from curvlinops import HessianLinearOperator
     except ImportError:

@@ -1,4 +1,4 @@
-"""Bench: what one CG iteration of Hessian-free costs over a step of SGD with momentum.
+"""Bench: time of one CG iteration of Hessian-free over a step of SGD with momentum.
 
 The MNIST autoencoder of the K-BFGS paper, batches of 1,000, the whole batch as curvature batch. The
 time of an iteration is the difference between steps of many and of few, so that what a step does
@@ -29,7 +29,7 @@ DAMPING = 1e-4  # so small that conjugate gradients do not end before they are t
 
 @dataclass(frozen=True)
 class IterationCost:
-    """Seconds of a CG iteration and of a step of SGD-momentum beside it, medians; their products.
+    """Median seconds of a CG iteration and of an SGD-momentum step, and their FLOP.
 
     flops: of an iteration and of such a step. once: what a step costs beside its iterations.
     """
@@ -60,7 +60,7 @@ def hessian_free() -> rich.table.Table:
 
 
 def thirds(model: nn.Module) -> list[list[str]]:
-    """The Linear layers in three groups in a row, of about equal products."""
+    """The Linear layers in three consecutive groups of about equal size."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     total = sum(layer.weight.numel() for _, layer in layers)
     groups: list[list[str]] = [[], [], []]
@@ -95,7 +95,7 @@ def measured(
 def _prepared(
     problem: TrainingProblem, x: Tensor, blocks: list[list[str]] | None
 ) -> Callable[[int], None]:
-    """A step of so many iterations, which leaves the parameters where they are."""
+    """A function that does a step of so many iterations without moving the parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = problem.model().to(x.dtype)

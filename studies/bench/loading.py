@@ -1,4 +1,4 @@
-"""Bench: what share of a step is loading?
+"""Bench: share of a training step that is spent on loading the batch.
 
 Loading is to choose a batch's examples, to copy them out of the set, which is in memory, and to
 augment them; a step all that `training.steps` counts, loading included, of SGD with momentum, whose
@@ -27,7 +27,7 @@ DOMINATES = 0.5  # of a step
 
 @dataclass(frozen=True)
 class LoadingCost:
-    """Medians of the seconds in which a problem's batch is loaded and a whole step is done."""
+    """Median seconds to load a batch and to do a whole step."""
 
     name: str
     batch: int
@@ -41,7 +41,7 @@ class LoadingCost:
 
 
 def loading() -> rich.table.Table:
-    """Every problem whose data lie here, float32, two threads."""
+    """Loading of every problem whose data are on this machine, float32, two threads."""
     with threads(2):
         return compared(chosen())
 
@@ -55,7 +55,7 @@ def chosen() -> list[TrainingProblem]:
 
 
 def compared(wanted: Sequence[TrainingProblem], steps: int = STEPS) -> rich.table.Table:
-    """A row per problem; the caption says why others could not be timed."""
+    """Time the problems, a row each; the caption names those that could not be timed."""
     costs, left_out = [], []
     for problem in wanted:
         try:

@@ -1,4 +1,4 @@
-"""Bench: exact errors of every layer at the papers' own size, against the arithmetic floor.
+"""Bench: exact errors of every layer of networks of the papers' size, and their time.
 
 Two networks: the MNIST autoencoder after some epochs of K-BFGS on the real files, whose live state
 is measured too, and ResNet32 on CIFAR-10 pictures. Each measurement runs in a process of its own,
@@ -37,7 +37,7 @@ COLUMNS = ("kfac", "kbfgs", "mini_block", "diagonal", "best r=1", "best r=10", "
 
 @dataclass(frozen=True)
 class ScaleResult:
-    """One measurement: cells by layer, and what it cost."""
+    """Errors by layer of one measurement, with its time, FLOP and memory."""
 
     title: str
     cells: dict[str, dict[str, str]]

@@ -1,4 +1,4 @@
-"""Bench: what a step of each optimizer costs over one of SGD with momentum.
+"""Bench: time of a step of each optimizer over one of SGD with momentum.
 
 The MNIST autoencoder of the K-BFGS paper, batches of 1,000, the papers' update intervals. A step is
 all of it: zero_grad, forward, backward and the optimizer's own work. Every optimizer is past the
@@ -39,7 +39,7 @@ SPIKE = 1.4
 
 @dataclass(frozen=True)
 class StepCost:
-    """What an optimizer's steps cost.
+    """Time, FLOP and memory of an optimizer's steps.
 
     seconds, yardstick: mean of a step, its own and SGD-momentum's beside it. spike: the slowest of
     a period over their median. flops: of the matrix products of a step that refreshes nothing.
@@ -71,7 +71,7 @@ def step() -> rich.table.Table:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """This number of threads inside, then as many as before."""
+    """Context in which PyTorch uses this number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -151,7 +151,7 @@ def period(one_step: Step) -> list[float]:
 
 
 def _skip_to(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Let our optimizers believe that they are at this step; PyTorch's own do not count there."""
+    """Set the step number of our optimizers; PyTorch's own have none."""
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = number

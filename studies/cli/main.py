@@ -26,7 +26,7 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 def main() -> None:
-    """Entry point: errors of the user's making are shown as one line, not as a traceback."""
+    """Entry point of `kronscope`: errors in what the user gave are printed in one line."""
     try:
         app()
     except (ValueError, FileNotFoundError) as error:

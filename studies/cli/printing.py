@@ -1,4 +1,4 @@
-"""What the commands share: the console, numbers as typed, results in print."""
+"""Shared by the commands: the console, parsing of numbers, printing of results."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 def print_results(run: Path) -> None:
-    """Print the run's table if it has one, what it says of a paper's claims; write its report."""
+    """Print the run's table and its verdicts on a paper's claims; write its report."""
     from ..reports import report
     from ..results import records
     from ..results.tables import Table

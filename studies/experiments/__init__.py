@@ -1,4 +1,4 @@
-"""The studies, one file or folder each: a question, its grid, a run that answers it.
+"""The studies of `kronscope study`: one file or folder each, with a question, a grid and a run.
 
 This file imports none of them, so that reading their names does not load torch.
 """

@@ -1,4 +1,4 @@
-"""What the runs of `block_hessian_free` say of the paper's claims, with numbers.
+"""Tests of the paper's claims on block-diagonal Hessian-free, from runs of the study.
 
 A run here is the frame that `trials.read` returns: a row per epoch and metric; runs are
 lists over seeds. Numbers are medians over the seeds.
@@ -20,7 +20,7 @@ FEWER, CHEAP, RISE = 8.0, 1.1, 1.05  # "about ten times", "as much as", "rises"
 
 
 def table(runs: Mapping[str, Sequence[Losses]], settings: Mapping[str, str], epochs: int) -> Table:
-    """Where each run ended, in order; without empty columns."""
+    """Final losses, accuracy, updates and milliseconds per update of each run."""
     rows = []
     for name, own in runs.items():
         ends = pd.DataFrame([end(run, epochs) for run in own]).median()
@@ -37,7 +37,7 @@ def table(runs: Mapping[str, Sequence[Losses]], settings: Mapping[str, str], epo
 
 
 def fewer_updates(small: Sequence[Losses], block: Sequence[Losses]) -> str:
-    """Block HF in large batches gets as far as Adam in small ones, in ten times fewer updates."""
+    """Claim: block HF gets as far as Adam in small batches, in about ten times fewer updates."""
     losses = [median(_losses(run)[-1] for run in own) for own in (small, block)]
     claim = (
         "block HF in large batches gets as far as Adam in small ones in about ten times fewer "
@@ -55,9 +55,9 @@ def fewer_updates(small: Sequence[Losses], block: Sequence[Losses]) -> str:
 
 
 def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Losses], Sequence[Losses]]]) -> str:
-    """Block HF does at least as well as plain HF at every curvature batch; (plain, block) each.
+    """Claim: block HF does at least as well as plain HF at every curvature batch size.
 
-    A batch at which both diverge compares nothing.
+    pairs: (runs of plain HF, of block HF) by curvature batch; left out where both diverge.
     """
     parts, good = [], []
     for size, (plain, block) in pairs.items():
@@ -80,7 +80,7 @@ def not_worse_than_plain(pairs: Mapping[int, tuple[Sequence[Losses], Sequence[Lo
 def costs(
     adam: Sequence[Losses], pairs: Mapping[int, tuple[Sequence[Losses], Sequence[Losses]]]
 ) -> str:
-    """An update costs as much as plain HF's, and several times Adam's at the same batch."""
+    """Claim: an update of block HF costs as much as one of plain HF; also over one of Adam."""
     over_plain = [seconds_per_update(b) / seconds_per_update(a) for a, b in pairs.values()]
     over_adam = [seconds_per_update(b) / seconds_per_update(adam) for _, b in pairs.values()]
     return (
@@ -91,7 +91,7 @@ def costs(
 
 
 def late_rise(adam: Sequence[Losses]) -> str:
-    """Adam's training loss rises late in large batches."""
+    """Claim: Adam's training loss rises late in large batches."""
     rise = median(_losses(run)[-1] / min(_losses(run)) for run in adam)
     return (
         f"{verdict(rise > RISE)}: Adam's training loss rises late in large batches. It ended "
@@ -100,7 +100,7 @@ def late_rise(adam: Sequence[Losses]) -> str:
 
 
 def verdict(holds: bool) -> str:
-    """In a word or two."""
+    """Whether a claim holds, in words."""
     return "holds" if holds else "does not hold"
 
 
@@ -110,13 +110,13 @@ def seconds_per_update(runs: Sequence[Losses]) -> float:
 
 
 def _losses(run: Losses, metric: str = "train_loss") -> list[float]:
-    """By epoch; a run that diverged ends infinite."""
+    """Losses by epoch; the last is infinite if the run diverged."""
     values = run.loc[run["metric"] == metric, "value"].tolist()
     return [*values, np.inf] if run["ended"].iloc[0] else values
 
 
 def _updates(run: Losses, loss: float) -> float:
-    """Least updates after which the training loss was this low; infinite if it never was."""
+    """First update after which the training loss is at most `loss`; infinite if none is."""
     rows = run[(run["metric"] == "train_loss") & (run["value"] <= loss)]
     return float(rows["step"].min()) if len(rows) else np.inf
 

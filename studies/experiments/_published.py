@@ -1,4 +1,4 @@
-"""Published training curves, to be held beside ours: published.json, one curve per optimizer.
+"""Published training curves (published.json, one per optimizer), to compare ours with.
 
 Each is a single run of its authors' code, printed after every epoch; their seconds, on other
 machines, are left out. K-BFGS's and KFAC's losses hold the weight decay's ½·10⁻⁵‖θ‖² (about 0.01).
@@ -37,14 +37,14 @@ def _all() -> dict[str, dict[str, Any]]:
 
 
 def curves(problem: str) -> dict[str, Curve]:
-    """{optimizer: its published curve} on the problem; {} where none is known."""
+    """Published curves on the problem by optimizer; {} if none is known."""
     return {name: Curve(**content) for name, content in _all().get(problem, {}).items()}
 
 
 def rows(
     shared: Mapping[str, Any], optimizer: str, steps_per_epoch: int, epochs: int
 ) -> list[dict[str, Any]]:
-    """The curve up to `epochs` as rows for the records, its optimizer "<name>, published".
+    """Records of a published curve up to `epochs`, under the optimizer "<name>, published".
 
     shared: the columns run, study and problem. The seconds are NaN.
     """
@@ -85,7 +85,7 @@ def table(problem: str, runs: Mapping[str, Sequence[pd.DataFrame]], epochs: int)
 
 
 def _against(values: Sequence[float], published: float) -> str:
-    """Mean, deviation and range in print.
+    """Mean, deviation from the published value, and range, as text.
 
     >>> _against([101.0, 103.0], 100.0)
     '102.0 (+2.0 %; 101.0–103.0)'

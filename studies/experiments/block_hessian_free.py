@@ -23,7 +23,8 @@ from .. import problems
 from ..results.runs import running
 from ..training import trials
 from ..training.trials import Trial
-from . import _hessian_free_claims, optimizers_compared
+from ..tuning.grids import candidates
+from . import _hessian_free_claims
 
 NAME = "block_hessian_free"
 KINDS = {"hessian_free": "HF", "block_hessian_free": "block HF"}
@@ -82,7 +83,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 
 def contenders(grid: Grid) -> dict[str, list[Trial]]:
-    """{name of a run: the trials it is tuned by}, at the curvature batch that settings are for."""
+    """The trials that each optimizer is tuned by, by name of its run."""
     found = {}
     adam = dataclasses.replace(grid, lr_factors=grid.adam_lr_factors)
     for size in (grid.small, grid.large):
@@ -94,16 +95,8 @@ def contenders(grid: Grid) -> dict[str, list[Trial]]:
 
 
 def _points(grid: Grid, optimizer: str, fixed: dict[str, Any], batch: int) -> list[Trial]:
-    compared = optimizers_compared.Grid(
-        grid.problem,
-        (optimizer,),
-        grid.seed,
-        epochs=grid.budget,
-        lr_factors=grid.lr_factors,
-        damping_factors=grid.damping_factors,
-        device=grid.device,
-    )
-    points = optimizers_compared.candidates(compared, optimizer)
+    factors = grid.lr_factors, grid.damping_factors
+    points = candidates(grid.problem, optimizer, *factors, grid.seed, grid.budget, grid.device)
     return [
         dataclasses.replace(
             point,
@@ -119,7 +112,7 @@ def _curvature(grid: Grid, share: int) -> int:
 
 
 def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
-    """Train all candidates; {name: the best of its own}."""
+    """Train all candidates and return the best of each run."""
     own = contenders(grid)
     trials.complete_all(folder, itertools.chain(*own.values()), grid.workers, "tuning", progress)
     return {name: trials.best(folder, found) for name, found in own.items()}
@@ -150,7 +143,7 @@ def train_best(
 
 
 def judge(grid: Grid, folder: Path, finals: dict[str, list[Trial]], header: dict[str, Any]) -> None:
-    """Put the table and what the runs say of each claim into the header."""
+    """Put the table and the verdict on each claim into the header."""
     runs = trials.read_all(folder, finals)
     settings = {name: _in_print(own[0]) for name, own in finals.items()}
     header["comparison"] = _hessian_free_claims.table(runs, settings, grid.budget).as_header()

@@ -32,7 +32,7 @@ POINTS = 24  # evaluations on a curve, evenly spread over the logarithm of the s
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over. seconds: of training, at which the optimizers are ranked.
+    """Settings of the study. seconds: training times at which the optimizers are ranked.
 
     spares: an optimizer that diverges is tried again, with up to so many following seeds.
     """
@@ -93,12 +93,11 @@ def _alone(folder: Path, grid: Grid, name: str, seed: int) -> str:
 
 
 def train(folder: Path, grid: Grid, name: str, seed: int) -> str:
-    """Train with all cores, losses kept as the run's part `name`; why it ended early, or "".
+    """Train on all cores and record losses as part `name`; returns why it ended early, or "".
 
-    Those of a seed before it, which diverged, are replaced.
+    Losses of an earlier seed, which diverged, are replaced.
 
-    Raises: what comes up before the first evaluation, and what is none of the numbers'
-    (`training.NUMERICAL_ERRORS`).
+    Raises: numerical errors before the first evaluation, and all other errors.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     problem = problems.get(grid.problem)
@@ -119,7 +118,7 @@ def train(folder: Path, grid: Grid, name: str, seed: int) -> str:
 
 
 def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[training.TrainingState]:
-    """The states before the first step and at the first step that ends after each mark."""
+    """States before the first step and at the first step past each mark, in seconds."""
     due = list(marks)
     for state in training.steps(settings):
         if state.step and state.seconds < due[0]:
@@ -131,7 +130,7 @@ def _at(marks: Sequence[float], settings: training.Settings) -> Iterator[trainin
 
 
 def table(frame: pd.DataFrame, ended: dict[str, dict[str, str]], grid: Grid) -> Table:
-    """Training losses with ranks, the least at the end first.
+    """Training losses and ranks at equal seconds, best final loss first.
 
     ended: {optimizer: {seed: why it ended early, or ""}}; the last seed's losses are in the frame.
     """
@@ -171,7 +170,7 @@ def _where(device: str) -> str:
 
 
 def _after(losses: pd.DataFrame, mark: float) -> float:
-    """Loss at the first evaluation after `mark` seconds; infinite where there is none."""
+    """Loss at the first evaluation after `mark` seconds; infinite if there is none."""
     reached = losses.loc[losses["seconds"] >= mark, "value"]
     value = float(reached.iloc[0]) if len(reached) else np.inf
     return value if np.isfinite(value) else np.inf

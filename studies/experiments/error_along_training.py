@@ -24,7 +24,7 @@ DAMPED = ("preconditioned_condition", "step_cosine")  # each costs a factorisati
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over.
+    """Settings of the study.
 
     points: measurements per optimizer, evenly spaced with the first at step 0 and the last at the
     end. Damped metrics are taken at every `damped_every`-th of them, matrices at the ends.
@@ -70,7 +70,7 @@ def run(grid: Grid, results: Path, progress: Progress) -> Path:
 def _snapshots(
     grid: Grid, plan: Plan, folder: Path, progress: Progress, diverged: list[str]
 ) -> Iterator[Snapshot]:
-    """Train with each optimizer in turn, handing out the snapshots to be measured."""
+    """Train with each optimizer in turn and yield the snapshots to measure."""
     setting = problems.get(grid.problem)
     for name in grid.optimizers:
         settings = training.Settings(
@@ -103,7 +103,7 @@ def _trained(
 
 
 def measuring_steps(total: int, points: int) -> dict[int, int]:
-    """{step: its place} of `points` steps evenly spread over 0..total.
+    """`points` steps evenly spread over 0..total, as {step: its index}.
 
     >>> measuring_steps(60, 4)
     {0: 0, 20: 1, 40: 2, 60: 3}

@@ -26,7 +26,7 @@ from ..results.tables import Table
 from ..training import trials
 from ..training.optimizers import ONE_SOLVE_A_STEP
 from ..training.trials import Trial
-from ..tuning.grids import axes
+from ..tuning import grids
 from . import _published
 
 NAME = "optimizers_compared"
@@ -35,7 +35,7 @@ YARDSTICK = "sgd"
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over.
+    """Settings of the study.
 
     lr_factors, damping_factors: times the problem's recommended values, where it has one; a
     kl_clip takes the squares of the lr's factors, and the lr then stays. seed: of the tuning; the
@@ -69,7 +69,7 @@ class Grid:
 
     @property
     def patience(self) -> int:
-        """Times its budget that the yardstick gets."""
+        """How many times its budget SGD-momentum is trained for."""
         scheduled = YARDSTICK in problems.get(self.problem).schedule
         return 1 if scheduled and not self.epochs else self.longer
 
@@ -101,21 +101,18 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 def candidates(grid: Grid, optimizer: str) -> list[Trial]:
     """The trials that an optimizer is tuned by, one per point of its grid."""
-    tuned = axes(grid.problem, optimizer, grid.lr_factors, grid.damping_factors)
-    points = [dict(zip(tuned, point, strict=True)) for point in itertools.product(*tuned.values())]
-    epochs = grid.trial_budget(optimizer)
-    own = [trials.trial(grid.problem, optimizer, point, grid.seed, epochs) for point in points]
-    return [dataclasses.replace(trial, device=grid.device) for trial in own]
+    factors, epochs = (grid.lr_factors, grid.damping_factors), grid.trial_budget(optimizer)
+    return grids.candidates(grid.problem, optimizer, *factors, grid.seed, epochs, grid.device)
 
 
 def yardsticks(grid: Grid, seeds: Iterable[int]) -> list[list[Trial]]:
-    """For each seed SGD with momentum at every learning rate, with its longer budget."""
+    """Trials of SGD-momentum at every learning rate, for each seed, with the longer budget."""
     own, long = candidates(grid, YARDSTICK), grid.budget(YARDSTICK) * grid.patience
     return [[dataclasses.replace(trial, seed=seed, epochs=long) for trial in own] for seed in seeds]
 
 
 def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
-    """Train all candidates; {optimizer: the best of its own}. One alone needs no training."""
+    """Train all candidates and return each optimizer's best; a single one is not trained."""
     own = {name: candidates(grid, name) for name in grid.optimizers}
     several = itertools.chain(*(found for found in own.values() if len(found) > 1))
     trials.complete_all(folder, several, grid.workers, "tuning", progress)
@@ -124,7 +121,7 @@ def tune(grid: Grid, folder: Path, progress: Progress) -> dict[str, Trial]:
 
 @dataclass(frozen=True)
 class Finals:
-    """An optimizer's final runs: those to be looked at, and how many seeds were tried for them."""
+    """An optimizer's final runs, and how many seeds were tried to get them."""
 
     trials: list[Trial]
     tried: int
@@ -174,7 +171,7 @@ def compared(
     finals: dict[str, Finals],
     progress: Progress,
 ) -> Table:
-    """The study's table, after the yardsticks' runs."""
+    """Train the yardsticks and return the comparison table."""
     seeds = sorted({trial.seed for own in finals.values() for trial in own.trials})
     paces = dict(zip(seeds, yardsticks(grid, seeds), strict=True))
     wanted = itertools.chain(*paces.values())
@@ -196,7 +193,7 @@ def compared(
 
 
 def _in_print(grid: Grid) -> str:
-    """The budgets: one number, or each optimizer's where their schedules differ; and the tuning's.
+    """Epochs of the runs and of the tuning, as text.
 
     What follows it is "at the settings that were best for one seed".
     """
@@ -211,7 +208,7 @@ def _in_print(grid: Grid) -> str:
 def add_published(
     grid: Grid, folder: Path, finals: dict[str, Finals], header: dict[str, Any]
 ) -> None:
-    """Put published curves of these optimizers into the records, and their table into the header.
+    """Add published curves to the records and the table that compares them to the header.
 
     The step of a published point is that of ours after as many epochs.
     """

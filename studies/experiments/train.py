@@ -1,4 +1,4 @@
-"""Single training runs, for the command line."""
+"""One training run with records and checkpoints: the command `kronscope train`."""
 
 import dataclasses
 import signal
@@ -29,7 +29,7 @@ GOES_ON = "a run goes on with what it has, but for epochs and device"
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a training run is kept, its records, and why it ended early if it did.
+    """Folder and records of a training run, and why it ended early, if it did.
 
     measuring: what measuring beside it took, in words. stopped: by SIGTERM, at a checkpoint from
     which it can go on.
@@ -43,7 +43,7 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """SIGTERM has come, and the checkpoint of this step is written."""
+    """Raised after SIGTERM, once the checkpoint of the last step is written."""
 
 
 def train(
@@ -112,7 +112,7 @@ def _header(settings: training.Settings) -> dict[str, Any]:
 
 
 def _header_again(folder: Path, settings: training.Settings) -> dict[str, Any]:
-    """Raises: ValueError as `settings_of`, or where more differs than epochs and device."""
+    """Header of a run that goes on. Raises: ValueError if more than epochs or device differ."""
     earlier, now = settings_of(folder), settings
     for name in ("optimizer", "seed", "batch_size", "hyper"):
         old, new = getattr(earlier, name), getattr(now, name)
@@ -153,7 +153,7 @@ def settings(
 
 
 def settings_of(folder: Path) -> training.Settings:
-    """What a run of `train` was made with. Raises: ValueError for another or an empty folder."""
+    """Settings of an earlier run of `train`. Raises: ValueError for another or an empty folder."""
     if not (folder / CHECKPOINT).is_file():
         raise ValueError(f"no {CHECKPOINT} in {folder}; `kronscope train` writes one")
     header = records.read_header(folder)
@@ -165,7 +165,7 @@ def settings_of(folder: Path) -> training.Settings:
 
 @contextmanager
 def _sigterm() -> Iterator[Event]:
-    """Inside, SIGTERM sets the event and nothing else, where Python may handle signals."""
+    """Context in which SIGTERM only sets the event; without effect outside the main thread."""
     asked = Event()
     if current_thread() is not main_thread():  # nobody may be told there
         yield asked
@@ -184,7 +184,7 @@ def _epochs(
     progress: Progress,
     asked: Event,
 ) -> Iterator[training.TrainingState]:
-    """The states at the ends of epochs, the start included.
+    """States at the start and after each epoch.
 
     Raises: Stopped if the event is set, when the checkpoint is written.
     """
@@ -220,7 +220,7 @@ def _rows(
 
 
 def table(frame: pd.DataFrame) -> Table:
-    """Losses, and accuracies where there are classes, by epoch as a table."""
+    """Losses by epoch, and accuracies of classifiers, as a table."""
     frame = frame[frame["block"] == ""]
     wide = frame.pivot_table(index=["epoch", "seconds"], columns="metric", values="value")
     names = sorted(wide.columns, key=lambda name: (not name.endswith("_loss"), "test" in name))

@@ -1,4 +1,4 @@
-"""Measuring a training's curvature against the truth."""
+"""Measure approximations of a training's curvature against the exact blocks."""
 
 from .during_training import DuringTraining
 from .measurement import (

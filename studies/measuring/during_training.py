@@ -1,4 +1,4 @@
-"""Measuring beside a training, within a share of the run's time."""
+"""Measure curvature during a training, within a share of its time."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ METRICS = ("relative_error", "relative_error_best_scale", "cosine")
 
 @dataclass
 class DuringTraining:
-    """Measures GGN blocks of a run at some of its steps: the live approximations and KFAC's.
+    """Measure the optimizer's and KFAC's curvature against exact GGN blocks, at some epochs.
 
     Blocks of Linear layers and convolutions; which are not measured is in `summary`.
 
@@ -56,7 +56,7 @@ class DuringTraining:
     def rows(
         self, settings: Settings, state: TrainingState, losses: dict[str, float]
     ) -> list[dict[str, Any]]:
-        """Rows without run and study, the losses among them; [] where it has to be left out.
+        """Records of this step (without run and study), losses included; [] if left out.
 
         Measured in another process with one thread, on a copy: the run is not disturbed. To make
         the copy counts as measuring.
@@ -74,16 +74,16 @@ class DuringTraining:
         return found.rows
 
     def counters(self) -> dict[str, float]:
-        """What was spent so far, for the header; `resume` takes it back."""
+        """Seconds and measurements so far, for the header; read back by `resume`."""
         return {name: getattr(self, name) for name in ("seconds", "last", "taken", "left_out")}
 
     def resume(self, counters: Mapping[str, float]) -> None:
-        """Count on from `counters` of the run's earlier part; from nothing where it has none."""
+        """Continue from the `counters` of the run's earlier part, if it has any."""
         for name, value in counters.items():
             setattr(self, name, value)
 
     def summary(self, training: float) -> str:
-        """What was spent, in words."""
+        """Measurements made and their share of the time, as text."""
         whole = training + self.seconds
         spent = self.seconds / whole if whole else 0.0
         said = f"measured {self.taken} time(s) in {spent:.1%} of the run's time"

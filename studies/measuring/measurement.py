@@ -1,4 +1,4 @@
-"""Hold approximations against the exact blocks of a model: rows for the records."""
+"""Measure approximations against the exact blocks of a model, as rows for the records."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ OF_THE_TRUTH = ("diagonal", "mini_block", "best_kronecker")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured each time."""
+    """Truths, approximations and metrics of each measurement."""
 
     truths: Sequence[str] = ("hessian", "ggn")
     approximations: Sequence[str] = ("kfac", "diagonal", "mini_block", "best_kronecker")
@@ -48,7 +48,7 @@ class Plan:
 
 
 def live_curvatures(name: str, state: TrainingState) -> dict[str, dict[str, Operator]]:
-    """What the optimizer holds, {approximation name: {block: operator}}; {} if it shows nothing.
+    """The optimizer's live curvature, {approximation name: {block: operator}}; {} if it has none.
 
     "<name>_live" is what it applies, P⁻¹ with its damping inside; "<name>_live_undamped" the
     curvature it keeps, where it keeps one.
@@ -67,7 +67,7 @@ def measure(
     lives: Mapping[str, Mapping[str, Operator]],
     blocks: Sequence[Block] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows (block, size, truth, approximation, damping, metric, value, low, high, n).
+    """All metrics of all approximations of each block, as rows without the run's columns.
 
     blocks: those to measure, all that are `layers` unless given.
     """
@@ -86,12 +86,12 @@ def measure(
 
 
 def layers(problem: Problem) -> list[Block]:
-    """The blocks that are one matrix [W, b], which approximations by Kronecker products are of."""
+    """Blocks of one matrix [W, b]: those that Kronecker approximations exist for."""
     return [block for block in problem.blocks() if block.single is not None and block.single.w_bar]
 
 
 def not_measured(problem: Problem) -> list[str]:
-    """Names of the other blocks: norms, recurrent cells."""
+    """Names of the blocks that are not `layers`: norms, recurrent cells."""
     names = {block.name for block in layers(problem)}
     return [block.name for block in problem.blocks() if block.name not in names]
 
@@ -103,7 +103,7 @@ def operators(
     plan: Plan,
     lives: Mapping[str, Mapping[str, Operator]],
 ) -> dict[str, Operator]:
-    """The approximations of one block: those built from data, then those read live."""
+    """Approximations of one block: built from data, then read from the optimizer."""
     found: dict[str, Operator] = {}
     for name in plan.approximations:
         entry = approximations.registry[name]
@@ -116,7 +116,7 @@ def operators(
 
 
 def damping_inside(name: str, lives: Mapping[str, Any]) -> bool:
-    """Whether a curvature has its damping inside: what an optimizer applies, or a replayed one."""
+    """Whether a curvature includes its damping, as what an optimizer applies or replays does."""
     if name in lives:
         return not name.endswith(UNDAMPED)
     return approximations.registry[name].damping_inside
@@ -125,7 +125,7 @@ def damping_inside(name: str, lives: Mapping[str, Any]) -> bool:
 def _keywords(
     entry: metrics.Metric, problem: Problem, block: Block, damping: float, damped_inside: bool
 ) -> dict[str, Any]:
-    """The keywords a metric needs; a preconditioner's inverse has its damping inside already."""
+    """The keywords a metric needs; no damping is added where it is included already."""
     known = {
         "damping": damping,
         "gradient": problem.gradient(block),

@@ -1,4 +1,4 @@
-"""Measure while training goes on: snapshots are measured by a pool of worker processes.
+"""Snapshots of a training, measured by worker processes while training goes on.
 
 Training yields its state; what is needed to measure it (the parameters and the live curvatures) is
 copied out, so measuring never disturbs the run, and the copies are measured in parallel with one
@@ -30,7 +30,7 @@ Lives = dict[str, dict[str, Operator]]  # by approximation and block
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one step: what measuring needs, detached from the run."""
+    """Copies of what measuring needs of a run at one step."""
 
     settings_key: dict[str, Any]  # run-independent columns of the rows: problem, optimizer, ...
     parameters: dict[str, Tensor]
@@ -42,7 +42,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class SnapshotRecords:
-    """What came back: rows without run and study, matrices with their keys, blocks left out."""
+    """Measured rows (without run and study), matrices with their keys, and blocks left out."""
 
     rows: list[dict[str, Any]]
     matrices: list[tuple[dict[str, Any], dict[str, np.ndarray]]]
@@ -56,7 +56,7 @@ def take(
     losses: dict[str, float],
     keep_matrices: bool,
 ) -> Snapshot:
-    """Copy out what measuring needs; losses as `training.evaluate` returns them."""
+    """Take a snapshot; losses as `training.evaluate` returns them."""
     key = place(settings, state)
     parameters = {n: t.detach().cpu().clone() for n, t in state.model.state_dict().items()}
     lives = _on_cpu(measurement.live_curvatures(settings.optimizer, state), settings.device)

@@ -1,4 +1,4 @@
-"""A single measurement of a problem's blocks, for the command line."""
+"""The command `kronscope measure`: a problem's blocks against the exact ones, as a table."""
 
 import math
 from pathlib import Path

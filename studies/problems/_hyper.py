@@ -37,7 +37,7 @@ DAMPING_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the learning rate changes over a training: raised in equal parts, later cut in steps.
+    """Learning-rate schedule: linear warm-up, then cuts by a factor at milestones.
 
     epochs: of the whole training. milestones: numbers of epochs after which the rate is multiplied
     by `factor`. warm_up: epochs until the rate is whole, the first of which has 1 / warm_up of it.
@@ -54,7 +54,7 @@ class Schedule:
     source: str = OURS
 
     def rate(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in this epoch; the first is 0."""
+        """Factor of the learning rate in an epoch, counted from 0."""
         risen = min(1.0, (epoch + 1) / self.warm_up) if self.warm_up else 1.0
         return risen * self.factor ** bisect_right(self.milestones, epoch)
 
@@ -65,7 +65,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Searched:
-    """The values that each hyper-parameter is tried at, all combinations of them, and whose."""
+    """Values that each hyper-parameter is tried at, and whose they are."""
 
     grid: Mapping[str, tuple[float, ...]]
     source: str
@@ -105,7 +105,7 @@ def around(
 
 
 def ours(recommended: Mapping[str, Any]) -> Searched:
-    """What is searched where nothing is known of a paper's search."""
+    """Our own search around recommended values, where no paper's is known."""
     return Searched(around(recommended), OPEN)
 
 

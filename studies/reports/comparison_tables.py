@@ -1,4 +1,4 @@
-"""The table of `optimizers_compared`: how far each got, and what SGD-momentum needs for the same.
+"""The table of `optimizers_compared`: final losses, and what SGD-momentum needs to match them.
 
 A run here is the frame that `studies.training.trials.read` returns: a row per epoch and metric.
 """
@@ -33,7 +33,7 @@ METRICS = ("train_loss", "test_loss", "test_accuracy")
 
 @dataclass(frozen=True)
 class RankedRow:
-    """One optimizer: its final training loss, by which rows are sorted, and its cells in print."""
+    """Cells of one optimizer, and its final training loss, by which rows are sorted."""
 
     loss: float
     cells: list[str]
@@ -68,7 +68,7 @@ def row(
 
 
 def end(run: Losses, epochs: int) -> dict[str, float]:
-    """Where a run was after `epochs`: its losses are infinite if it did not get there."""
+    """Losses, steps and seconds of a run after `epochs`; losses are infinite if it ended before."""
     rows = run[run["epoch"] == epochs].set_index("metric")
     found = {metric: rows["value"].get(metric, np.nan) for metric in METRICS}
     if rows.empty or not np.isfinite(found["train_loss"]):
@@ -79,7 +79,7 @@ def end(run: Losses, epochs: int) -> dict[str, float]:
 
 
 def reached(paces: Sequence[Losses], loss: float) -> dict[str, tuple[float, bool]]:
-    """Least steps and seconds with which any of the runs has this training loss, by unit.
+    """Fewest steps and seconds in which any of the runs reaches a training loss.
 
     A pair: the number, and whether it was reached; where it was not, the number is a lower bound,
     the length of the shortest run that lasted its epochs (NaN where none did).
@@ -96,7 +96,7 @@ def reached(paces: Sequence[Losses], loss: float) -> dict[str, tuple[float, bool
 
 
 def median_ratio(ends: pd.DataFrame, paces: Sequence[Sequence[Losses]], unit: str) -> str:
-    """What SGD-momentum needed over what a run took, in print: the median, of two the lower."""
+    """Median ratio of what SGD-momentum needed to what a run took, as text; of two the lower."""
     found = []
     for (_, own), pace in zip(ends.iterrows(), paces, strict=True):
         needed, hit = reached(pace, float(own["train_loss"]))[unit]
@@ -106,7 +106,7 @@ def median_ratio(ends: pd.DataFrame, paces: Sequence[Sequence[Losses]], unit: st
 
 
 def in_print(ratio: float, hit: bool) -> str:
-    """A ratio, with > before a lower bound.
+    """A ratio as text, with > before a lower bound.
 
     >>> in_print(3.0, True), in_print(6.0, False), in_print(-np.inf, True)
     ('3.00', '> 6.00', '–')
@@ -115,7 +115,7 @@ def in_print(ratio: float, hit: bool) -> str:
 
 
 def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
-    """What was tuned in print; * marks values at the edge of the grid.
+    """Tuned settings as text; * marks values at the edge of the grid.
 
     Learning rate, clip and damping in any case, ε and weight decay where candidates differ in it.
     "defaults" where there are none: the optimizer's own.
@@ -134,7 +134,7 @@ def settings(chosen: Settings, candidates: Sequence[Settings]) -> str:
 
 
 def point(values: Mapping[str, float]) -> str:
-    """Settings in print.
+    """Settings as text.
 
     >>> point({"lr": 0.001, "eps": 1e-08})
     'lr 0.001, ε 1e-08'

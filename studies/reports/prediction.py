@@ -1,9 +1,9 @@
-"""Can divergence be foretold by a number that is seen before it? Thresholds, hits, false alarms.
+"""Prediction of divergence by a threshold on a number: hits and false alarms.
 
-A run is foretold where the number exceeds the threshold at some step before the run goes wrong; a
-false alarm is a run in which it does and that never goes wrong. The threshold with the greatest
-difference of the two shares (Youden's J) is chosen on the runs of even seeds and judged on the odd
-ones: none is judged by what it was chosen on.
+A run is predicted (a hit) if the number exceeds the threshold at some step before the run goes
+wrong; a false alarm is a run in which it does although the run never goes wrong. The threshold
+with the greatest difference of the two shares (Youden's J) is chosen on the runs of even seeds and
+judged on the odd ones.
 
 Source of J: Youden 1950, "Index for rating diagnostic tests".
 """
@@ -19,12 +19,12 @@ from ..results.tables import Table
 from .summaries import number
 
 WRONG = 2.0  # times the first loss of the run: none that rose so far came back by itself
-COLUMNS = ("number", "threshold", "foretold", "false alarms", "steps ahead")
+COLUMNS = ("number", "threshold", "predicted", "false alarms", "steps ahead")
 
 
 @dataclass(frozen=True)
 class TracedRun:
-    """One run: its number by step, and the step from which on its loss was wrong, if ever."""
+    """One run: the number by step, and the step at which its loss went wrong, if ever."""
 
     values: Mapping[int, float]
     wrong: int | None
@@ -40,7 +40,7 @@ class TracedRun:
 
 
 def wrong_steps(frame: pd.DataFrame) -> dict[int, int | None]:
-    """{seed: the first step whose batch's loss was wrong, None for none}, of one optimizer."""
+    """First step of each seed whose batch loss was wrong, or None; of one optimizer."""
     found: dict[int, int | None] = {}
     for seed, own in frame[frame["metric"] == "batch_loss"].groupby("seed"):
         losses = own.sort_values("step")
@@ -50,7 +50,7 @@ def wrong_steps(frame: pd.DataFrame) -> dict[int, int | None]:
 
 
 def runs(frame: pd.DataFrame, chosen: pd.Series) -> dict[int, TracedRun]:
-    """{seed: its run}; chosen: which rows of the frame are the number's."""
+    """Runs by seed; chosen: mask of the rows that hold the number."""
     wrong, mine = wrong_steps(frame), frame[chosen]
     own = {seed: mine[mine["seed"] == seed] for seed in wrong}
     values = {
@@ -60,7 +60,7 @@ def runs(frame: pd.DataFrame, chosen: pd.Series) -> dict[int, TracedRun]:
 
 
 def threshold(own: Sequence[TracedRun]) -> float:
-    """The level with the greatest Youden's J, of several the middle one.
+    """The threshold with the largest Youden's J; of several the middle one.
 
     NaN without both runs that went wrong and runs that did not.
 

@@ -94,7 +94,7 @@ def truths(frame: pd.DataFrame) -> list[str]:
 
 
 def losses(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Return optimizer -> loss name -> its value at the last step, in print.
+    """Final losses as text, {optimizer: {loss: value}}.
 
     Of several seeds, the median of those that got so far, and how many they are.
     """
@@ -110,7 +110,7 @@ def losses(frame: pd.DataFrame) -> dict[str, dict[str, str]]:
 
 
 def table(frame: pd.DataFrame, truth: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the medians of `summaries.medians` in print, with the best of each column marked.
+    """The medians of `summaries.medians` as text, with the best of each column marked.
 
     A cell is (text, is best). Marked is, per optimizer, the value nearest to what the header calls
     the metric's best; the best Kronecker, being a bound, does not compete.
@@ -176,20 +176,20 @@ def _training(frame: pd.DataFrame) -> Iterator[Picture]:
 
 
 def of_study(frame: pd.DataFrame, header: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yield the figures that this run's study alone has; none of most studies."""
+    """Yield the figures that only this run's study has; most studies have none."""
     yield from _maps(header)
     yield from _edges(frame, header)
 
 
 def _maps(header: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yield the map of a study of stability, where it had more points than the recommended one."""
+    """Yield the stability map, if the study had more points than the recommended one."""
     rows = header.get("stability", [])
     if len(rows) > len({row["optimizer"] for row in rows}):
         yield Picture("stability", CAPTIONS["stability"], stability_maps.stability_map(rows))
 
 
 def _edges(frame: pd.DataFrame, header: Mapping[str, Any]) -> Iterator[Picture]:
-    """Yield, of a study of sharpness, each optimizer's runs, and their layers where measured."""
+    """Yield the sharpness of each optimizer's runs, and of their layers where measured."""
     for optimizer, limit in header.get("stable_below", {}).items():
         own = frame[frame["optimizer"] == optimizer]
         if len(own):

@@ -1,4 +1,4 @@
-"""Runs that went wrong beside runs that did not: figures of `sharpness_along_training`."""
+"""Figures of `sharpness_along_training`: sharpness of runs that went wrong and of others."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,7 +35,7 @@ RIGHT = "runs\nright"
 
 
 def run_curves(frame: pd.DataFrame, optimizer: str, limit: float) -> Figure:
-    """A line per training against its steps: how near to instability, and the loss.
+    """Sharpness, curvature ratio and batch loss against the step, a line per training.
 
     limit: greatest stable sharpness on a quadratic, dashed. Runs that went wrong end in a cross.
     Raises: ValueError without records of the optimizer.
@@ -86,7 +86,7 @@ def _legend(found: Mapping[int, int | None], limit: float) -> list[Line2D]:
 
 
 def has_layers(own: pd.DataFrame) -> bool:
-    """Whether there is anything for `layer_map` in the records of one optimizer."""
+    """Whether one optimizer's records have what `layer_map` draws."""
     return bool(_layers(own)["wrong"].notna().any())
 
 
@@ -97,7 +97,7 @@ def _layers(own: pd.DataFrame) -> pd.DataFrame:
 
 
 def layer_map(frame: pd.DataFrame, optimizer: str) -> Figure:
-    """Layer by layer, what became of the sharpness of each part before runs went wrong.
+    """Heat map of each layer's sharpness in the steps before runs went wrong.
 
     A panel per part: layers down, across the steps that were left, last the median of the runs that
     stayed right. Colours and numbers are medians over runs.

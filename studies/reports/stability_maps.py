@@ -1,4 +1,4 @@
-"""Maps over learning rates and dampings: figures of what the study `stability` finds."""
+"""Heat maps of divergence over learning rates and dampings, from the study `stability`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ DARK = 0.6  # share from which text is white
 
 
 def stability_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Share of seeds that diverged, a panel per optimizer: learning rate across, damping up.
+    """Heat map of the share of seeds that diverged: learning rate across, damping up.
 
     rows: as `stability.outcome` returns them. In each cell what diverged of how many seeds,
     and below it the median training loss of the others. An optimizer without damping has one row;
@@ -48,7 +48,7 @@ def stability_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _axes(own: pd.DataFrame) -> tuple[str, list[float], list[float]]:
-    """What goes across, its values, and the dampings; [NaN] for an optimizer without."""
+    """Setting on the x axis, its values, and the dampings ([NaN] if there is none)."""
     key = "kl_clip" if own["kl_clip"].nunique() > 1 else "lr"
     dampings = sorted(own["damping"].dropna().unique())
     return key, sorted(own[key].unique()), dampings or [np.nan]

@@ -1,4 +1,4 @@
-"""What the records say, in words and tables: names in print, medians, verdicts."""
+"""Summaries of records: labels, numbers as text, medians, verdicts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,12 +28,12 @@ ROUNDING = 1e-10  # the metrics are relative: below this, float64 sums no longer
 
 
 def label(name: str) -> str:
-    """Return how a metric or a truth is called in print."""
+    """Printed name of a metric or a truth."""
     return LABELS.get(name, name.replace("_", " "))
 
 
 def number(value: float) -> str:
-    """Return three significant digits; infinity, zero and nothing as such."""
+    """A number with three significant digits; ∞ for infinity, – for NaN."""
     if np.isnan(value):
         return "–"
     if abs(value) <= ROUNDING:
@@ -44,7 +44,7 @@ def number(value: float) -> str:
 
 
 def drawn(frame: pd.DataFrame, header: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the records to be drawn: those of the header's "shown" optimizers, if it names any."""
+    """Records to draw: those of the header's "shown" optimizers, if it names any."""
     return frame[frame["optimizer"].isin(header["shown"])] if "shown" in header else frame
 
 
@@ -55,7 +55,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def last(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return each optimizer's rows at the last step it has."""
+    """Rows of each optimizer at its last step."""
     return frame[frame["step"] == frame.groupby("optimizer")["step"].transform("max")]
 
 
@@ -71,7 +71,7 @@ def medians(frame: pd.DataFrame, truth: str) -> pd.DataFrame:
 
 
 def verdicts(frame: pd.DataFrame) -> dict[str, str]:
-    """Say per truth and optimizer which approximation is closest, and how close it is.
+    """Which approximation is closest, and how close, for each truth and optimizer, as text.
 
     Uses relative_error, step_cosine and noise_floor at the last step, as medians over layers;
     pairs without a relative error are left out. Keys say the optimizer, its step and the truth.
@@ -91,7 +91,7 @@ def verdicts(frame: pd.DataFrame) -> dict[str, str]:
 
 
 def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
-    """Say which of `errors` is least and hold it against the bound, the noise and the step."""
+    """The least of `errors` beside the Kronecker bound, the noise and the step, as text."""
     error, said = errors.min(), f"{errors.idxmin()} is closest"
     said += f", with a relative error of {number(error)} (median over the layers)"
     bound = own["relative_error"].get(BOUND, np.nan)
@@ -112,7 +112,7 @@ def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
 
 
 def share(count: int, of: int) -> str:
-    """A fraction with its 95 % Wilson interval in print.
+    """A fraction with its 95 % Wilson interval, as text.
 
     >>> share(13, 20)
     '13 of 20 (43–82 %)'
@@ -122,7 +122,7 @@ def share(count: int, of: int) -> str:
 
 
 def span(steps: Sequence[int]) -> str:
-    """Median and range in print.
+    """Median and range, as text.
 
     >>> span([22, 25, 54]), span([])
     ('25 (22–54)', '–')

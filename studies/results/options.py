@@ -1,4 +1,4 @@
-"""Options as given: what cannot be is refused with its value and what can, before any work."""
+"""Validate options before any work starts; errors state the value and what is possible."""
 
 import math
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ POSITIVE = ("lr_factors", "damping_factors", "adam_lr_factors", "seconds")
 
 
 def options(given: Mapping[str, Any]) -> None:
-    """Nothing where each option, by name, has a value that can be; those of other names may be any.
+    """Check the value of each known option; other names are not checked.
 
     Raises: ValueError naming the option, its value and what is possible.
 
@@ -46,7 +46,7 @@ def options(given: Mapping[str, Any]) -> None:
 
 
 def whole_number(name: str, value: Any) -> None:
-    """Raises: ValueError unless it is one, not below LEAST, and of a seed not too large."""
+    """Check a whole number against its least value. Raises: ValueError with value and least."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < LEAST[name]:
         raise ValueError(f"{name} is {value!r}; it is a whole number of at least {LEAST[name]}")
     if name == "seed" and int(value) > LARGEST_SEED:
@@ -54,7 +54,7 @@ def whole_number(name: str, value: Any) -> None:
 
 
 def device(name: str) -> None:
-    """Raises: ValueError unless it is the CPU or a CUDA device that is there."""
+    """Check that a device exists. Raises: ValueError listing the devices."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{k}" for k in range(count))]
     if name not in known:

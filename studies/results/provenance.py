@@ -1,4 +1,4 @@
-"""The header of a run: versions, device, commit, configuration."""
+"""The header of a run: versions, device, commit and configuration."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ PACKAGES = ("kronscope", "torch", "backpack-for-pytorch", "numpy", "scipy", "pan
 
 
 def header(study: str, problem: str, device: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader needs to run the same again."""
+    """Header of a new run: what is needed to repeat it."""
     return {
         "study": study,
         "problem": problem,
@@ -29,7 +29,7 @@ def header(study: str, problem: str, device: str, config: Mapping[str, Any]) -> 
 
 
 def again(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The header of a run that goes on: what it had, with today's settings and status.
+    """Header of a run that goes on: its earlier one with the new settings and status.
 
     Its commit and date stay those it began with; those it went on with are added to "resumed".
     """

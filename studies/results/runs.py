@@ -1,4 +1,4 @@
-"""The frame of a study's run: its folder, its header, and what became of it."""
+"""Folder, header and final status of a study's run."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ def running(
     resume: Path | None,
     fixed: Sequence[str] = (),
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Inside, (folder, header) of the run; the header is written at both ends, however it ends.
+    """Context of a run: (folder, header); the header is written at its start and at any end.
 
     config: of the study, its "problem" among it. question: its first line is kept.
     resume: the folder of an earlier run on the same problem, whose seconds count on and whose

@@ -1,4 +1,4 @@
-"""Training any optimizer on any problem, one step at a time."""
+"""Train any optimizer on any problem, one step at a time."""
 
 from .loop import (
     FOREVER,

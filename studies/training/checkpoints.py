@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole or not at all, and read on any machine."""
+"""Checkpoints of a training: written atomically, readable on any machine."""
 
 import pickle
 import zipfile
@@ -24,7 +24,7 @@ MISFITS = (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeE
 
 
 def save_parameters(parameters: dict[str, Tensor], path: Path) -> None:
-    """Write a model's state_dict, whole or not at all."""
+    """Write a model's state_dict atomically."""
     _write(parameters, path)
 
 
@@ -91,7 +91,7 @@ def _misfit(path: Path, wanted: tuple[str, ...], found: str) -> ValueError:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint; tensors of a GPU come to the CPU where there is none.
+    """Contents of a checkpoint; GPU tensors are moved to the CPU where there is no GPU.
 
     The file is a zip archive with checksums, which are compared; torch.load does not.
     Raises: ValueError naming a file that is missing, damaged or no checkpoint.

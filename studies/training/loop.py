@@ -1,4 +1,4 @@
-"""Training any optimizer on any problem, one step at a time."""
+"""The training loop: any optimizer on any problem, one step at a time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ Closure = Callable[[], Tensor]
 
 FOREVER = 10**6  # epochs of a training that something else ends
 DIVERGED_AT = 100.0  # times the first loss: far beyond what any run recovered from
-# what ends a training because of its settings; all else, a full memory say, is none of theirs
+# errors that end a training because of its settings, unlike, say, a full memory
 NUMERICAL_ERRORS = (NumericalError, torch.linalg.LinAlgError)
 
 
@@ -48,7 +48,7 @@ class DivergedError(NumericalError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What determines a training run; `hyper` goes over the problem's recommended values.
+    """Settings of a training run; `hyper` replaces the problem's recommended values.
 
     Raises: ValueError for numbers that cannot be. Whether the device is there `start` asks.
     """
@@ -140,7 +140,7 @@ def steps(settings: Settings, resume: Path | None = None) -> Iterator[TrainingSt
 
 
 def place(settings: Settings, state: TrainingState) -> dict[str, Any]:
-    """Columns of the records that say which training this is and how far it is."""
+    """Columns of the records that name a training and its progress."""
     return {
         "problem": settings.problem.name,
         "optimizer": settings.optimizer,
@@ -177,7 +177,7 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def batch(state: TrainingState, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of the coming step, augmented as they will be then."""
+    """Inputs and targets of the next step, augmented as that step will have them."""
     return _batch(state, settings, _rows(state, settings.seed), (0, state.step))
 
 
@@ -218,7 +218,7 @@ def _mixed(seed: int, draw: tuple[int, int]) -> int:
 
 @contextmanager
 def _draws_of(settings: Settings, step: int) -> Iterator[None]:
-    """Inside, what the model draws (dropout) depends on seed and step alone; -1 is the warm-up."""
+    """Context in which dropout depends on seed and step alone; step -1 is the warm-up."""
     device = torch.device(settings.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_mixed(settings.seed, (2, step + 1)))
@@ -227,7 +227,7 @@ def _draws_of(settings: Settings, step: int) -> Iterator[None]:
 
 @torch.no_grad()
 def batch_loss(state: TrainingState, settings: Settings) -> float:
-    """Loss of the coming step's batch, with the model as `evaluate` takes it; disturbs nothing."""
+    """Loss of the next step's batch in evaluation mode; leaves the run as it is."""
     inputs, targets = batch(state, settings)
     with _evaluation_mode(state.model):
         return float(settings.problem.loss(state.model(inputs), targets))
@@ -235,7 +235,7 @@ def batch_loss(state: TrainingState, settings: Settings) -> float:
 
 @torch.no_grad()
 def evaluate(state: TrainingState, problem: TrainingProblem, chunk: int = 1000) -> dict[str, float]:
-    """Means over the whole sets: {"train_loss": ..., "test_loss": ...}.
+    """Mean losses over the training and test sets, {"train_loss": ..., "test_loss": ...}.
 
     Taken at the running average of the parameters where the problem has one.
     Of classes also "train_accuracy" and "test_accuracy", the share that has the largest output.
@@ -261,10 +261,10 @@ def evaluate(state: TrainingState, problem: TrainingProblem, chunk: int = 1000) 
 
 
 def evaluated(state: TrainingState, problem: TrainingProblem) -> dict[str, float]:
-    """As `evaluate`, of a run that goes on.
+    """`evaluate` with a check that the run has not diverged.
 
     Raises: DivergedError where the training loss is not finite or beyond DIVERGED_AT times the
-    first one: what a run's last step has done to it no further batch will tell.
+    first one: no later batch would show what the last step has done.
     """
     found = evaluate(state, problem)
     loss = found["train_loss"]
@@ -275,7 +275,7 @@ def evaluated(state: TrainingState, problem: TrainingProblem) -> dict[str, float
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, batch norm goes by its running statistics and leaves them, and nothing drops out."""
+    """Context in which batch norm uses its running statistics and nothing drops out."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

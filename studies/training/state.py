@@ -1,4 +1,4 @@
-"""TrainingState: a training as it is handed out after each step."""
+"""TrainingState of a training, as the loop yields it after each step."""
 
 from dataclasses import dataclass, field
 

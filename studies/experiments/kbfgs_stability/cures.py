@@ -93,7 +93,7 @@ def _trials(grid: Grid, name: str) -> list[Trial]:
 
 
 def table(frames: Mapping[str, Sequence[pd.DataFrame]], grid: Grid) -> Table:
-    """A row per candidate; frames as `trials.read` returns them."""
+    """Divergences, losses and step times, a row per candidate."""
     ends = {
         name: [trials.fell(frame, grid.epochs) for frame in own] for name, own in frames.items()
     }

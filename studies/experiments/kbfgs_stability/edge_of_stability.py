@@ -1,4 +1,4 @@
-"""How near an optimizer is to instability, measured at a step of a training.
+"""Sharpness of a training at one step: distance to the edge of stability.
 
 Sharpness is the greatest eigenvalue of lr P C, with P the preconditioner and C the exact Hessian
 or GGN of some training examples, found by products alone.
@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Observed:
-    """A training at one step: copies of what is measured, so that nothing is disturbed.
+    """Model, preconditioner and curvature of a training at one step, as copies.
 
     layers: those with a preconditioner. P: by layer. C: by truth, of all these layers together.
     states: by layer, the optimizer's state of its weight; read only.
@@ -48,7 +48,7 @@ class Observed:
 
 
 def observe(state: training.TrainingState, setting: training.Settings, examples: int) -> Observed:
-    """A training at this step, with the curvature of the first so many training examples.
+    """Copy what is measured at this step; curvature of the first `examples` training examples.
 
     Raises: AttributeError for an optimizer that shows no preconditioner.
     """
@@ -71,7 +71,7 @@ def observe(state: training.TrainingState, setting: training.Settings, examples:
 
 
 class PrincipalBlock:
-    """The rows and columns `place` of a symmetric operator that is known by its products."""
+    """Principal submatrix (rows and columns `place`) of an operator known by its products."""
 
     def __init__(self, whole: Operator, place: slice) -> None:
         self.whole, self.place = whole, place
@@ -86,13 +86,13 @@ class PrincipalBlock:
 
 
 class Searches:
-    """Greatest eigenvalues of P C; a search starts from what the last one of its key found."""
+    """Largest eigenvalues of P C, each search warm-started from the last one with its key."""
 
     def __init__(self) -> None:
         self.starts: dict[tuple[str, ...], Tensor] = {}
 
     def value(self, key: tuple[str, ...], C: Operator, P: Callable[[Tensor], Tensor]) -> float:
-        """The algebraically greatest one; NaN where P is not positive definite, or not finite."""
+        """Largest eigenvalue; NaN if P is not positive definite or not finite."""
         try:
             found = sharpest(C, P, self.starts.get(key), tolerance=ENOUGH, products=PRODUCTS)
         except (NotPositiveDefiniteError, NotFiniteError):
@@ -102,7 +102,7 @@ class Searches:
 
 
 def of_the_whole(view: Observed, lr: float, searches: Searches) -> Iterator[Record]:
-    """Sharpness of the whole model, by truth."""
+    """Sharpness λ_max(lr P C) of the whole model, for the Hessian and the GGN."""
     P = side_by_side([view.P[block.name] for block in view.layers])
     for of, C in view.C.items():
         value = lr * searches.value((of, ""), C, P)
@@ -110,7 +110,7 @@ def of_the_whole(view: Observed, lr: float, searches: Searches) -> Iterator[Reco
 
 
 def by_layer(view: Observed, lr: float, searches: Searches) -> Iterator[Record]:
-    """Sharpness of each layer's own block, by truth."""
+    """Sharpness λ_max(lr P C) of each layer's block, for the Hessian and the GGN."""
     for of, C in view.C.items():
         for block, at in view.places():
             part = PrincipalBlock(C, slice(at, at + block.d))
@@ -119,7 +119,7 @@ def by_layer(view: Observed, lr: float, searches: Searches) -> Iterator[Record]:
 
 
 def efficiency(view: Observed, lr: float, damping: float) -> Iterator[Record]:
-    """How much of the GGN model's possible decrease a step lr P g, without momentum, takes."""
+    """Decrease of the GGN model by the step lr P g, over the largest possible decrease."""
     g = view.problem.gradient(view.whole).detach()
     P = side_by_side([view.P[block.name] for block in view.layers])
     step = SingleStep(gradient=g, step=lr * P(g))
@@ -128,5 +128,5 @@ def efficiency(view: Observed, lr: float, damping: float) -> Iterator[Record]:
 
 
 def row(metric: str, value: float, **more: Any) -> Record:
-    """A record's own part; what is not given is that of a number about the whole model."""
+    """Columns of a record; by default those of a number about the whole model."""
     return {**loss_row(metric, value), **more}

@@ -1,4 +1,4 @@
-"""Which factor of which layer is at fault: numbers beside the sharpness of a layer.
+"""Diagnostics by layer: sharpness of each Kronecker factor, dampings and pairs of K-BFGS.
 
 Of a Kronecker preconditioner H_g ⊗ H_a the greatest eigenvalue of each factor times what it is to
 be the inverse of; of K-BFGS also how often its dampings fired, and what its pairs say of the
@@ -28,7 +28,7 @@ Moments = dict[Block, tuple[Operator, Operator]]
 
 
 def factors(view: Observed, found: Moments, searches: Searches) -> Iterator[Record]:
-    """left_sharpness, λ_max(H_g G), and right_sharpness, λ_max(H_a A); exact inverses have 1.
+    """left_sharpness λ_max(H_g G) and right_sharpness λ_max(H_a A); 1 for exact inverses.
 
     found: G and A as `moments` returns them. If the layer's block were G ⊗ A, its sharpness would
     be lr times the product of the two.
@@ -44,7 +44,7 @@ def factors(view: Observed, found: Moments, searches: Searches) -> Iterator[Reco
 
 
 def moments(view: Observed) -> Moments:
-    """G = E[∂²ℓ/∂z∂z] [out, out] and A = E[ã ãᵀ] [in+1, in+1] of each layer that this is for.
+    """G = E[∂²ℓ/∂z∂z] [out, out] and A = E[ã ãᵀ] [in+1, in+1] of each measured layer.
 
     G by its products, as the Hessian of the biases.
     """
@@ -70,7 +70,7 @@ def input_moments(problem: Problem) -> dict[str, Tensor]:
 
 
 class Pairs:
-    """Follows the pairs (s, y) of K-BFGS from step to step, and how often they were damped."""
+    """The last pairs (s, y) of K-BFGS and counts of its dampings, followed step by step."""
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -79,7 +79,7 @@ class Pairs:
         self.counts: dict[str, Tensor] = {}
 
     def look(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """After every step: its own pair is what the averages changed by, where they did."""
+        """Call after every step: recovers the step's own pair from the change of the averages."""
         for name, state in states.items():
             if "y" in state and state["y"].dim() == 1:
                 new = s, y = state["s"].clone(), state["y"].clone()
@@ -94,7 +94,7 @@ class Pairs:
                 self.averaged[name] = new
 
     def fired(self, view: Observed) -> Iterator[Record]:
-        """Share of the pairs since this was last asked that each damping fired on."""
+        """Share of the pairs since the last call on which each damping fired."""
         for block in view.layers:
             if block.name in self.last:
                 now = view.states[block.name]["counts"].clone()
@@ -107,7 +107,7 @@ class Pairs:
                     yield row(name, share, block=block.name, size=block.d)
 
     def quality(self, found: Moments) -> Iterator[Record]:
-        """pair_curvature, s·y / s·Gs, and pair_cosine, of y and Gs; 1 where the pair tells of G."""
+        """pair_curvature s·y / s·Gs and pair_cosine of y and Gs; both 1 for a pair exact for G."""
         for block, (G, _) in found.items():
             if block.name in self.last:
                 own = {"block": block.name, "size": block.d, "truth": "hessian"}

@@ -4,7 +4,7 @@ Before each step the greatest eigenvalue of lr P H is found by products alone (`
 with P the optimizer's preconditioner and H the exact Hessian or GGN of some training examples: of
 the whole model, and now and then layer by layer, with what each factor and pair of a layer is worth
 (`layer_health`) and how much of the possible decrease a step takes. Beside it stand the
-loss of the coming batch and, of an optimizer that sees it for nothing, the curvature ratio of the
+loss of the coming batch and, of an optimizer that computes it anyway, the curvature ratio of the
 last step. Then a threshold on each is chosen on half of the seeds and judged on the others.
 """
 
@@ -42,7 +42,7 @@ WATCHED: dict[str, dict[str, Any]] = {"kbfgs": {}, "kbfgs_l": {"history": 100}}
 
 @dataclass(frozen=True)
 class Grid:
-    """What the study runs over.
+    """Settings of the study.
 
     steps: of every training. layers_every: steps between measurements layer by layer and of the
     step's efficiency, 0 for none.
@@ -97,7 +97,7 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 
 def limit(problem: str, optimizer: str) -> float:
-    """Greatest sharpness that is stable on a quadratic at the recommended momentum.
+    """Largest sharpness that is stable on a quadratic at the recommended momentum.
 
     Raises: ValueError for an unknown optimizer, or one that shows no preconditioner.
 
@@ -153,7 +153,7 @@ def trace(grid: Grid, optimizer: str, seed: int) -> tuple[list[dict[str, Any]], 
 
 
 class _Measuring:
-    """What is measured before each step; keeps what the next measurements start from."""
+    """Measurements before each step, warm-started from the last ones."""
 
     def __init__(self, grid: Grid, settings: training.Settings) -> None:
         self.grid, self.settings = grid, settings
@@ -162,7 +162,7 @@ class _Measuring:
         self.first = np.nan
 
     def at(self, state: training.TrainingState) -> tuple[list[dict[str, Any]], bool]:
-        """Rows, and whether the loss of the coming batch is wrong."""
+        """Rows of this step, and whether the next batch's loss has gone wrong."""
         loss = training.batch_loss(state, self.settings)
         self.first = self.first if state.step else loss
         found = [loss_row("batch_loss", loss)]
@@ -175,7 +175,7 @@ class _Measuring:
         return found, wrong
 
     def rows(self, state: training.TrainingState) -> list[dict[str, Any]]:
-        """How near to instability; at their turn what the layers show."""
+        """Rows of the sharpness and, every `layers_every` steps, of the layers."""
         group = state.optimizer.param_groups[0]
         if self.pairs is None:
             own = group.get("pair_decay")

@@ -24,7 +24,7 @@ from ...results.runs import running
 from ...results.tables import Table
 from ...training import trials
 from ...training.trials import Trial
-from .. import optimizers_compared
+from ...tuning.grids import candidates
 
 NAME = "stability"
 
@@ -68,23 +68,14 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 def _points(grid: Grid, optimizer: str) -> list[list[Trial]]:
     """For each point of the optimizer's grid its trainings, one per seed."""
-    own = optimizers_compared.Grid(
-        grid.problem,
-        (optimizer,),
-        epochs=grid.epochs,
-        lr_factors=grid.lr_factors,
-        damping_factors=grid.damping_factors,
-        device=grid.device,
-    )
+    factors = grid.lr_factors, grid.damping_factors
+    own = candidates(grid.problem, optimizer, *factors, grid.seed, grid.epochs, grid.device)
     seeds = range(grid.seed, grid.seed + grid.seeds)
-    return [
-        [dataclasses.replace(trial, seed=seed) for seed in seeds]
-        for trial in optimizers_compared.candidates(own, optimizer)
-    ]
+    return [[dataclasses.replace(trial, seed=seed) for seed in seeds] for trial in own]
 
 
 def outcome(folder: Path, own: Sequence[Trial]) -> dict[str, Any]:
-    """What became of one point's trainings, as a row of the map.
+    """Divergences and final losses at one point of the grid, as a row of the map.
 
     steps: of those that stopped early, where; loss: median training loss at the end of those that
     converged, NaN where none did.
