@@ -1,127 +1,85 @@
 """The commands `kronscope tune grid`, `kronscope tune searched` and `kronscope tune halving`."""
 
-import dataclasses
+import inspect
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .printing import Results, console, numbers, print_results
 
-if TYPE_CHECKING:
-    from ..tuning.searches import Search
-
 app = typer.Typer(
-    help="Search for the lr and damping, or what the papers tuned, with the least training loss.",
-    no_args_is_help=True,
+    help="Search for the hyper-parameters with the least training loss.", no_args_is_help=True
 )
 
-Tuned = Annotated[str, typer.Argument(help="Training problem.")]
-Optimizer = Annotated[str | None, typer.Option(help="kbfgs unless given; see `problems`.")]
-Epochs = Annotated[int | None, typer.Option(help="Of a training; the problem's unless given.")]
-SameSeed = Annotated[int | None, typer.Option(help="Of initialisation, batches and draws.")]
-Workers = Annotated[int | None, typer.Option(help="Trainings at once; 2 unless given.")]
-Where = Annotated[str | None, typer.Option(help="Where it trains: cpu (unless given) or cuda.")]
-GoOn = Annotated[
-    Path | None, typer.Option(help="Search to go on with: its settings, those given over them.")
-]
+
+def _optional(kind: type, text: str) -> Any:
+    return Annotated[kind | None, typer.Option(help=text)]
 
 
-@app.command("grid")
-def grid(
-    problem: Tuned,
-    optimizer: Optimizer = None,
-    epochs: Epochs = None,
-    seed: SameSeed = None,
-    lr_factors: Annotated[
-        str | None, typer.Option(help="Times the recommended lr, with commas between.")
-    ] = None,
-    damping_factors: Annotated[
-        str | None, typer.Option(help="Times the recommended damping, with commas between.")
-    ] = None,
-    workers: Workers = None,
-    device: Where = None,
-    resume: GoOn = None,
-    results: Results = Path("results"),
-) -> None:
-    """Train every combination of an lr and a damping, around the recommended, to the end."""
-    from ..tuning.searches import Grid
-
-    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
-    given |= {"workers": workers, "device": device, **_factors(lr_factors, damping_factors)}
-    _search(Grid, problem, given, resume, results)
+SHARED = {
+    "optimizer": _optional(str, "Optimizer, as `kronscope problems` lists them; default: kbfgs."),
+    "epochs": _optional(int, "Epochs of one training; default: the problem's."),
+    "seed": _optional(int, "Seed of initialisation, batches and draws; default: 0."),
+    "workers": _optional(int, "Trainings at the same time; default: 2."),
+    "device": _optional(str, "cpu (default) or cuda."),
+    "resume": _optional(
+        Path, "Run folder to go on with, also one at work; its settings are the defaults."
+    ),
+}
+FACTORS = {
+    "lr_factors": _optional(str, "Factors of the recommended lr, separated by commas."),
+    "damping_factors": _optional(str, "Factors of the recommended damping, separated by commas."),
+}
+RANGES = {
+    "trials": _optional(int, "Number of points; default: 24."),
+    "lr_factors": _optional(str, "Smallest,largest factor of the recommended lr."),
+    "damping_factors": _optional(str, "Smallest,largest factor of the recommended damping."),
+}
 
 
-@app.command("searched")
-def searched(
-    problem: Tuned,
-    optimizer: Optimizer = None,
-    epochs: Epochs = None,
-    seed: SameSeed = None,
-    workers: Workers = None,
-    device: Where = None,
-    resume: GoOn = None,
-    results: Results = Path("results"),
-) -> None:
-    """Train every combination that the problem lists: what the papers tuned, as far as known."""
-    from ..tuning.searches import Listed
+def _register(name: str, search: str, own: dict[str, Any], text: str) -> None:
+    """Make a command of a class of `tuning.searches`; own: its options beside the shared ones."""
 
-    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
-    given |= {"workers": workers, "device": device}
-    _search(Listed, problem, given, resume, results)
+    def command(**given: Any) -> None:
+        _search(search, **given)
 
-
-@app.command("halving")
-def halving(
-    problem: Tuned,
-    optimizer: Optimizer = None,
-    epochs: Epochs = None,
-    trials: Annotated[int | None, typer.Option(help="Points drawn; 24 unless given.")] = None,
-    seed: SameSeed = None,
-    lr_factors: Annotated[
-        str | None, typer.Option(help="Least and largest, times the recommended lr.")
-    ] = None,
-    damping_factors: Annotated[
-        str | None, typer.Option(help="Least and largest, times the recommended damping.")
-    ] = None,
-    workers: Workers = None,
-    device: Where = None,
-    resume: GoOn = None,
-    results: Results = Path("results"),
-) -> None:
-    """Draw lr and damping at random and stop the worse trainings early."""
-    from ..tuning.searches import Halving
-
-    given: dict[str, Any] = {"optimizer": optimizer, "epochs": epochs, "seed": seed}
-    given |= {"workers": workers, "device": device, "trials": trials}
-    given |= _factors(lr_factors, damping_factors)
-    _search(Halving, problem, given, resume, results)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    problem = Annotated[str, typer.Argument(help="Training problem.")]
+    options = (SHARED | own).items()
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter("problem", kind, annotation=problem),
+            *(inspect.Parameter(n, kind, default=None, annotation=a) for n, a in options),
+            inspect.Parameter("results", kind, default=Path("results"), annotation=Results),
+        ]
+    )
+    app.command(name, help=text)(command)
 
 
-def _factors(lr: str | None, damping: str | None) -> dict[str, Any]:
-    return {
-        "lr_factors": numbers("lr-factors", lr),
-        "damping_factors": numbers("damping-factors", damping),
-    }
+_register("grid", "Grid", FACTORS, "Train all combinations of lr and damping on a grid.")
+_register("searched", "Listed", {}, "Train all combinations of the values that the papers tuned.")
+_register("halving", "Halving", RANGES, "Sample lr and damping and stop the worse trainings early.")
 
 
-def _search(
-    search: "type[Search]",
-    problem: str,
-    given: dict[str, Any],
-    resume: Path | None,
-    results: Path,
-) -> None:
-    """Search with progress bars, print the best and write the report."""
+def _search(kind: str, problem: str, resume: Path | None, results: Path, **given: Any) -> None:
+    """Search with progress bars, print the best settings and write the report."""
     from ..results import records
-    from ..tuning import queue
     from .progress import bars
 
-    chosen = {name: value for name, value in given.items() if value is not None}
-    known = {field.name for field in dataclasses.fields(search)}
+    try:
+        from ..tuning import run, searches
+    except ImportError as error:
+        lacks = "tuning needs the extra: pip install '.[tune]' in the checkout"
+        raise ValueError(lacks) from error
+    for name in given.keys() & FACTORS.keys():
+        given[name] = numbers(name.replace("_", "-"), given[name])
+    search = getattr(searches, kind)
+    known = {field.name for field in fields(search)}
     earlier = records.read_header(resume).get("config", {}) if resume else {}
-    earlier = {name: value for name, value in earlier.items() if name in known}
-    chosen = {**earlier, "problem": problem, **chosen}
+    chosen = {name: value for name, value in earlier.items() if name in known}
+    chosen |= {name: value for name, value in given.items() if value is not None}
     with bars(console) as progress:
-        run = queue.run(search(**chosen), results, progress, resume)
-    print_results(run)
+        folder = run.run(search(**chosen | {"problem": problem}), results, progress, resume)
+    print_results(folder)

@@ -1,1 +1,1 @@
-"""Searches for learning rate and damping."""
+"""Hyper-parameter searches as Optuna studies that several processes can share."""
