@@ -1,7 +1,7 @@
-"""Data sets: real files from $KRONSCOPE_DATA, else the cache, else scikit-learn's fetchers.
+"""Data sets, read from $KRONSCOPE_DATA or the cache, or downloaded with checksums.
 
-Some are made: CURVES by its recipe, FACES out of Olivetti's faces, and pictures for tests that
-need some where there are no files.
+Also generated ones: CURVES by its recipe, FACES out of Olivetti's faces, synthetic pictures for
+tests that need no file.
 """
 
 from .augmentation import crop_and_flip

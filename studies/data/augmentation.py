@@ -1,4 +1,4 @@
-"""Changes of the pictures of a batch, drawn anew for each batch, for the whole batch at once."""
+"""Random data augmentation of whole batches of pictures."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def crop_and_flip(
     pictures: Tensor, random: torch.Generator, padding: int = 4, fill: Sequence[float] = (0.0,)
 ) -> Tensor:
-    """Pictures [n, c, h, w] shifted by up to `padding` pixels each way, half of them mirrored.
+    """Randomly shift pictures [n, c, h, w] by up to `padding` pixels each way and mirror half.
 
     What comes in at the edges is `fill`, of each channel or of all. Drawn are three numbers a
     picture, on the generator's device: a generator of the CPU gives the same ones for any device.

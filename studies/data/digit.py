@@ -1,15 +1,14 @@
-"""Grey pictures of 28x28 and less: digits, MNIST and Fashion-MNIST."""
+"""Grey images of up to 28x28 pixels: scikit-learn's digits, MNIST and Fashion-MNIST."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from . import checksums
+from . import published, source
 from .reader import read_idx
-from .source import data_folder, openml
 from .tensors import Data, labelled, reconstruction, standardised
 
+TRAIN = 60000  # pictures of MNIST and Fashion-MNIST
 IDX_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
     "images": {
         "train-images-idx3-ubyte.gz": (60000, 28, 28),
@@ -19,29 +18,8 @@ IDX_FILES: dict[str, dict[str, tuple[int, ...]]] = {  # with their shapes
 }
 
 
-@dataclass(frozen=True)
-class Published:
-    """A set in MNIST's files: its title, folder and name at OpenML, its counts of each label."""
-
-    title: str
-    folder: str
-    name: str
-    train: tuple[int, ...]
-    test: tuple[int, ...]
-
-
-MNIST = Published(
-    "MNIST",
-    "mnist",
-    "mnist_784",
-    (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
-    (980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
-)
-FASHION = Published("Fashion-MNIST", "fashion-mnist", "Fashion-MNIST", (6000,) * 10, (1000,) * 10)
-
-
 def pooled_sequences(pictures: np.ndarray, labels: np.ndarray, size: int, train: int) -> Data:
-    """Pictures [n, h, w] read pixel by pixel, row by row, after means over size x size patches.
+    """Sequences of the pixels, row by row, of pictures [n, h, w] pooled over size x size patches.
 
     Inputs are [n, (h / size) (w / size), 1], targets the labels [n]; the first `train` to train.
 
@@ -55,7 +33,7 @@ def pooled_sequences(pictures: np.ndarray, labels: np.ndarray, size: int, train:
 
 
 def area_weights(size: int, smaller: int) -> np.ndarray:
-    """[smaller, size]: row i holds the shares of the pixels that lie in the i-th larger pixel.
+    """Matrix W [smaller, size] of area averaging: shares of each pixel in the larger pixels.
 
     As W X Wᵀ it averages a picture over areas, whatever the sizes.
 
@@ -82,7 +60,7 @@ def digits_classes() -> Data:
 
 
 def digits_standardised() -> Data:
-    """The pictures of `digits`, less their mean and divided by one number, as those of `faces`."""
+    """The pictures of `digits`, standardised as those of `faces`."""
     pictures, _ = _shuffled_digits()
     pixels = pictures.reshape(len(pictures), -1)
     return standardised(pixels[:1500], pixels[1500:])
@@ -105,20 +83,19 @@ def _shuffled_digits() -> tuple[np.ndarray, np.ndarray]:
 def mnist() -> Data:
     """MNIST as rows of 784 in [0, 1]: 60,000 to train, 10,000 to test.
 
-    Read from $KRONSCOPE_DATA/mnist/*.gz where that folder is, else from the cache, else by
-    scikit-learn from OpenML.
+    Read from $KRONSCOPE_DATA/mnist/*.gz where that folder is, else from the cache, else fetched.
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
-    return _rows(MNIST)
+    return _rows("MNIST")
 
 
 def mnist16() -> Data:
     """MNIST averaged over areas to 16x16, rows of 256 in [0, 1], with labels; else as `mnist`."""
-    pictures, labels = _published(MNIST, "images", "labels")
+    pictures, labels = _arrays("MNIST", "images", "labels")
     W = area_weights(28, 16).astype(np.float32)
     small = W @ (pictures / np.float32(255)) @ W.T
-    return labelled(small.reshape(-1, 256), labels, train=60000)
+    return labelled(small.reshape(-1, 256), labels, train=TRAIN)
 
 
 def mnist_sequences() -> Data:
@@ -126,8 +103,8 @@ def mnist_sequences() -> Data:
 
     60,000 to train, 10,000 to test, found as those of `mnist`; errors as there.
     """
-    pictures, labels = _published(MNIST, "images", "labels")
-    return pooled_sequences(pictures / np.float32(255), labels, size=4, train=60000)
+    pictures, labels = _arrays("MNIST", "images", "labels")
+    return pooled_sequences(pictures / np.float32(255), labels, size=4, train=TRAIN)
 
 
 def fashion_mnist() -> Data:
@@ -135,37 +112,32 @@ def fashion_mnist() -> Data:
 
     Found as `mnist`, in $KRONSCOPE_DATA/fashion-mnist/*.gz; errors as there.
     """
-    return _rows(FASHION)
+    return _rows("Fashion-MNIST")
 
 
 def fashion_mnist_pictures() -> Data:
-    """The pictures of `fashion_mnist`, [n, 1, 28, 28] in [0, 1], with labels [n]."""
-    pictures, labels = _published(FASHION, "images", "labels")
-    return labelled(pictures[:, None] / np.float32(255), labels, train=60000)
+    """Fashion-MNIST as pictures [n, 1, 28, 28] in [0, 1], with labels [n]; else `fashion_mnist`."""
+    pictures, labels = _arrays("Fashion-MNIST", "images", "labels")
+    return labelled(pictures[:, None] / np.float32(255), labels, train=TRAIN)
 
 
-def _rows(published: Published) -> Data:
-    (pictures,) = _published(published, "images")
-    pixels = pictures.reshape(70000, -1) / np.float32(255)
-    return reconstruction(pixels[:60000], pixels[60000:])
+def _rows(title: str) -> Data:
+    (pictures,) = _arrays(title, "images")
+    pixels = pictures.reshape(len(pictures), -1) / np.float32(255)
+    return reconstruction(pixels[:TRAIN], pixels[TRAIN:])
 
 
-def _published(published: Published, *kinds: str) -> list[np.ndarray]:
+def _arrays(title: str, *kinds: str) -> list[np.ndarray]:
     """Of "images" [70000, 28, 28], up to 255, and "labels" [70000] those asked for."""
-    folder = data_folder(published.folder)
-    if folder is not None:
-        return [
-            np.concatenate([_file(folder, published, *file) for file in IDX_FILES[kind].items()])
-            for kind in kinds
-        ]
-    counts = published.train, published.test
-    found = openml(published.name, 1, f"{published.folder}/*.gz", 784, 60000, counts)
-    arrays = {"images": found["pictures"].reshape(-1, 28, 28), "labels": found["labels"]}
-    return [arrays[kind] for kind in kinds]
+    folder = source.folder(title)
+    return [
+        np.concatenate([_file(folder, title, *file) for file in IDX_FILES[kind].items()])
+        for kind in kinds
+    ]
 
 
-def _file(folder: Path, published: Published, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """What the published file of this name holds. Raises: as `read_idx`, and for other content."""
+def _file(folder: Path, title: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a published idx file. Raises: as `read_idx`, and ValueError for other content."""
     found = read_idx(folder / name, shape)
-    checksums.check(folder / name, found, published.title, name)
+    published.check(folder / name, found, title, name)
     return found

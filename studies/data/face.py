@@ -1,4 +1,4 @@
-"""Olivetti's faces, and FACES, the patches that are cut out of them."""
+"""Olivetti's faces, and FACES, patches cut out of them by our own recipe."""
 
 import hashlib
 import math
@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from . import checksums
+from . import published, source
 from .cache import Arrays, cached
 from .reader import read_matlab
-from .source import data_folder, fetched
 from .tensors import Data, standardised
 
 PICTURES, SIDE = 400, 64  # ten of each of 40 people, one person after the other
 OF_A_PICTURE, PATCH = 414, 25
 TRAIN_PEOPLE, TEST_PEOPLE = range(25), range(30, 40)  # five are kept apart, as published
 ANGLE, SCALES = 90.0, (1.4, 1.8)  # degrees to either side; pixels of the picture per patch pixel
-FETCHED = "scikit-learn's copy of Olivetti's faces"
 VERSION = 1  # of the recipe of FACES; raise it with every change of what it makes
 
 
 def olivetti() -> Data:
-    """Olivetti's faces [n, 1, 64, 64] in [0, 1] and whose they are [n]: 40 people.
+    """Olivetti's faces as pictures [n, 1, 64, 64] in [0, 1], with the person [n] of 40 as label.
 
     The first eight pictures of each person to train, the last two to test: 320 and 80. Read from
-    $KRONSCOPE_DATA/olivetti/olivettifaces.mat where that folder is, else from the cache, else by
-    scikit-learn.
+    $KRONSCOPE_DATA/olivetti/olivettifaces.mat where that folder is, else from the cache, else
+    fetched.
 
     Raises: ValueError or FileNotFoundError naming the file, what was expected and the remedy.
     """
@@ -39,7 +37,7 @@ def olivetti() -> Data:
 
 
 def faces(seed: int = 0) -> Data:
-    """FACES: 25x25 patches of Olivetti's faces as rows of 625, 103,500 to train, 41,400 to test.
+    """FACES: 25x25 patches of Olivetti's faces as rows of 625; 103,500 to train, 41,400 to test.
 
     414 patches of each picture, each turned by up to 90 degrees either way, shrunk by 1.4 to 1.8
     and placed anywhere inside the picture, all uniform; shuffled, those to train and those to test
@@ -58,7 +56,7 @@ def faces(seed: int = 0) -> Data:
 
 
 def patches(pictures: np.ndarray, seed: int) -> Arrays:
-    """The patches of `faces` as bytes, {"train": [103500, 625], "test": [41400, 625]}."""
+    """Patches of `faces` as bytes, {"train": [103500, 625], "test": [41400, 625]}."""
     random = torch.Generator().manual_seed(seed)
     made = {}
     for name, people in {"train": TRAIN_PEOPLE, "test": TEST_PEOPLE}.items():
@@ -70,7 +68,7 @@ def patches(pictures: np.ndarray, seed: int) -> Arrays:
 
 
 def cut(pictures: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """`count` patches of each of the pictures [n, 64, 64]: [n count, 625], float32.
+    """Cut `count` random patches out of each of the pictures [n, 64, 64]: [n count, 625], float32.
 
     None reaches beyond its picture: at the largest scale and 45 degrees it just fits.
     """
@@ -99,24 +97,9 @@ def cut(pictures: Tensor, count: int, random: torch.Generator) -> Tensor:
 
 def _pictures() -> np.ndarray:
     """Bytes [400, 64, 64], upright."""
-    folder = data_folder("olivetti*")
-    if folder is not None:
-        path, shape = folder / "olivettifaces.mat", (SIDE * SIDE, PICTURES)
-        columns = read_matlab(path, {"faces": shape})["faces"]
-        if not checksums.same(path.read_bytes(), FETCHED, path.name):
-            checksums.check(path, columns, "Olivetti's faces", path.name)
-        upright = columns.T.reshape(PICTURES, SIDE, SIDE).transpose(0, 2, 1)
-        return np.ascontiguousarray(upright)
-    return cached("olivetti", _fetched)["pictures"]
-
-
-def _fetched() -> Arrays:
-    from sklearn.datasets import fetch_olivetti_faces
-
-    def fetch() -> Arrays:
-        found = np.asarray(fetch_olivetti_faces().images)
-        if found.shape != (PICTURES, SIDE, SIDE):
-            raise ValueError(f"pictures {found.shape}, not {(PICTURES, SIDE, SIDE)}")
-        return {"pictures": np.rint(found * 242).astype(np.uint8)}  # scaled by its largest, 242
-
-    return fetched("Olivetti's faces", "olivetti/olivettifaces.mat", fetch)
+    title = "Olivetti's faces"
+    path = source.folder(title) / "olivettifaces.mat"
+    columns = read_matlab(path, {"faces": (SIDE * SIDE, PICTURES)})["faces"]
+    if not published.same(path.read_bytes(), published.FETCHED_FACES, path.name):
+        published.check(path, columns, title, path.name)
+    return np.ascontiguousarray(columns.T.reshape(PICTURES, SIDE, SIDE).transpose(0, 2, 1))

@@ -1,6 +1,6 @@
-"""Readers of the files that data sets are published in.
+"""Readers of idx, CIFAR and MATLAB files.
 
-Each names the file, what was expected of it, what was found and the remedy.
+Errors name the file, what was expected of it, what was found and the remedy.
 """
 
 import gzip
@@ -21,29 +21,25 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     expected = f"gzipped idx file of uint8 {shape}"
     _require(path, expected)
+    start = 4 + 4 * len(shape)
     try:
         content = gzip.decompress(path.read_bytes())
         zeros, kind, ndim = struct.unpack_from(">HBB", content)
+        if zeros != 0 or kind != IDX_BYTES or ndim != len(shape):
+            raise _refused(path, f"has header {content[:4]!r}", expected)
+        found = struct.unpack_from(f">{ndim}I", content, 4)
     except (OSError, EOFError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}); expected a {expected}; {REMEDY}") from error
-    if zeros != 0 or kind != IDX_BYTES or ndim != len(shape):
-        raise ValueError(f"{path} has header {content[:4]!r}; expected a {expected}; {REMEDY}")
-    start = 4 + 4 * ndim
-    if len(content) < start:
-        raise ValueError(f"{path} is damaged (no sizes); expected a {expected}; {REMEDY}")
-    found = struct.unpack(f">{ndim}I", content[4:start])
+        raise _refused(path, f"is damaged ({error})", expected) from error
     body = np.frombuffer(content, np.uint8, offset=start)
     if found != shape or body.size != int(np.prod(shape)):
-        raise ValueError(
-            f"{path} holds {found}, {body.size} bytes; expected a {expected}; {REMEDY}"
-        )
+        raise _refused(path, f"holds {found}, {body.size} bytes", expected)
     return body.reshape(shape)
 
 
 def read_cifar(
     path: Path, classes: int, labels: int = 1, count: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [n, 3, 32, 32] and labels [n] of a file in the binary version of CIFAR.
+    """Read pictures [n, 3, 32, 32] and labels [n] of a file in the binary version of CIFAR.
 
     A record has its labels, a byte each (CIFAR-10 one, CIFAR-100 the coarse one, then the fine
     one; the last is returned), then its red, green and blue planes. count: of the records, where
@@ -56,27 +52,19 @@ def read_cifar(
     _require(path, expected)
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % size:
-        raise ValueError(
-            f"{path} has {len(raw)} bytes, not a multiple of {size}: it is truncated or no "
-            f"{expected}; {REMEDY}"
-        )
+        raise _refused(path, f"has {len(raw)} bytes, not a multiple of {size}", expected)
     records = raw.reshape(-1, size)
     if count not in (None, len(records)):
-        raise ValueError(
-            f"{path} holds {len(records)} records, not {count}: it is truncated or no {expected}; "
-            f"{REMEDY}"
-        )
+        raise _refused(path, f"holds {len(records)} records, not {count}", expected)
     found = records[:, labels - 1]
     if found.max() >= classes:
-        raise ValueError(
-            f"{path} holds the label {found.max()}; CIFAR-{classes} has 0 to {classes - 1}: it is "
-            f"damaged or no {expected}; {REMEDY}"
-        )
+        says = f"holds the label {found.max()}; CIFAR-{classes} has 0 to {classes - 1}"
+        raise _refused(path, says, expected)
     return records[:, labels:].reshape(-1, 3, 32, 32), found
 
 
 def read_matlab(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[str, np.ndarray]:
-    """Arrays of unsigned bytes in a MATLAB file, by variable; None in a shape fits any size.
+    """Read arrays of unsigned bytes from a MATLAB file, by variable; None in a shape fits any size.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what was found.
     """
@@ -88,21 +76,18 @@ def read_matlab(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[s
     try:
         content = loadmat(path, variable_names=list(shapes))
     except Exception as error:  # what a damaged file makes of the parser has no common type
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}); expected a {expected}; {REMEDY}"
-        ) from error
+        raise _refused(path, f"is damaged ({type(error).__name__}: {error})", expected) from error
     for name, shape in shapes.items():
         array = content.get(name)
         if array is None:
-            raise ValueError(f"{path} has no variable {name}; expected a {expected}; {REMEDY}")
+            raise _refused(path, f"has no variable {name}", expected)
         if array.dtype != np.uint8 or not _fits(array.shape, shape):
-            raise ValueError(
-                f"{path} holds {name}: {array.dtype} {array.shape}; expected a {expected}; {REMEDY}"
-            )
+            raise _refused(path, f"holds {name}: {array.dtype} {array.shape}", expected)
     return {name: content[name] for name in shapes}
 
 
 def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    """Whether the sizes are equal, None to any."""
     return len(found) == len(shape) and all(
         b in (None, a) for a, b in zip(found, shape, strict=True)
     )
@@ -111,3 +96,7 @@ def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
 def _require(path: Path, expected: str) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a {expected}; {REMEDY}")
+
+
+def _refused(path: Path, found: str, expected: str) -> ValueError:
+    return ValueError(f"{path} {found}; expected a {expected}; {REMEDY}")

@@ -1,10 +1,10 @@
-"""What tests of data sets share."""
+"""What tests of data sets and of problems on them share."""
 
 import hashlib
 
 import pytest
 
-from kronscope.studies.data import checksums
+from kronscope.studies.data import published
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def publish(monkeypatch):
 
     def publish(data_set, file, content):
         monkeypatch.setitem(
-            checksums.PUBLISHED[data_set], file, hashlib.sha256(content).hexdigest()
+            published.PUBLISHED[data_set], file, hashlib.sha256(content).hexdigest()
         )
 
     return publish

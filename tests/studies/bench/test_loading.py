@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-import sklearn.datasets
+import requests
 import torch
 
 from kronscope.studies import data, problems, training
@@ -60,7 +60,7 @@ def test_the_table_says_why_a_problem_is_left_out():
     assert cells[1] == ["150", "50", "50", "50"]
     assert all(share.endswith("%") for share in cells[4])
     assert set(cells[5]) == {"< 50%"}
-    assert "not timed: mnist-autoencoder: mnist_784 is neither in $KRONSCOPE_DATA" in table.caption
+    assert "not timed: mnist-autoencoder: MNIST is neither in $KRONSCOPE_DATA" in table.caption
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def _nowhere(tmp_path, monkeypatch):
     """No data, and downloads that would be noticed."""
     monkeypatch.delenv("KRONSCOPE_DATA", raising=False)
     monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr(requests, "get", lambda *_, **__: pytest.fail("fetched"))
 
 
 @pytest.mark.usefixtures("_nowhere")

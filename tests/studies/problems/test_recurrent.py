@@ -1,7 +1,6 @@
 """Peephole LSTM against nn.LSTM, by hand and twice differentiated; the sequences it reads."""
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -10,16 +9,11 @@ import torch
 from torch import nn
 
 from kronscope.studies import data
-from kronscope.studies.data.digit import MNIST
 from kronscope.studies.problems import _lstm as recurrent
 from kronscope.studies.problems._lstm import PeepholeLSTM, SequenceClassifier
 
 SIZES = {"one layer": (3, 4, 1), "three layers": (2, 5, 3)}
 H = 1e-6  # of central differences: their error is near 1e-10 in float64
-
-needs_files = pytest.mark.skipif(
-    "KRONSCOPE_DATA" not in os.environ, reason="$KRONSCOPE_DATA is not set: no real MNIST files"
-)
 
 
 def with_peepholes(*sizes):
@@ -191,32 +185,3 @@ def test_digits_sequences_are_the_digits():
     torch.testing.assert_close(found.train_inputs[0, :, 0], torch.stack(patches))
     counts = torch.cat([found.train_targets, found.test_targets]).bincount()
     assert counts.tolist() == np.bincount(sklearn.datasets.load_digits().target).tolist()
-
-
-def test_mnist_sequences_are_fetched_where_no_folder_is_named(monkeypatch, tmp_path):
-    monkeypatch.delenv("KRONSCOPE_DATA", raising=False)
-    monkeypatch.setenv("KRONSCOPE_CACHE", str(tmp_path))
-    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path))
-
-    class Bunch:
-        data = np.zeros((70000, 784), np.uint8)
-        target = np.concatenate([np.repeat(np.arange(10), c) for c in (MNIST.train, MNIST.test)])
-
-    Bunch.data[0, :4] = 255  # a quarter of the first row of the first patch
-    monkeypatch.setattr(sklearn.datasets, "fetch_openml", lambda *_, **__: Bunch)
-    found = data.mnist_sequences()
-    assert found.train_inputs.shape == (60000, 49, 1)
-    assert found.train_inputs[0, :2, 0].tolist() == [0.25, 0.0]
-    assert found.train_targets.bincount().tolist() == list(MNIST.train)
-    assert found.test_targets.bincount().tolist() == list(MNIST.test)
-
-
-@needs_files
-def test_real_mnist_sequences():
-    found = data.mnist_sequences()
-    assert found.train_inputs.shape == (60000, 49, 1)
-    assert found.test_inputs.shape == (10000, 49, 1)
-    # the pixel mean and the label counts of the published files
-    assert 255 * found.train_inputs.double().mean().item() == pytest.approx(33.318, abs=1e-3)
-    assert found.train_targets.bincount().tolist() == list(MNIST.train)
-    assert found.test_targets.bincount().tolist() == list(MNIST.test)

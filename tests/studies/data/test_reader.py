@@ -43,7 +43,7 @@ IDX = {  # what the file holds (None: there is none), and what the error says of
     "a wrong bit": (flipped(idx(ARRAY), -5), "is damaged"),
     "a wrong bit inside": (flipped(idx(ARRAY), 12), "is damaged"),
     "no header": (gzip.compress(b"ab"), "is damaged"),
-    "no sizes": (gzip.compress(gzip.decompress(idx(ARRAY))[:10]), r"is damaged \(no sizes"),
+    "no sizes": (gzip.compress(gzip.decompress(idx(ARRAY))[:10]), "is damaged"),
     "other kind": (idx(ARRAY, kind=13), "has header"),
     "other dimension": (idx(ARRAY[0]), "has header"),
     "other shape": (idx(np.zeros((4, 2, 2))), r"holds \(4, 2, 2\)"),
@@ -75,7 +75,7 @@ def test_read_cifar(tmp_path, classes, labels):
 
 def test_a_cifar_file_of_another_length_is_named(tmp_path):
     path = written(tmp_path / "batch.bin", record(1, 77) * 2)
-    with pytest.raises(ValueError, match="holds 2 records, not 3: it is truncated") as error:
+    with pytest.raises(ValueError, match="holds 2 records, not 3; expected a") as error:
         data.read_cifar(path, classes=100, labels=2, count=3)
     says(error, path, "CIFAR-100 batch in the binary version")
 
