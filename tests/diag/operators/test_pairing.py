@@ -37,8 +37,8 @@ SINGLE, DOUBLE = torch.float32, torch.float64
 LAMBDA = 0.2
 CASES = ("convolution", "linear")
 MADE = {
-    "convolution": ("kfac", "diagonal", "low_rank", "mini_block_kernel", "layer_blocks"),
-    "linear": ("kfac", "ekfac", "mini_block_input", "best_kronecker", "layer_blocks"),
+    "convolution": ("kfac", "diagonal", "low_rank", "mini_block_kernel", "groups"),
+    "linear": ("kfac", "ekfac", "mini_block_input", "best_kronecker", "groups"),
 }
 
 

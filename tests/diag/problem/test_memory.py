@@ -60,6 +60,7 @@ def measure(model, seed):
     return weakref.ref(problem), weakref.ref(truth), weakref.ref(made)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_200_measurements_do_not_grow_memory(network, one_thread):
     """Resident memory from the 30th measurement to the 230th, Python's own over 40 more."""

@@ -81,6 +81,7 @@ def test_spectral_sum_equals_dense_functions_when_all_steps_are_taken():
         assert found.n == 3
 
 
+@pytest.mark.slow
 def test_spectral_sums_cover(classifier):
     """Log-determinant of a truth: 300 intervals hold it in 95 %.
 
@@ -112,6 +113,7 @@ def test_density_equals_the_dense_one(classifier):
     assert (found.probes, found.steps, found.kernel_width) == (200, 35, width)
 
 
+@pytest.mark.slow
 def test_density_bars_cover():
     """At three fixed points, 300 seeds: 95 % up to binomial noise (1.3 %) and skewness.
 
