@@ -1,7 +1,9 @@
-"""Registries: a decorator that is also the dictionary of all it decorated."""
+"""Registries of approximations and metrics: a dictionary that is also the decorator filling it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
 from .operators.pairing import of_one_size_and_dtype
@@ -10,20 +12,9 @@ E = TypeVar("E")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Registry(dict[str, E], Generic[E]):
-    """{name: entry}; a missing name gives an error that lists those known."""
-
-    def __init__(self, noun: str) -> None:
-        super().__init__()
-        self.noun = noun
-
-    def __missing__(self, name: str) -> E:
-        raise ValueError(f"no {self.noun} '{name}'; known: {sorted(self)}")
-
-
 @dataclass(frozen=True)
 class Approximation:
-    """What an approximation declares of itself.
+    """What an approximation (problem, block, ...) -> Operator declares of itself.
 
     of: the truth it approximates unless told otherwise. kind: "curvature" or "preconditioner".
     damping_inside: damped metrics take it as it is, with approximation_damping=0.
@@ -35,13 +26,16 @@ class Approximation:
     of: str
     kind: str
     reference: str
-    exact_on: tuple[str, ...]
+    exact_on: tuple[str, ...] = ()
     damping_inside: bool = False
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric declares of itself; needs: names of the keywords it cannot do without."""
+    """What a metric (truth, operator, ...) -> Estimate declares of itself.
+
+    needs: names of the keywords it cannot do without.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -52,51 +46,54 @@ class Metric:
     needs: tuple[str, ...] = ()
 
 
-class _Approximations(Registry[Approximation]):
-    def __call__(
+class Registry(dict[str, E], Generic[E]):
+    """{name: entry}; called with a name and an entry's fields, a decorator that registers.
+
+    wrap: what each function is wrapped in. replaced: {former name: what to use instead}.
+    """
+
+    def __init__(
         self,
-        name: str,
-        *,
-        of: str,
-        kind: str,
-        reference: str,
-        exact_on: tuple[str, ...] = (),
-        damping_inside: bool = False,
-    ) -> Callable[[F], F]:
-        """Register the decorated function (problem, block, ...) -> Operator."""
+        noun: str,
+        entry: Callable[..., E],
+        wrap: Callable[[Any], Any] = lambda function: function,
+        replaced: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.noun, self.entry, self.wrap, self.replaced = noun, entry, wrap, replaced or {}
+
+    def __call__(self, name: str, **fields: Any) -> Callable[[F], F]:
+        """Register the decorated function under a name, with the entry's other fields."""
 
         def register(function: F) -> F:
-            self[name] = Approximation(
-                name, function, of, kind, reference, exact_on, damping_inside
-            )
-            return function
+            wrapped: F = self.wrap(function)
+            self[name] = self.entry(name, wrapped, **fields)
+            return wrapped
 
         return register
 
+    def __missing__(self, name: str) -> E:
+        raise ValueError(self.missing(name))
 
-class _Metrics(Registry[Metric]):
-    def __call__(
-        self,
-        name: str,
-        *,
-        formula: str,
-        range: str,
-        best: str,
-        reference: str,
-        needs: tuple[str, ...] = (),
-    ) -> Callable[[F], F]:
-        """Register the decorated function (truth, operator, ...) -> Estimate.
+    def missing(self, name: str) -> str:
+        """Error message for an unknown name: what replaced it, or the names known."""
+        if name in self.replaced:
+            return f"{self.noun} '{name}' was removed; use {self.replaced[name]}"
+        return f"no {self.noun} '{name}'; known: {sorted(self)}"
 
-        What is registered and returned asks it of a pair that fits: see `diag.operators.pairing`.
-        """
-
-        def register(function: F) -> F:
-            asked = of_one_size_and_dtype(function)
-            self[name] = Metric(name, asked, formula, range, best, reference, needs)
-            return asked
-
-        return register
+    def load(self, package: str, path: Iterable[str]) -> None:
+        """Import all modules of a package, each of which registers its functions."""
+        for module in iter_modules(path):
+            import_module(f"{package}.{module.name}")
 
 
-approximation = _Approximations("approximation")
-metric = _Metrics("metric")
+approximation = Registry(
+    "approximation",
+    Approximation,
+    replaced={
+        "layer_blocks": "groups(problem, block)",
+        "diagonal_fisher": "diagonal(problem, block, of='fisher')",
+        "diagonal_empirical": "diagonal(problem, block, of='empirical_fisher')",
+    },
+)
+metric = Registry("metric", Metric, wrap=of_one_size_and_dtype)

@@ -1,8 +1,8 @@
-"""What a layer's exact block is the mean of, and the three sums that factored methods need of it.
+"""Per-example terms of a layer's truth, and the sums of them that Kronecker methods need.
 
-A Linear layer with one row per example is a KroneckerTerms: terms C_n ⊗ a_n a_nᵀ, for any truth. A
-layer used at T positions is a Positions: terms Σ_k vec V_nk vec V_nkᵀ with V_nk = Σ_t b_nkt a_ntᵀ,
-for the truths that have roots b. At T = 1 the two are the same sums.
+A Linear layer with one row per example has KroneckerTerms C_n ⊗ a_n a_nᵀ, for any truth; a layer
+used at T positions has Positions, terms Σ_k vec V_nk vec V_nkᵀ with V_nk = Σ_t b_nkt a_ntᵀ, for the
+truths that have roots b. At T = 1 the two are the same sums.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,24 @@ from ..truths.kronecker_terms import KroneckerTerms
 Terms = KroneckerTerms | Positions
 
 CHUNK = 2**24  # floats of temporary results at once
+EVERY_BLOCK = "diagonal, groups, low_rank and the exact truths work for every block"
 
 
 def terms(problem: Problem, block: Block, of: str, asked_by: str) -> Terms:
-    """The terms of a layer's block; raises ValueError where the layer has none."""
-    if by_rows(problem, block) is not None:
-        return sample_truth(problem, block, of, asked_by)
-    return roots(problem, block, of, asked_by)
+    """The terms of a layer's block.
+
+    Raises: ValueError naming block, method and reason where there are none.
+    """
+    if by_rows(problem, block) is None:
+        return roots(problem, block, of, asked_by)
+    found = truth(problem, block, of)
+    if not isinstance(found, KroneckerTerms):
+        raise ValueError(
+            f"{asked_by} needs the {of} of block '{block.name}' as per-example Kronecker terms, "
+            f"which do not fit the budget of {problem.budget / 2**30:.1f} GiB; give Problem fewer "
+            f"examples, dtype=torch.float32 or a larger budget="
+        )
+    return found
 
 
 def roots(problem: Problem, block: Block, of: str, asked_by: str) -> Positions:
@@ -40,8 +51,7 @@ def roots(problem: Problem, block: Block, of: str, asked_by: str) -> Positions:
         raise ValueError(
             f"{asked_by} needs a Linear layer or a convolution and a truth made of gradients (of a "
             f"Linear layer with one row per example most methods take every truth); of the {of} "
-            f"of block '{block.name}': {error}; diagonal, layer_blocks, low_rank and the exact "
-            f"truths work for every block"
+            f"of block '{block.name}': {error}; {EVERY_BLOCK}"
         ) from error
 
 
@@ -58,9 +68,9 @@ def kfac_factors(terms: Terms) -> tuple[Tensor, Tensor]:
 
 
 def partial_traces(terms: Terms) -> tuple[Tensor, Tensor]:
-    """E[V Vᵀ] [o, o] and E[Vᵀ V] [i, i]: the block traced over its inputs, over its outputs.
+    """Partial traces of the block: E[V Vᵀ] [o, o] over inputs, E[Vᵀ V] [i, i] over outputs.
 
-    Both have the trace of the block itself; pairs of different positions are included.
+    Both have the block's trace; pairs of different positions are included.
     """
     if isinstance(terms, KroneckerTerms):
         squares, traces = terms.a.square().sum(1), terms.left.diagonals().sum(1)
@@ -95,28 +105,3 @@ def projected_diagonal(terms: Terms, U: Tensor, W: Tensor) -> Tensor:
 def _chunks(terms: Positions, floats_each: int) -> Iterator[tuple[Tensor, Tensor]]:
     some = max(1, CHUNK // floats_each)
     return zip(terms.a.split(some), terms.b.split(some), strict=True)
-
-
-def layer_terms(problem: Problem, block: Block, of: str = "ggn") -> tuple[Tensor, Tensor]:
-    """The terms of a layer's exact block: a [n, in+1] and C [n, out, out].
-
-    Raises: ValueError for a block that is not a Linear layer with one row per example.
-    """
-    terms = sample_truth(problem, block, of, "layer_terms")
-    return terms.a, terms.C
-
-
-def sample_truth(problem: Problem, block: Block, of: str, asked_by: str) -> KroneckerTerms:
-    """The truth named `of` as a KroneckerTerms, for methods that need its terms.
-
-    Raises: ValueError naming the block, the method and the reason where there are no such terms.
-    """
-    found = truth(problem, block, of)
-    if not isinstance(found, KroneckerTerms):
-        kinds = [type(problem.model.get_submodule(m.module)).__name__ for m in block.members]
-        raise ValueError(
-            f"{asked_by} needs a Linear layer called once with one row per example; block "
-            f"'{block.name}' is {' + '.join(kinds)} without such rows; diagonal, layer_blocks and "
-            f"the exact truths work for every block"
-        )
-    return found

@@ -1,7 +1,6 @@
-"""What Shampoo and TNT see: mean gradients of each variable, contracted over all axes but one.
+"""Second moments of minibatch gradients along each tensor axis, as Shampoo and TNT average them.
 
-A weight and its bias are two variables. The gradient is the mean over a minibatch of `batch`
-examples, and what these methods average is its second moment along each axis.
+A weight and its bias are two variables; a gradient is the mean over `batch` examples.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ LABELLED = ("empirical_fisher", "fisher_mc")  # truths whose roots are gradients
 
 @dataclass(frozen=True)
 class Variable:
-    """A weight or a bias: the columns of W_bar it has, and E[contraction] along each axis.
+    """A weight or a bias: its columns of W_bar and the second moment along each axis.
 
     axes: H_i [n_i, n_i] = E[ĝ contracted with itself over all axes but i]; all have one trace.
     """
@@ -34,7 +33,7 @@ class Variable:
 def variables(
     problem: Problem, block: Block, of: str, batch: int, asked_by: str, flat: bool = False
 ) -> list[Variable]:
-    """The block's variables; a convolution's weight has axes (O, I, kernel), others (out, in).
+    """Variables of the block; a convolution's weight has axes (O, I, kernel), others (out, in).
 
     flat: a convolution's weight as a matrix [O, I·kernel], as in W_bar.
     """
@@ -67,10 +66,10 @@ def _split(right: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def mean_gradients(problem: Problem, block: Block, of: str, batch: int, asked_by: str) -> Positions:
     """Positions whose block is E[vec ĝ vec ĝᵀ], ĝ the mean gradient of a minibatch.
 
-    With labels (the data's, or sampled) the minibatches are the problem's examples in order,
-    `batch` at a time, and their examples count as further positions of one long example. For the
-    other truths ĝ is a mean of independent gradients of mean zero with each example's curvature as
-    covariance (as with labels drawn from the model), so that E[vec ĝ vec ĝᵀ] is C / batch.
+    With labels (the data's, or sampled) the minibatches are the problem's examples in order, whose
+    examples count as further positions of one long example. For the other truths ĝ is a mean of
+    independent zero-mean gradients with each example's curvature as covariance, so that
+    E[vec ĝ vec ĝᵀ] is C / batch.
 
     Raises: ValueError for a batch that does not divide the number of examples.
     """
@@ -92,10 +91,7 @@ def mean_gradients(problem: Problem, block: Block, of: str, batch: int, asked_by
 def per_variable(
     found: list[Variable], factors: Callable[[tuple[Tensor, ...]], list[Tensor]], width: int
 ) -> KroneckerSum:
-    """Σ over variables of the Kronecker product of its factors, on the variable's own columns.
-
-    The columns are disjoint: a block-diagonal matrix, weight | bias, without a cross block.
-    """
+    """Block-diagonal matrix, weight | bias, of the Kronecker product of each variable's factors."""
     lefts, rights = [], []
     for variable in found:
         left, *others = factors(variable.axes)
@@ -110,9 +106,9 @@ def per_variable(
 
 
 def power(H: Tensor, exponent: float) -> Tensor:
-    """H^exponent of a positive semi-definite H [k, k]; eigenvalues that are rounding count as zero.
+    """H^exponent of a positive semi-definite H [k, k]; eigenvalues that are rounding become zero.
 
-    A sixth root would turn a zero that came out as 1e-17 into 1e-3.
+    A sixth root would turn 1e-17 in place of a zero into 1e-3.
     """
     values, basis = torch.linalg.eigh(H)
     noise = len(H) * torch.finfo(H.dtype).eps * values[-1]

@@ -1,4 +1,4 @@
-"""The best Kronecker product on the side of the inverse."""
+"""The Kronecker product nearest to the damped inverse."""
 
 import torch
 
@@ -23,10 +23,9 @@ def best_inverse_kronecker(
 
     argmin ‖P ⊗ Q − (C + λI)⁻¹‖_F over P [out, out], Q [in+1, in+1]
 
-    A PRECONDITIONER: it stands for the inverse, with the damping λ inside; its own inverse is the
-    curvature to hold against C + λI. No Kronecker product is nearer to that inverse at this λ,
-    whereas `best_kronecker` is nearest to C. Both factors are positive semi-definite where C + λI
-    is positive definite. Found from the dense inverse.
+    A PRECONDITIONER, with the damping λ inside; its own inverse is the curvature to compare with
+    C + λI. Both factors are positive semi-definite where C + λI is positive definite. Found from
+    the dense inverse.
 
     Raises: ValueError for a damping below zero, a block that is not one layer with [W, b], or one
     whose dense inverse is over the memory budget; torch.linalg.LinAlgError where C + λI is

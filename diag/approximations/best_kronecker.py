@@ -1,4 +1,4 @@
-"""The best Kronecker approximations there are, the yardstick for all others."""
+"""The best Kronecker approximations in Frobenius norm, a bound for all others."""
 
 from ..exact import truth
 from ..operators import KroneckerSum

@@ -33,12 +33,11 @@ def best_kronecker_psd(problem: Problem, block: Block, of: str = "ggn") -> Krone
 
     argmin ‖C − G ⊗ A‖_F over G [out, out] ⪰ 0, A [in+1, in+1] ⪰ 0
 
-    For a positive semi-definite C the best unconstrained pair can be chosen so (Van Loan and
-    Pitsianis 1993), and this is `best_kronecker`. For an indefinite Hessian the factors are
-    improved in turn: given A, the best G is the projection of Σ <C, · ⊗ A> / ‖A‖² onto the cone,
-    and the error never rises. From the leading Kronecker terms' positive parts, the identity and
-    KFAC's A; the best end is kept. That is a local optimum, no better than `best_kronecker`, and
-    zero where every start ends there.
+    For a positive semi-definite C this is `best_kronecker` (Van Loan and Pitsianis 1993). For an
+    indefinite Hessian the factors are improved in turn: given A, the best G is the projection of
+    Σ <C, · ⊗ A> / ‖A‖² onto the cone, and the error never rises. Starts: the leading Kronecker
+    terms' positive parts, the identity and KFAC's A; the best end is kept. It is a local optimum,
+    and zero where every start ends there.
 
     Raises: ValueError for a block that is not one layer with [W, b].
     """
@@ -64,7 +63,7 @@ class Contractions(NamedTuple):
 
 
 def contractions(operator: Operator, o: int, i: int) -> Contractions:
-    """Both partial inner products of a truth, from its terms where it has some."""
+    """Both partial inner products of a truth, from its per-example terms if it has them."""
     if isinstance(operator, KroneckerTerms):
         a, left = operator.a, operator.left
         return Contractions(
@@ -85,7 +84,7 @@ def contractions(operator: Operator, o: int, i: int) -> Contractions:
 
 
 def alternate(given: Contractions, right: Tensor, rounds: int = ROUNDS) -> Kronecker:
-    """Best left for the right, best right for the left, and so on; the last pair.
+    """Best pair of factors by alternating projections, from a right factor.
 
     With one factor of norm 1 the best other one is the projected contraction, and ‖C − G ⊗ A‖² is
     ‖C‖² − ‖G‖² ‖A‖²: what is captured, ‖G‖ ‖A‖, never falls.
@@ -102,7 +101,7 @@ def alternate(given: Contractions, right: Tensor, rounds: int = ROUNDS) -> Krone
 
 
 def projected(symmetric: Tensor) -> Tensor:
-    """The nearest positive semi-definite matrix: negative eigenvalues become zero."""
+    """Nearest positive semi-definite matrix: negative eigenvalues become zero."""
     values, basis = torch.linalg.eigh(symmetric)
     return (basis * values.clamp(min=0)) @ basis.T
 
@@ -119,6 +118,6 @@ def _upright(term: Kronecker) -> tuple[Tensor, Tensor]:
 
 
 def _semidefinite(factor: Tensor) -> bool:
-    """No eigenvalue is below zero by more than rounding, which errors feel in second order."""
+    """Whether no eigenvalue is negative beyond rounding; errors depend on it in second order."""
     least = torch.linalg.eigvalsh(factor)[0]
     return bool(least >= -(torch.finfo(factor.dtype).eps ** 0.4) * factor.norm())

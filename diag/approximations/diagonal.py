@@ -1,4 +1,4 @@
-"""The diagonal of the exact block, of each kind of curvature that is used as one."""
+"""The diagonal of the exact block, of any truth."""
 
 from ..backpack import quantities
 from ..exact import by_backpack, truth
@@ -25,10 +25,13 @@ BY_BACKPACK = {
 def diagonal(
     problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.func"
 ) -> Diagonal:
-    """Keep the diagonal [d] of the exact block `of` the named truth, drop all else.
+    """Diagonal [d] of the exact block, the nearest diagonal matrix in Frobenius norm.
 
-    The Frobenius-nearest diagonal matrix. Works for every block. backend="backpack": BackPACK's
-    DiagHessian, DiagGGNExact or DiagGGNMC, for the blocks it supports.
+    Works for every block. of="fisher": mean_n E_{t ~ model}[g²], over all labels; "fisher_mc": one
+    sampled label per example (Martens 2020, arXiv:1412.1193, section 5); "empirical_fisher":
+    mean_n g_n², the second moment of PER-EXAMPLE gradients, where Adam and RMSprop average the
+    square of the minibatch's mean gradient. backend="backpack": BackPACK's DiagHessian,
+    DiagGGNExact or DiagGGNMC, for the blocks it supports.
 
     Raises: ValueError for an unknown backend, or one that cannot do this block or truth.
     """
@@ -37,38 +40,3 @@ def diagonal(
             raise ValueError(f"BackPACK has no diagonal of the {of}; it has {list(BY_BACKPACK)}")
         return BY_BACKPACK[of](problem, block)
     return Diagonal(diagonal_of(truth(problem, block, of)))
-
-
-@approximation(
-    "diagonal_fisher",
-    of="fisher",
-    kind="curvature",
-    reference="diagonal of Martens 2020 (arXiv:1412.1193), section 5",
-    exact_on=("scalar_input_mse",),
-)
-def diagonal_fisher(problem: Problem, block: Block, of: str = "fisher") -> Diagonal:
-    """Diagonal [d] of the Fisher, mean_n E_{t ~ model}[g²]: unless told otherwise over all labels.
-
-    The same numbers as `diagonal` of the same truth; where the GGN is the Fisher, as
-    `diagonal` itself. of: "fisher_mc" for one sampled label per example. Works for every block.
-
-    Raises: ValueError when the loss belongs to no known likelihood.
-    """
-    return diagonal(problem, block, of)
-
-
-@approximation(
-    "diagonal_empirical",
-    of="empirical_fisher",
-    kind="curvature",
-    reference="diagonal of Kunstner et al. 2019 (arXiv:1905.12558), equation 3",
-    exact_on=("scalar_input_mse",),
-)
-def diagonal_empirical(problem: Problem, block: Block, of: str = "empirical_fisher") -> Diagonal:
-    """Diagonal [d] of the empirical Fisher, mean_n g_n² over the data's own labels.
-
-    The second moment of the PER-EXAMPLE gradients; Adam and RMSprop average the square of the
-    minibatch's mean gradient instead. The same numbers as `diagonal` of the same truth. Works for
-    every block.
-    """
-    return diagonal(problem, block, of)

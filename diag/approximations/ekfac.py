@@ -1,4 +1,4 @@
-"""EKFAC: the best diagonal in KFAC's eigenbasis."""
+"""EKFAC: the exact diagonal of the curvature in KFAC's eigenbasis."""
 
 import torch
 
@@ -17,14 +17,13 @@ from ._terms import kfac_factors, projected_diagonal, terms
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
 def ekfac(problem: Problem, block: Block, of: str = "ggn") -> KroneckerEigen:
-    """Keep KFAC's eigenvectors, replace its eigenvalues by the truth's diagonal in their basis.
+    """KFAC's eigenvectors with the truth's diagonal in their basis for eigenvalues.
 
     (U_G ⊗ U_A) diag(vec S) (U_G ⊗ U_A)ᵀ,  S = mean_n Σ_k (U_Gᵀ V_nk U_A)²  [out, in+1]
 
     U_G, U_A are the eigenvectors of KFAC's G and A, V_nk [out, in+1] the roots of example n's
-    curvature (for the empirical Fisher its gradient), summed over a shared layer's positions
-    before squaring. Undamped. S is the Frobenius-nearest diagonal in that basis, so the error is
-    never above KFAC's. Exact where KFAC is.
+    curvature, summed over a shared layer's positions before squaring. Undamped. S is the nearest
+    diagonal in that basis: the error is never above KFAC's, and zero where KFAC's is.
 
     Raises: ValueError for a block that is no Linear layer or convolution; of="hessian" at several
     positions.

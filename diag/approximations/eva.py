@@ -1,4 +1,4 @@
-"""Eva: one rank-one Kronecker product of means."""
+"""Eva: a damped rank-one Kronecker product of mean gradient and mean input."""
 
 import torch
 
@@ -22,17 +22,17 @@ def eva(
 ) -> Damped:
     """γI + ḡḡᵀ ⊗ āāᵀ with the MEANS of a layer's output gradients and inputs.
 
-    ḡ [out] is the mean over examples and positions of the gradient of the PER-EXAMPLE loss w.r.t.
-    the pre-activation (the optimizer's own, of the mean loss, is smaller by the batch size), ā
-    [in+1] the mean over examples and positions of the input with 1 appended. damping: γ, inside
-    the matrix, without which it has rank one; metrics that damp need approximation_damping=0.
-    Only loosely a Fisher: the second moment of means, not the mean of second moments.
+    ḡ [out]: mean over examples and positions of the PER-EXAMPLE loss's gradient w.r.t. the
+    pre-activation (the optimizer's, of the mean loss, is smaller by the batch size); ā [in+1]: the
+    same of the input with 1 appended. damping: γ, inside the matrix; damped metrics need
+    approximation_damping=0. Only loosely a Fisher: the second moment of means, not the mean of
+    second moments.
 
     Raises: ValueError for a truth that is no second moment of one gradient per example, a block
     that is no Linear layer or convolution, or a damping that is not positive.
     """
     if of not in LABELLED:
-        raise ValueError(f"eva is made of gradients: of='{of}' has none; known: {list(LABELLED)}")
+        raise ValueError(f"eva needs gradients with labels, not of='{of}'; known: {list(LABELLED)}")
     if damping <= 0:
         raise ValueError(f"damping must be positive, not {damping}: eva's matrix has rank one")
     found = roots(problem, block, of, "eva")

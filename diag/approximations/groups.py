@@ -1,4 +1,4 @@
-"""Block-diagonal over chosen groups of layers: the curvature of block-diagonal Hessian-free."""
+"""Curvature that is block-diagonal over groups of layers, as in block-diagonal Hessian-free."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from ..problem.problem import Problem
 from ..registry import approximation
 
 Names = Sequence[Sequence[str]]
-Parts = Names | Callable[[nn.Module], Names] | None
+Partition = Names | Callable[[nn.Module], Names] | None
 
 
 @approximation(
@@ -22,15 +22,14 @@ Parts = Names | Callable[[nn.Module], Names] | None
     reference="Zhang et al. 2017 (arXiv:1712.07296), section 3",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
-def groups(problem: Problem, block: Block, parts: Parts = (), of: str = "ggn") -> BlockDiagonal:
-    """Keep the exact block of each group of a block's layers, drop what couples the groups.
+def groups(problem: Problem, block: Block, parts: Partition = (), of: str = "ggn") -> BlockDiagonal:
+    """Exact curvature of each group of a block's layers, by default each layer; zero between them.
 
-    parts: the groups, each a sequence of module names, which stand for all layers inside them
-    (["encoder"], or ["0", "2"]; "" is the model); every layer of the block that no part names is a
-    group by itself, so that without parts this is `layer_blocks`. None is one group of all layers,
-    the truth; a function makes the names from the model. That is what a block-diagonal
-    Hessian-free optimizer is told, but that a parameter shared by several modules belongs to the
-    first of them here. Coarser groups are never worse.
+    parts: the groups, each a sequence of module names that stand for all layers inside them
+    (["encoder"], or ["0", "2"]; "" is the model); a layer that no part names is a group by itself.
+    None is one group of all layers, the truth; a function makes the names from the model. In the
+    words of `HessianFree(blocks=...)`, but that a parameter shared by several modules belongs to
+    the first of them. Coarser groups are never worse.
 
     Raises: ValueError for an unknown name, a part without layers, and a layer in two parts.
     """
@@ -44,7 +43,7 @@ def groups(problem: Problem, block: Block, parts: Parts = (), of: str = "ggn") -
     return BlockDiagonal(blocks, torch.cat(order).to(blocks[0].device))
 
 
-def _partition(model: nn.Module, block: Block, parts: Parts) -> list[tuple[Member, ...]]:
+def _partition(model: nn.Module, block: Block, parts: Partition) -> list[tuple[Member, ...]]:
     """Members of each part, in the block's order, then those of no part one by one."""
     if parts is None:
         return [block.members]

@@ -25,18 +25,15 @@ def kbfgs(
     """The curvature H_g⁻¹ ⊗ H_a⁻¹ that K-BFGS's preconditioner implies after `steps` minibatches.
 
     The parameters stay at the problem's θ: each step draws `batch` of its examples (None: a
-    quarter), tries K-BFGS's direction in all layers jointly, learns from the change of the
-    minibatch's pre-activations and their gradients, and goes back. H_g starts at I, H_a at
-    (A + √λ I)⁻¹; pairs are averaged and damped as in the papers. Parameters outside of Linear,
-    Conv1d and Conv2d layers are never moved. Gives [out, out] ⊗ [in+1, in+1].
+    quarter), tries K-BFGS's direction in all Linear, Conv1d and Conv2d layers jointly, learns from
+    the change of the minibatch's pre-activations and their gradients, and goes back. H_g starts at
+    I, H_a at (A + √λ I)⁻¹; pairs are averaged and damped as in the papers.
+    Gives [out, out] ⊗ [in+1, in+1], with the damping inside (√λ in H_a⁻¹, the pairs' dampings in
+    H_g⁻¹): damped metrics take it with approximation_damping=0.
 
-    The damping is inside (√λ in H_a⁻¹, the pairs' dampings in H_g⁻¹): damped metrics take it with
-    approximation_damping=0, as they do a live preconditioner's inverse. The state itself, with
-    what each damping did, is `replay.replay_state`; trial step and seed are set there.
-
-    Raises: ValueError for an `of` other than "hessian", which is all that the pairs tell of, for a
-    block that is not one whole layer called once (a grouped convolution is not), for settings
-    that are not positive or a batch larger than the problem; RuntimeError where no pair was usable.
+    Raises: ValueError for an `of` other than "hessian", a block that is not one whole layer called
+    once (a grouped convolution is not), settings that are not positive or a batch larger than the
+    problem; RuntimeError where no pair was usable.
     """
     if of != "hessian":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""KFAC: a layer's curvature as one Kronecker product; in two versions for shared weights."""
+"""KFAC: a layer's curvature as one Kronecker product; two versions for shared weights."""
 
 from ..backpack import quantities
 from ..backward.positions import Positions
@@ -19,14 +19,13 @@ from ._terms import kfac_factors, terms
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
 def kfac(problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.func") -> Kronecker:
-    """Swap the mean of Kronecker products for the product of their means.
+    """Product of the mean Kronecker factors, in place of the mean of the products.
 
     mean_n(C_n ⊗ a_n a_nᵀ)  ≈  mean_n(C_n) ⊗ mean_n(a_n a_nᵀ)  =  G ⊗ A
 
     a_n [in+1] is the layer's input with 1 appended, C_n [out, out] the curvature `of` example n's
-    loss w.r.t. the pre-activation: with "ggn" this is KFAC type-2 (equal to the exact Fisher's),
-    with "hessian" what K-BFGS aims at. Gives G [out, out] ⊗ A [in+1, in+1], undamped.
-    Exact when all C_n or all a_n a_nᵀ coincide.
+    loss w.r.t. the pre-activation. Gives G [out, out] ⊗ A [in+1, in+1], undamped; exact when all
+    C_n or all a_n a_nᵀ coincide.
 
     A layer used at T positions (convolution, sequence) drops what couples two positions: A is the
     mean over examples of the SUM over t of a_t a_tᵀ, G the mean over examples and over t of
@@ -53,7 +52,7 @@ def kfac(problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
 def kfac_reduce(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
-    """KFAC with a layer's positions pooled before the outer products.
+    """KFAC-reduce: KFAC with a layer's positions pooled before the outer products.
 
     A = mean_n ā_n ā_nᵀ with ā_n the mean over t of a_nt; G = mean_n Σ_k (Σ_t b_nkt)(Σ_t b_nkt)ᵀ.
     Gives G [out, out] ⊗ A [in+1, in+1], undamped; with one position it is `kfac`. Exact for a

@@ -1,4 +1,4 @@
-"""KFLR: a layer's Gauss-Newton block as one Kronecker product, by BackPACK."""
+"""KFLR: a layer's GGN block as one Kronecker product, by BackPACK."""
 
 from ..backpack import quantities
 from ..operators import Kronecker
@@ -15,7 +15,7 @@ from ..registry import approximation
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse"),
 )
 def kflr(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
-    """Kronecker-factored low rank: the exact GGN of the pre-activation times the input's moment.
+    """Kronecker-factored low rank: GGN of the pre-activation ⊗ second moment of the input.
 
     mean_n(C_n) ⊗ mean_n(a_n a_nᵀ)  =  G ⊗ A
 

@@ -1,4 +1,4 @@
-"""KFRA: KFLR with the output factor averaged at every module, by BackPACK."""
+"""KFRA: KFLR with an output factor averaged over the batch at every module, by BackPACK."""
 
 from ..backpack import quantities
 from ..operators import Kronecker

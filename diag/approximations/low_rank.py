@@ -1,4 +1,4 @@
-"""The best approximation of rank r."""
+"""The nearest matrix of rank r, from the leading eigenpairs."""
 
 import numpy as np
 import torch
@@ -28,9 +28,8 @@ def low_rank(problem: Problem, block: Block, rank: int = 10, of: str = "ggn") ->
 
     Σ_{k<=rank} λ_k v_k v_kᵀ over the eigenvalues largest in absolute value; its error is
     (Σ_{k>rank} λ_k²)^½. A LowRank where none of them is negative, else a Spectral, with signs.
-    From all eigenvectors of the block or of its roots' Gram matrix where either has at most 1,500
-    rows, else by Lanczos from products with the truth, to machine precision. Works for every block.
-    Exact where the truth's own rank is not above `rank`.
+    From all eigenvectors of the block or of its roots' Gram matrix up to 1,500 rows, else by
+    Lanczos, to machine precision. Works for every block.
 
     Raises: ValueError for rank < 1.
     """

@@ -1,4 +1,4 @@
-"""Shampoo's matrix, and its square."""
+"""Shampoo: a Kronecker product of roots of a gradient's second moments, and its square."""
 
 from torch import Tensor
 
@@ -18,19 +18,18 @@ from ._variables import per_variable, power, variables
 def shampoo(
     problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
 ) -> KroneckerSum:
-    """The matrix whose inverse Shampoo applies: one root of a second moment per axis.
+    """Matrix whose inverse Shampoo applies: one root of a second moment per axis.
 
     W: L^¼ ⊗ R^¼ with L = E[ĝ ĝᵀ] [out, out], R = E[ĝᵀ ĝ] [in, in];  b: E[ĝ ĝᵀ]^½ [out, out]
 
     ĝ is the mean gradient of a minibatch of `batch` examples, the expectation a mean over the
     problem's minibatches (of "ggn", "fisher": exact, with zero-mean gradients). A convolution's
-    weight has three axes (O, I, kh·kw) and exponents 1/6. Undamped; weight and bias are separate,
-    the block between them is zero.
+    weight has three axes (O, I, kh·kw) and exponents 1/6. Undamped; zero between weight and bias.
 
     It approximates a SQUARE ROOT: its square L^½ ⊗ R^½ stands for E[vec ĝ vec ĝᵀ], which is
-    (F + (batch − 1) ∇∇ᵀ) / batch for the empirical Fisher F and minibatches drawn at random, and
-    F / batch where gradients have mean zero. Errors against F itself therefore compare different
-    units; `shampoo_squared` and metrics that are blind to scale do not.
+    (F + (batch − 1) ∇∇ᵀ) / batch for the empirical Fisher F and random minibatches, and F / batch
+    for gradients of mean zero. Errors against F compare different units; those of
+    `shampoo_squared` and of metrics blind to scale do not.
 
     Raises: ValueError for a block that is no Linear layer or convolution, of="hessian", a batch
     that does not divide the number of examples.
@@ -52,15 +51,14 @@ def shampoo(
 def shampoo_squared(
     problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
 ) -> KroneckerSum:
-    """Shampoo's factors without their roots, as an approximation of the Fisher itself.
+    """Shampoo's factors without their roots, an approximation of the Fisher itself.
 
     W: batch · L ⊗ R / tr L with L = E[ĝ ĝᵀ] [out, out], R = E[ĝᵀ ĝ] [in, in];  b: batch · E[ĝ ĝᵀ]
 
-    One step of the power iteration that leads to the best Kronecker product of batch · E[vec ĝ
-    vec ĝᵀ], from the identity; its trace is that matrix's. For batch = 1 that matrix is the truth
-    `of`. ĝ as in `shampoo`, whose own square is L^½ ⊗ R^½: the same eigenvectors, the eigenvalues'
-    roots. A convolution's weight is the matrix [O, I·kh·kw]. Weight and bias are separate; on a
-    layer without bias and with batch = 1 this is `tkfac`.
+    One step from the identity of the power iteration to the best Kronecker product of
+    batch · E[vec ĝ vec ĝᵀ] (the truth `of` for batch = 1), with its trace. ĝ as in `shampoo`. A
+    convolution's weight is the matrix [O, I·kh·kw]. Zero between weight and bias; without a bias
+    and with batch = 1 this is `tkfac`.
 
     Raises: ValueError for a block that is no Linear layer or convolution, of="hessian", a batch
     that does not divide the number of examples.

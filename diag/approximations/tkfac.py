@@ -1,4 +1,4 @@
-"""TKFAC: a Kronecker product that keeps the trace."""
+"""TKFAC: a Kronecker product with the trace of the truth."""
 
 from ..operators import Kronecker
 from ..problem.blocks import Block
@@ -17,15 +17,14 @@ RELATIVE = 1e-12  # of a factor's norm: a trace below it is rounding, and nothin
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )
 def tkfac(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
-    """Weigh each factor with the other's size, so that the trace comes out exactly.
+    """Product of the truth's partial traces over its trace, which it keeps.
 
     δ · Ψ ⊗ Φ = L ⊗ R / tr L,   L = mean_n ‖a_n‖² C_n,   R = mean_n (tr C_n) a_n a_nᵀ
 
     with δ = tr C and Ψ = L/δ, Φ = R/δ of unit trace; a_n [in+1] the inputs with 1 appended, C_n
-    [out, out] the curvature `of` example n's loss at the pre-activation. L and R are the truth's
-    partial traces, and are taken as such for a layer used at several positions: L = mean_n Σ_k
-    V_nk V_nkᵀ, R = mean_n Σ_k V_nkᵀ V_nk, pairs of positions included. Undamped; exact where all
-    C_n or all a_n a_nᵀ coincide.
+    [out, out] the curvature `of` example n's loss at the pre-activation. For a layer used at
+    several positions L = mean_n Σ_k V_nk V_nkᵀ, R = mean_n Σ_k V_nkᵀ V_nk, pairs of positions
+    included. Undamped; exact where all C_n or all a_n a_nᵀ coincide.
 
     Raises: ValueError for a block that is no Linear layer or convolution, of="hessian" at several
     positions, and an indefinite truth whose trace vanishes.

@@ -1,1 +1,1 @@
-"""K-BFGS replayed on a problem's data: the passes over the batch and the update formulas."""
+"""K-BFGS replayed on a problem's data at fixed parameters."""

@@ -1,6 +1,6 @@
-"""The formulas of K-BFGS's updates: dampings of a pair (s, y), the skip rule, the BFGS update.
+"""Formulas of K-BFGS: dampings of a pair (s, y), the skip rule, the BFGS update.
 
-s, y [k] are a change and the change of the gradient it brought, H [k, k] the inverse Hessian held.
+s, y [k] are a change and the change of gradient that follows, H [k, k] the inverse Hessian held.
 Source: Goldfarb, Ren and Bahamou 2020 (arXiv:2006.08877); constants as in its published code.
 """
 
@@ -14,7 +14,7 @@ SKIP = 1e-4  # curvature s·y per ‖s‖² and gradient norm below which a pair
 NEAR = 1e-3  # of s·s: closer to s·y than this, θ_2 is not formed
 
 
-class Pair(NamedTuple):
+class DampedPair(NamedTuple):
     """A damped pair, and which of the two dampings changed it."""
 
     s: Tensor
@@ -24,7 +24,7 @@ class Pair(NamedTuple):
 
 
 def damp_first(s: Tensor, y: Tensor, H: Tensor) -> tuple[Tensor, bool]:
-    """Powell's damping on H: s <- θ s + (1 - θ) H y where s·y <= μ_1 yᵀHy, and whether it fired.
+    """Powell's damping on H: s <- θ s + (1 - θ) H y where s·y <= μ_1 yᵀHy; whether it fired.
 
     θ = (1 - μ_1) yᵀHy / (yᵀHy - s·y), after which s·y = μ_1 yᵀHy. Needs yᵀHy > 0.
     """
@@ -51,24 +51,24 @@ def damp_second(s: Tensor, y: Tensor, mu: float) -> tuple[Tensor, bool]:
     return theta * y + (1 - theta) * s, True
 
 
-def damp_twice(s: Tensor, y: Tensor, H: Tensor, mu: float) -> Pair | None:
+def damp_twice(s: Tensor, y: Tensor, H: Tensor, mu: float) -> DampedPair | None:
     """Double damping: the first, then the second; None where yᵀHy is not positive and finite."""
     if not _usable(y @ H @ y):
         return None
     s, first = damp_first(s, y, H)
     y, second = damp_second(s, y, mu)
-    return Pair(s, y, first, second)
+    return DampedPair(s, y, first, second)
 
 
-def damp_always(s: Tensor, y: Tensor, H: Tensor, mu: float) -> Pair | None:
-    """The first damping, then y <- y + μ s always: s·y >= μ_1 yᵀHy + μ s·s, safe for any μ.
+def damp_always(s: Tensor, y: Tensor, H: Tensor, mu: float) -> DampedPair | None:
+    """The first damping, then y <- y + μ s always, so that s·y >= μ_1 yᵀHy + μ s·s for any μ.
 
-    What convolutions use (arXiv:2102.06737). None where yᵀHy is not positive and finite.
+    For convolutions (arXiv:2102.06737). None where yᵀHy is not positive and finite.
     """
     if not _usable(y @ H @ y):
         return None
     s, first = damp_first(s, y, H)
-    return Pair(s, y + mu * s, first, True)
+    return DampedPair(s, y + mu * s, first, True)
 
 
 def updated(H: Tensor, s: Tensor, y: Tensor, gradient: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The two passes of a K-BFGS replay: over all examples at θ, over a minibatch at θ + lr p."""
+"""Forward and backward passes of a K-BFGS replay: at θ, and of a minibatch at θ + lr p."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from ...problem.problem import Problem
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A layer at θ: inputs x [N, ...]; pre-activations z, slopes g = ∂ℓ_n/∂z, both [N, T, out]."""
+class LayerPass:
+    """A layer's inputs x [N, ...], pre-activations z, gradients g = ∂ℓ_n/∂z [N, T, out] at θ."""
 
     member: Member
     module: nn.Module
@@ -27,12 +27,12 @@ class Seen:
     g: Tensor
 
     def a(self, rows: Tensor) -> Tensor:
-        """What W_bar multiplies in these examples, [m, T, in+1]."""
+        """Inputs of the layer in these examples, 1 appended, [m, T, in+1]."""
         return patches(self.module, self.x[rows])[:, 0, :, columns_of(self.member)]
 
 
 class Change(NamedTuple):
-    """What a trial step did to a layer: s and y [out], and its mean slope ḡ [out] before it."""
+    """Changes s, y [out] of a layer by a trial step, and its mean gradient ḡ [out] before it."""
 
     s: Tensor
     y: Tensor
@@ -40,8 +40,8 @@ class Change(NamedTuple):
 
 
 @torch.enable_grad()  # whoever asks may have switched it off
-def seen_layers(problem: Problem) -> list[Seen]:
-    """One pass over all examples at θ, [] where no layer has what K-BFGS needs."""
+def seen_layers(problem: Problem) -> list[LayerPass]:
+    """Layers that K-BFGS knows, by one pass over all examples at θ; [] if there are none."""
     members = {block.members[0].module: block.members[0] for block in problem.blocks()}
     modules = {name: problem.model.get_submodule(name) for name in members}
     known = {
@@ -54,7 +54,7 @@ def seen_layers(problem: Problem) -> list[Seen]:
     every = torch.arange(problem.n, device=problem.inputs.device)
     passed = _pass(problem, list(known), every, {})
     return [
-        Seen(members[name], modules[name], known[name].rows, *found)
+        LayerPass(members[name], modules[name], known[name].rows, *found)
         for name, found in zip(known, passed, strict=True)
     ]
 
@@ -78,9 +78,9 @@ def _pass(
 
 
 def trial(
-    problem: Problem, seen: Sequence[Seen], rows: Tensor, shifts: dict[str, Tensor]
+    problem: Problem, seen: Sequence[LayerPass], rows: Tensor, shifts: dict[str, Tensor]
 ) -> Iterator[Change]:
-    """The second pass: means over examples and positions of the changes from θ to θ + lr p."""
+    """Changes of each layer from θ to θ + lr p, means over examples and positions."""
     passed = _pass(problem, [layer.member.module for layer in seen], rows, shifts)
     for layer, (_, z, g) in zip(seen, passed, strict=True):
         before = layer.g[rows]

@@ -1,13 +1,11 @@
 """K-BFGS replayed at fixed parameters: the state its updates build from a problem's own data.
 
-Every step draws a minibatch of the problem's examples, takes K-BFGS's direction p = -H_g M H_a in
-all layers at once, evaluates the same minibatch again at θ + lr p, and updates each layer's H_g and
-H_a by what was seen. Then the parameters are θ again: the state belongs to the point where the
-truth is taken. What happens at θ is the same at every step, so one pass over the data records it.
+Every step draws a minibatch, takes K-BFGS's direction p = -H_g M H_a in all layers at once,
+evaluates the minibatch again at θ + lr p, and updates each layer's H_g and H_a. Then the parameters
+are θ again, so that one pass over the data at θ serves all steps.
 
-This follows the papers anew and uses nothing of `optim`, so that the two can be held against each
-other. Source: arXiv:2006.08877 for Linear layers with one row per example; arXiv:2102.06737 (K-BFGS
-for convolutions) for layers that use their weights at many positions t.
+Written from the papers without `optim`, to be compared with it: arXiv:2006.08877 for Linear layers
+with one row per example; arXiv:2102.06737 for layers that use their weights at many positions t.
 """
 
 from collections import Counter
@@ -21,7 +19,7 @@ from ...backward.layers import layers
 from ...problem.blocks import Block, Member
 from ...problem.problem import Problem
 from .formulas import damp_always, damp_twice, updated
-from .passes import Change, Seen, seen_layers, trial
+from .passes import Change, LayerPass, seen_layers, trial
 
 DECAY = 0.9  # of the averages M, A, s and y
 CHUNK_BYTES = 2**28  # memory for the patches unfolded at once when A is summed over all examples
@@ -38,12 +36,12 @@ COUNTS = (
 
 @dataclass(frozen=True)
 class Replay:
-    """How K-BFGS is replayed.
+    """Settings of a replay of K-BFGS.
 
     damping: λ > 0; λ_A = μ_2 = √λ. steps: minibatches, each with one update of H_g and of H_a.
-    batch: examples per minibatch, None for a quarter of them. lr: the trial point is θ + lr p; the
-    dampings and the skip rule do not depend on the length of the pair, so a small lr only brings
-    (s, y) closer to the curvature at θ itself. seed: of the minibatches.
+    batch: examples per minibatch, None for a quarter of them. lr: the trial point is θ + lr p; a
+    small lr brings (s, y) closer to the curvature at θ, and changes no damping. seed: of the
+    minibatches.
 
     Raises: ValueError for a damping, lr, batch or number of steps that is not positive.
     """
@@ -80,13 +78,13 @@ class Replay:
 
 
 @dataclass(eq=False)
-class State:
-    """What K-BFGS holds of one layer; H_g ⊗ H_a is its preconditioner.
+class LayerState:
+    """K-BFGS's state of one layer, with the preconditioner H_g ⊗ H_a.
 
     H_g [out, out]; H_a, A [in+1, in+1]; M [out, in+1] the averaged gradient; s, y [out] the
     averaged changes of the mean pre-activation and of its mean gradient, before damping.
-    A: mean over examples of Σ_t a aᵀ; of all of them at the start and, with one row per example,
-    averaged with each minibatch's from then on. counts: how often what is named in `COUNTS` was.
+    A: mean over all examples of Σ_t a aᵀ, with one row per example averaged with each minibatch's.
+    counts: of the events in `COUNTS`.
     """
 
     H_g: Tensor
@@ -98,8 +96,8 @@ class State:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
 
 
-def replay_state(problem: Problem, block: Block, replay: Replay) -> State:
-    """The state of the block's layer after the replay, which the problem keeps; do not change it.
+def replay_state(problem: Problem, block: Block, replay: Replay) -> LayerState:
+    """State of the block's layer after the replay; kept by the problem, not to be changed.
 
     Raises: ValueError for a block that is not one whole layer of the replay, naming the reason;
     RuntimeError where not one pair of the layer could be used.
@@ -134,18 +132,17 @@ def _reason(problem: Problem, block: Block) -> str:
     return f"it is not the whole of layer '{name}', ask for that"
 
 
-def replayed(problem: Problem, replay: Replay) -> dict[Member, State]:
-    """Replay K-BFGS in all layers jointly; {what a layer's block consists of: its state}.
+def replayed(problem: Problem, replay: Replay) -> dict[Member, LayerState]:
+    """States after a replay in all layers jointly, by the layer's member; kept by the problem.
 
-    Layers are Linear, and Conv1d and Conv2d without groups, called once per pass. All other
-    parameters stay at θ throughout. Kept by the problem.
+    Layers are Linear, and Conv1d and Conv2d without groups, called once per pass.
     """
     shapes = [block.members[0].matrix_shape for block in problem.blocks()]
     size = 8 * sum(o * o + 2 * i * i + o * i for o, i in shapes)
     return problem.remember(("kbfgs", replay), lambda: _replayed(problem, replay), size)
 
 
-def _replayed(problem: Problem, replay: Replay) -> dict[Member, State]:
+def _replayed(problem: Problem, replay: Replay) -> dict[Member, LayerState]:
     if not (seen := seen_layers(problem)):
         return {}
     states = {layer.member: _start(layer, replay) for layer in seen}
@@ -162,8 +159,8 @@ def _replayed(problem: Problem, replay: Replay) -> dict[Member, State]:
     return states
 
 
-def _start(layer: Seen, replay: Replay) -> State:
-    """H_g = I and H_a = (A + λ_A I)⁻¹, with A of all examples as from K-BFGS's first data pass."""
+def _start(layer: LayerPass, replay: Replay) -> LayerState:
+    """Initial state: H_g = I, H_a = (A + λ_A I)⁻¹ with A of all examples."""
     o, i = layer.member.matrix_shape
     some = max(1, CHUNK_BYTES // (8 * i * layer.z.shape[1]))
     parts = torch.arange(len(layer.x), device=layer.x.device).split(some)
@@ -172,7 +169,7 @@ def _start(layer: Seen, replay: Replay) -> State:
     eye = torch.eye(i).to(A)
     H_a = torch.cholesky_solve(eye, torch.linalg.cholesky(A + replay.root * eye))
     zero = A.new_zeros(o)
-    return State(torch.eye(o).to(A), H_a, A, A.new_zeros(o, i), zero, zero)
+    return LayerState(torch.eye(o).to(A), H_a, A, A.new_zeros(o, i), zero, zero)
 
 
 def _second_moment(a: Tensor) -> Tensor:
@@ -181,7 +178,9 @@ def _second_moment(a: Tensor) -> Tensor:
     return flat.T @ flat / len(a)
 
 
-def _direction(state: State, layer: Seen, rows: Tensor, replay: Replay, first: bool) -> Tensor:
+def _direction(
+    state: LayerState, layer: LayerPass, rows: Tensor, replay: Replay, first: bool
+) -> Tensor:
     """Direction p = -H_g M H_a [out, in+1], after M <- 0.9 M + 0.1 ∇ of the minibatch.
 
     Then A and H_a see the minibatch; the first leaves A alone, which is of all the data then.
@@ -196,7 +195,7 @@ def _direction(state: State, layer: Seen, rows: Tensor, replay: Replay, first: b
     return p
 
 
-def _act(state: State, a: Tensor, by_rows: bool, lambda_a: float) -> None:
+def _act(state: LayerState, a: Tensor, by_rows: bool, lambda_a: float) -> None:
     """Hessian action: BFGS on H_a with s = H_a x̄ and y = (A + λ_A I) s, x̄ the mean row of a.
 
     Where positions share the weights, A is the minibatch's own and is never formed.
@@ -209,8 +208,8 @@ def _act(state: State, a: Tensor, by_rows: bool, lambda_a: float) -> None:
     state.H_a = state.H_a if new is None else new
 
 
-def _learn(state: State, change: Change, decay: float, by_rows: bool, mu_2: float) -> None:
-    """Average the pair, damp it, update H_g by it. A pair that is not finite touches nothing."""
+def _learn(state: LayerState, change: Change, decay: float, by_rows: bool, mu_2: float) -> None:
+    """Average the pair, damp it and update H_g by it; skip a pair that is not finite."""
     if not all(torch.isfinite(part).all() for part in change):
         state.counts.update(["pairs not finite", "pairs skipped"])
         return

@@ -1,4 +1,4 @@
-"""Block-diagonal over groups of layers, and three diagonals, against masks of the dense truth."""
+"""Block-diagonal over groups of layers, and diagonals, against masks of the dense truth."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from torch import nn
 
 from kronscope.diag import Problem, approximations, dense, exact, metrics
 from kronscope.diag.backward.likelihoods import likelihood_of
-from kronscope.diag.registry import approximation
 
 
 def four_layers():
@@ -57,12 +56,6 @@ def test_groups_mask_the_truth(parts, partition, of):
     torch.testing.assert_close(dense(found), masked(problem, block, partition, of))
     v = torch.randn(block.d)
     torch.testing.assert_close(found @ v, masked(problem, block, partition, of) @ v)
-
-
-def test_groups_of_nothing_are_the_layers(classifier):
-    block = classifier.group("all", [""])
-    found = approximations.groups(classifier, block)
-    torch.testing.assert_close(dense(found), dense(approximations.layer_blocks(classifier, block)))
 
 
 @given(seed=st.integers(0, 10_000), labels=st.lists(st.integers(0, 3), min_size=4, max_size=4))
@@ -122,10 +115,14 @@ def test_the_three_diagonals(make):
     """The GGN's from the dense truth, the Fishers' from single gradients squared."""
     problem = make()
     block = problem.group("all", [""])
+
+    def made(of):
+        return approximations.diagonal(problem, block, of=of).diagonal
+
     ggn = dense(exact.ggn(problem, block)).diagonal()
-    torch.testing.assert_close(approximations.diagonal(problem, block).diagonal, ggn)
+    torch.testing.assert_close(made("ggn"), ggn)
     own = example_gradients(problem, problem.targets).square().mean(0)
-    torch.testing.assert_close(approximations.diagonal_empirical(problem, block).diagonal, own)
+    torch.testing.assert_close(made("empirical_fisher"), own)
     with torch.no_grad():
         p = problem.model(problem.inputs).softmax(1)
     by_label = [
@@ -133,20 +130,11 @@ def test_the_three_diagonals(make):
         for c in range(p.shape[1])
     ]
     expected = torch.stack(by_label).sum(0).mean(0)
-    torch.testing.assert_close(approximations.diagonal_fisher(problem, block).diagonal, expected)
+    torch.testing.assert_close(made("fisher"), expected)
     torch.testing.assert_close(expected, ggn)  # softmax: the Fisher is the GGN
     assert not torch.allclose(own, ggn)
-    sampled = approximations.diagonal_fisher(problem, block, of="fisher_mc").diagonal
+    sampled = made("fisher_mc")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         drawn = likelihood_of(problem)[0].sample(problem.model(problem.inputs), generator)
     torch.testing.assert_close(sampled, example_gradients(problem, drawn).square().mean(0))
-
-
-def test_each_kind_has_its_name_and_truth():
-    kinds = {
-        "diagonal": "ggn",
-        "diagonal_fisher": "fisher",
-        "diagonal_empirical": "empirical_fisher",
-    }
-    assert {name: approximation[name].of for name in kinds} == kinds

@@ -39,8 +39,9 @@ def test_equals_the_truth_where_it_says_so(case, entry, name, of):
 def test_nothing_is_missing():
     files = {file.stem for file in FOLDER.glob("[!_]*.py")}
     assert files == {entry.function.__module__.split(".")[-1] for entry in approximation.values()}
-    assert len(files) >= 20
-    assert len(CLAIMS) >= 46
+    assert len(files) >= 16
+    assert len(approximation) >= 23
+    assert len(CLAIMS) >= 40
 
 
 def test_the_entries_are_complete():
@@ -73,7 +74,7 @@ def test_definitions_densely(classifier, of):
         tiles = matrix.reshape(o, i, o, i)
         mean_tile = torch.stack([tiles[k, :, k, :] for k in range(o)]).mean(0)
         torch.testing.assert_close(made("mini_block_shared"), torch.kron(torch.eye(o), mean_tile))
-        torch.testing.assert_close(made("layer_blocks"), matrix)
+        torch.testing.assert_close(made("groups"), matrix)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -139,10 +140,10 @@ def test_kfac_of_one_example_is_the_ggn_block(case):
     )
 
 
-def test_layer_blocks_of_a_group(classifier):
+def test_groups_keep_each_layer_by_default(classifier):
     group = classifier.group("both", ["0", "2"])
     whole = dense(exact.ggn(classifier, group))
-    found = dense(approximations.layer_blocks(classifier, group))
+    found = dense(approximations.groups(classifier, group))
     d = classifier.block("0").d
     torch.testing.assert_close(found[:d, :d], whole[:d, :d])
     assert found[:d, d:].abs().max() == 0
@@ -153,6 +154,10 @@ def test_refusals(classifier):
         approximations.best_kronecker(classifier, classifier.block("0"), rank=0)
     with pytest.raises(ValueError, match=r"no approximation 'kfca'; known: \['best_inverse_k"):
         approximation["kfca"]
+    with pytest.raises(ValueError, match=r"'layer_blocks' was removed; use groups\(problem, block"):
+        approximation["layer_blocks"]
+    with pytest.raises(AttributeError, match=r"use diagonal.*of='fisher'"):
+        approximations.diagonal_fisher  # noqa: B018
     group = classifier.group("both", ["0", "2"])
     for name in ("kfac", "mini_block", "mini_block_shared", "mini_block_input"):
         with pytest.raises(ValueError, match=f"{name} needs a Linear layer.*'both'"):

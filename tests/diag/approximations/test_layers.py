@@ -285,7 +285,9 @@ def test_refusals(name):
     with pytest.raises(ValueError, match=f"{name} needs a Linear layer.*'both'"):
         approximation[name].function(problem, group)
     message = (
-        "eva is made of gradients" if name == "eva" else f"{name} needs .* hessian of block '0'"
+        "eva needs gradients with labels"
+        if name == "eva"
+        else f"{name} needs .* hessian of block '0'"
     )
     with pytest.raises(ValueError, match=message):
         build(name, problem, "hessian")

@@ -198,7 +198,7 @@ def test_off_block_mass_takes_the_blocks_of_the_approximation(classifier):
 def test_off_block_mass_of_a_group_of_layers(classifier):
     group = classifier.group("both", ["0", "2"])
     truth = exact.ggn(classifier, group)
-    blocks = approximations.layer_blocks(classifier, group)
+    blocks = approximations.groups(classifier, group)
     C, d = dense(truth), classifier.block("0").d
     expected = (2 * C[:d, d:].square().sum()).sqrt() / C.norm()
     found = metrics.off_block_mass(truth, blocks)

@@ -29,6 +29,8 @@ from kronscope.diag.metrics import (
 from kronscope.diag.statistics.moments import noise, unbiased_moments
 from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
+pytestmark = pytest.mark.slow
+
 POPULATION, DRAWS = 5000, 1000
 SIZES = {"ggn": 30, "hessian": 100}
 
