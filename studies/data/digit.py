@@ -48,36 +48,34 @@ def area_weights(size: int, smaller: int) -> np.ndarray:
 
 def digits() -> Data:
     """scikit-learn's 1,797 digits, 8x8 in [0, 1], shuffled once: 1,500 to train, 297 to test."""
-    pictures, _ = _shuffled_digits()
-    pixels = pictures.reshape(len(pictures), -1)
-    return reconstruction(pixels[:1500], pixels[1500:])
+    rows = _digit_rows()[0]
+    return reconstruction(rows[:1500], rows[1500:])
 
 
 def digits_classes() -> Data:
     """The pictures of `digits` as rows of 64, with labels [n]."""
-    pictures, labels = _shuffled_digits()
-    return labelled(pictures.reshape(len(pictures), -1), labels, train=1500)
+    return labelled(*_digit_rows(), train=1500)
 
 
 def digits_standardised() -> Data:
     """The pictures of `digits`, standardised as those of `faces`."""
-    pictures, _ = _shuffled_digits()
-    pixels = pictures.reshape(len(pictures), -1)
-    return standardised(pixels[:1500], pixels[1500:])
+    rows = _digit_rows()[0]
+    return standardised(rows[:1500], rows[1500:])
 
 
 def digits_sequences() -> Data:
     """The pictures of `digits`, pooled to 4x4 and read one by one, [n, 16, 1], with labels [n]."""
-    pictures, labels = _shuffled_digits()
-    return pooled_sequences(pictures, labels, size=2, train=1500)
+    rows, labels = _digit_rows()
+    return pooled_sequences(rows.reshape(-1, 8, 8), labels, size=2, train=1500)
 
 
-def _shuffled_digits() -> tuple[np.ndarray, np.ndarray]:
+def _digit_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Rows of 64 in [0, 1] and labels, shuffled."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
-    return found.images[order] / 16, found.target[order]
+    return found.data[order] / 16, found.target[order]
 
 
 def mnist() -> Data:

@@ -63,15 +63,14 @@ def read_cifar(
     return records[:, labels:].reshape(-1, 3, 32, 32), found
 
 
-def read_matlab(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[str, np.ndarray]:
-    """Read arrays of unsigned bytes from a MATLAB file, by variable; None in a shape fits any size.
+def read_matlab(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Read arrays of unsigned bytes from a MATLAB file, by variable.
 
     Raises: FileNotFoundError or ValueError naming the file, what was expected and what was found.
     """
     from scipy.io import loadmat
 
-    wanted = {name: str(shape).replace("None", "n") for name, shape in shapes.items()}
-    expected = "MATLAB file with " + ", ".join(f"{k}: uint8 {v}" for k, v in wanted.items())
+    expected = "MATLAB file with " + ", ".join(f"{k}: uint8 {v}" for k, v in shapes.items())
     _require(path, expected)
     try:
         content = loadmat(path, variable_names=list(shapes))
@@ -81,16 +80,9 @@ def read_matlab(path: Path, shapes: dict[str, tuple[int | None, ...]]) -> dict[s
         array = content.get(name)
         if array is None:
             raise _refused(path, f"has no variable {name}", expected)
-        if array.dtype != np.uint8 or not _fits(array.shape, shape):
+        if array.dtype != np.uint8 or array.shape != shape:
             raise _refused(path, f"holds {name}: {array.dtype} {array.shape}", expected)
     return {name: content[name] for name in shapes}
-
-
-def _fits(found: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
-    """Whether the sizes are equal, None to any."""
-    return len(found) == len(shape) and all(
-        b in (None, a) for a, b in zip(found, shape, strict=True)
-    )
 
 
 def _require(path: Path, expected: str) -> None:
