@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-import pooch  # type: ignore[import-untyped]
+import pooch
 from filelock import FileLock
 
 from . import cache
