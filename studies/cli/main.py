@@ -167,16 +167,15 @@ def run_study(
 def list_problems() -> None:
     """List the training problems."""
     from ..problems import PROBLEMS
-    from ..training.optimizers import OPTIMIZERS
+    from ..training.optimizers import OPTIMIZERS, UNTUNED
 
     table = Table("problem", "batch", "epochs", "optimizers", "what")
     for column in table.columns:  # a name or a list of widths in one line, or whole in several
         column.overflow = "fold"
     table.columns[0].no_wrap, table.columns[3].max_width = True, len("block_hessian_free")
     for name, problem in sorted(PROBLEMS.items()):
-        some = (
-            "all" if set(OPTIMIZERS) <= set(problem.optimizers) else ", ".join(problem.optimizers)
-        )
+        own = problem.optimizers
+        some = "all" if set(OPTIMIZERS) - set(UNTUNED) <= set(own) else ", ".join(own)
         table.add_row(name, str(problem.batch_size), str(problem.epochs), some, problem.summary)
     table.caption = "optimizers: with recommended settings; *-small: for tests, without files"
     console.print(table)

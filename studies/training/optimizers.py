@@ -33,13 +33,18 @@ def snake_case(name: str) -> str:
 
 def _factory(kind: Callable[..., torch.optim.Optimizer], **own: Any) -> Factory:
     """Builds from a model and its problem, whose likelihood goes to those that sample labels."""
-    samples = "likelihood" in inspect.signature(kind).parameters
+    samples = "likelihood" in _parameters(kind)
 
     def build(model: nn.Module, problem: TrainingProblem, **hyper: Any) -> torch.optim.Optimizer:
         likelihood = {"likelihood": problem.likelihood} if samples else {}
         return kind(model, **{**likelihood, **own, **hyper})
 
     return build
+
+
+def _parameters(kind: Callable[..., Any]) -> list[str]:
+    """Names of what a class is built from, whatever its __new__ takes."""
+    return list(inspect.signature(kind.__init__ if isinstance(kind, type) else kind).parameters)
 
 
 def kinds() -> dict[str, type[torch.optim.Optimizer]]:
@@ -50,7 +55,8 @@ def kinds() -> dict[str, type[torch.optim.Optimizer]]:
         for name, kind in things.items()
         if isinstance(kind, type)
         and issubclass(kind, torch.optim.Optimizer)
-        and next(iter(inspect.signature(kind).parameters)) == "model"
+        and _parameters(kind)[1] == "model"  # after self
+        and not inspect.isabstract(kind)
     }
 
 
@@ -79,9 +85,10 @@ OPTIMIZERS: dict[str, Factory] = {name: _factory(kind) for name, kind in kinds()
 VARIANTS = "kronscope.studies.experiments.kbfgs_stability.variants"
 
 # a step is worth tens of gradients: these have a bench and a study of their own
-HESSIAN_FREE = ("hessian_free", "block_hessian_free")
+HESSIAN_FREE = ("hessian_free", "block_hessian_free", "martens_hessian_free")
 WRAPPED = ("layerwise_kfac",)
-ONE_SOLVE_A_STEP = tuple(n for n in OPTIMIZERS if n not in (*HESSIAN_FREE, *WRAPPED))
+UNTUNED = ("kfac_2015", "ekfac_ra", "martens_hessian_free")  # no problem recommends settings
+ONE_SOLVE_A_STEP = tuple(n for n in OPTIMIZERS if n not in (*HESSIAN_FREE, *WRAPPED, *UNTUNED))
 
 
 def make(
