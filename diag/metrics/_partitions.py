@@ -1,4 +1,4 @@
-"""Partitions of a block's coordinates, and how much of a truth lies inside their parts.
+"""Partitions of a block's coordinates, and the share of a truth outside their parts.
 
 A partition is a tensor of part numbers [d], one for every coordinate.
 """
@@ -84,11 +84,10 @@ def check_partition(partition: Tensor, d: int) -> Tensor:
 
 
 def outside_gram(truth: Operator, partition: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What of the Gram matrix <T_n, T_m> lies outside the parts, and all of it, each [N, N].
+    """Gram matrix <T_n, T_m> of the terms' entries outside the parts, and of all, each [N, N].
 
-    partition: as `check_partition` gives it.
-    None for a truth without per-example terms, and for one of Kronecker products whose parts are
-    no grid of output and input groups.
+    partition: as `check_partition` gives it. None for a truth without per-example terms, and for
+    Kronecker terms whose parts are no grid of output and input groups.
     """
     if isinstance(truth, LowRankTerms):
         return truth.gram - _inside_roots(truth, partition), truth.gram

@@ -1,4 +1,4 @@
-"""Steps: what an approximation does with a gradient, held against the exact quadratic model.
+"""Steps of an approximation and of the truth for one gradient, in the exact quadratic model.
 
 The model of the loss around θ is m(d) = f - g·d + ½ d·(C + λI)d for the step θ - d. Its minimum is
 at d = (C + λI)⁻¹ g, where the decrease is ½ g·(C + λI)⁻¹ g.
@@ -19,7 +19,7 @@ SLACK = 1e-6  # by which rounding and an iterative solve may exceed Cauchy and S
 
 
 class Steps(NamedTuple):
-    """The step taken, d = (B + μI)⁻¹ g, and the best one, e = (C + λI)⁻¹ g, both [d].
+    """Approximate step d = (B + μI)⁻¹ g and exact step e = (C + λI)⁻¹ g, both [d].
 
     slope = g·d, bend = d·(C + λI)d, best = g·e, twice the greatest decrease of the model; each [].
     """
@@ -32,10 +32,10 @@ class Steps(NamedTuple):
 
     @property
     def sound(self) -> bool:
-        """False where C + λI shows on these two steps that it is not positive definite.
+        """Whether C + λI may be positive definite, so that the model has a minimum.
 
-        Then bend or best is not positive, or (g·d)² > bend · best against Cauchy and Schwarz; the
-        model has no minimum. False for a zero gradient too.
+        False where bend or best is not positive, or (g·d)² > bend · best against Cauchy and
+        Schwarz; for a zero gradient too.
         """
         positive = self.bend > 0 and self.best > 0
         return bool(positive and self.slope**2 <= (1 + SLACK) * self.bend * self.best)
@@ -61,7 +61,7 @@ def example_losses(problem: Problem, outputs: Tensor) -> Tensor:
 
 
 def example_decreases(problem: Problem, block: Block, d: Tensor) -> Tensor:
-    """ℓ_n(θ) - ℓ_n(θ - d) for a step d [d] in the block, [n]."""
+    """Decrease of every example's loss, ℓ_n(θ) - ℓ_n(θ - d), for a step d [d] in the block, [n]."""
     with torch.no_grad():
         before, after = problem.outputs(block, torch.zeros_like(d)), problem.outputs(block, -d)
         return example_losses(problem, before) - example_losses(problem, after)
@@ -69,6 +69,6 @@ def example_decreases(problem: Problem, block: Block, d: Tensor) -> Tensor:
 
 @plain_attention()
 def example_slopes(problem: Problem, block: Block, d: Tensor) -> Tensor:
-    """g_n·d for every example, [n], g_n the gradient of its loss with respect to the block."""
+    """Slope g_n·d of every example's loss along d, [n], g_n its gradient in the block."""
     z, tangent, *_ = jvp(lambda v: problem.outputs(block, v), (torch.zeros_like(d),), (d,))
     return (grad(problem.total_loss)(z) * tangent).reshape(len(z), -1).sum(1)

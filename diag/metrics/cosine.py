@@ -1,4 +1,4 @@
-"""Matrix cosine."""
+"""Cosine of the angle between truth and approximation as matrices."""
 
 from ..estimate import Estimate
 from ..operators import Operator
@@ -20,9 +20,9 @@ def cosine(truth: Operator, approximation: Operator) -> Estimate:
     """Cosine of the angle between the two matrices, <C, B> / (‖C‖_F ‖B‖_F).
 
     Range [−1, 1], 1 is best; blind to scale. NaN if either matrix is zero.
-    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the cosine
-    typical of batches of this size. Where that of the population is asked for: `population_cosine`.
-    A truth known by products alone is estimated from 100 random probes, with their interval.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed, for the cosine
+    typical of batches of this size (for the population's: `population_cosine`). A truth known by
+    products alone is estimated from 100 random probes, with their interval.
     """
     if isinstance(truth, MatrixFree):
         return probed_cosine(truth, approximation)

@@ -1,4 +1,4 @@
-"""How many directions share the curvature."""
+"""Ratio of effective ranks, the numbers of directions that share the curvature."""
 
 import math
 
@@ -19,15 +19,14 @@ from ..statistics.intervals import from_replicates, norms
     reference="participation ratio: Litwin-Kumar et al. 2017",
 )
 def effective_rank(truth: Operator, approximation: Operator | None = None) -> Estimate:
-    """How many directions share the curvature: the approximation's number over the truth's.
+    """Effective rank of the approximation over that of the truth.
 
-    r(M) = (Σ_j λ_j)² / Σ_j λ_j², the number of equal eigenvalues with the same sum and the same
-    sum of squares: 1 for a single direction, d for a multiple of the identity. Of the two usual
-    effective ranks (the other is the exponential of the spectrum's entropy, Roy and Vetterli 2007)
-    this one needs no eigenvalues and so is exact at any size. Range of the ratio [0, ∞), 1 is best;
-    below 1 the approximation is more concentrated than the truth. An indefinite matrix may have
-    any r in [0, d]: its eigenvalues cancel in the trace.
-    approximation: None gives r(C) itself, the truth's own effective rank, in [0, d] directions.
+    r(M) = (Σ_j λ_j)² / Σ_j λ_j², the number of equal eigenvalues with the same sum and sum of
+    squares: 1 for a single direction, d for a multiple of the identity, any number in [0, d] for an
+    indefinite matrix. It needs no eigenvalues, unlike the exponential of the spectrum's entropy
+    (Roy and Vetterli 2007). Range of the ratio [0, ∞), 1 is best; below 1 the approximation is more
+    concentrated than the truth.
+    approximation: None gives r(C) itself.
     Interval: bootstrap over the truth's examples, the approximation held fixed.
     """
     found = norms(truth, identity_like(truth))

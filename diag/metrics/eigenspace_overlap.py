@@ -10,7 +10,7 @@ from ..operators import Operator, dense
 from ..registry import metric
 from ..spectra.eigenspaces import leading, leading_space, leading_vectors
 from ..spectra.extreme_eigenpairs import DENSE_UP_TO
-from ..statistics.influence import of_form, within
+from ..statistics.influence import of_form
 from ..statistics.intervals import from_influence
 from ..truths.per_example import PerExampleTerms
 
@@ -23,31 +23,30 @@ from ..truths.per_example import PerExampleTerms
     reference="Krzanowski 1979; Gur-Ari, Roberts and Dyer 2018 (arXiv:1812.04754)",
 )
 def eigenspace_overlap(truth: Operator, approximation: Operator, k: int = 10) -> Estimate:
-    """Mean squared cosine between the directions of most curvature of C and those of B.
+    """Mean squared cosine between the leading eigenspaces of truth and approximation.
 
     Range [0, 1], 1 is best; about k/d for unrelated spaces. U [d, k] spans the eigenspace of the
     truth's k greatest positive eigenvalues (fewer where it has fewer), W that of as many of the
-    approximation. Eigenvalues that tie with the k-th join: for I ⊗ A the space would otherwise
-    depend on chance; directions that only one of the two has then count as missed. NaN for a truth
-    without a positive eigenvalue.
-    Interval: first order, from each example's influence on the truth's eigenspace, up to d = 400
-    (all eigenvectors are needed); above, by Lanczos, value only.
+    approximation, both with the eigenvalues that tie with the k-th; directions that only one of the
+    two has count as missed. NaN for a truth without a positive eigenvalue.
+    Interval: first order, up to d = 400; above, by Lanczos, value only.
 
     Raises: ValueError for k < 1; diag.spectrum.NotConvergedError where Lanczos does not converge.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    U, n = leading_vectors(truth, k), getattr(truth, "n", 0)
+    U = leading_vectors(truth, k)
     if not U.shape[1]:
-        return Estimate(math.nan, n=n)
+        return Estimate(math.nan, n=getattr(truth, "n", 0))
     kept = min(k, U.shape[1])
     space = leading_space(approximation, kept)
     size = max(U.shape[1], space.size)
     value = min(space.coordinates(U).square().sum().item() / size, 1.0)
-    influence = None
-    if isinstance(truth, PerExampleTerms) and len(U) <= DENSE_UP_TO:
-        influence = _influence(truth, leading_vectors(approximation, kept), k) / size
-    return within(from_influence(value, influence, n), 0.0, 1.0)
+
+    def influence(truth: PerExampleTerms) -> Tensor:
+        return _influence(truth, leading_vectors(approximation, kept), k) / size
+
+    return from_influence(truth, value, influence if len(U) <= DENSE_UP_TO else None, 0.0, 1.0)
 
 
 def _influence(truth: PerExampleTerms, W: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The error in units of the sampling noise."""
+"""Relative error in units of the noise floor."""
 
 import math
 
@@ -21,13 +21,12 @@ from .noise_floor import noise_floor
     reference="balanced half-samples: McCarthy 1969",
 )
 def error_over_noise(truth: Operator, approximation: Operator) -> Estimate:
-    """Relative error over the noise floor: is the approximation worse than the batch is small?
+    """Relative error over the noise floor.
 
     Range [0, ∞), 0 is best; below 1 the approximation is nearer to this batch's block than that is
-    to the population's, and with so few examples cannot be told from the truth. NaN for an exact
-    approximation of a truth whose examples all agree.
-    Interval: bootstrap over the truth's examples of error and noise together, the approximation
-    held fixed.
+    to the population's, and cannot be told from the truth. NaN for an exact approximation of a
+    truth whose examples all agree.
+    Interval: bootstrap of error and noise over the truth's examples, the approximation held fixed.
 
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
@@ -41,8 +40,8 @@ def error_over_noise(truth: Operator, approximation: Operator) -> Estimate:
 def _factors(gram: Tensor) -> Tensor:
     """Bootstrap replicates of the noise's square in units of the batch's own, [1 + REPLICATES].
 
-    The expected square is that of a mean of N terms, (mean K_nn - mean K)/(N - 1). Re-drawn from
-    the batch it is N/(N - 1) times too small in the mean, which is put right.
+    The expected square is that of a mean of N terms, (mean K_nn - mean K)/(N - 1); re-drawn from
+    the batch it is corrected by N/(N - 1).
     """
     n = len(gram)
     counts = bootstrap_counts(n).to(gram)

@@ -1,4 +1,4 @@
-"""Excess over the best Kronecker approximation."""
+"""Excess of the relative error over that of the best Kronecker product."""
 
 import math
 
@@ -18,12 +18,11 @@ from .relative_error_best_scale import best_scale_error
     reference="Van Loan and Pitsianis 1993",
 )
 def excess_over_best_kronecker(truth: Operator, approximation: Operator) -> Estimate:
-    """How much of the relative error is the method's own and not the price of one product G ⊗ A.
+    """Relative error of B less that of the best Kronecker product G ⊗ A.
 
-    The difference between the relative errors of B and of the best Kronecker product. Range
-    [0, ∞) for a Kronecker product, 0 is best; negative where B is no Kronecker product and beats
-    them all. Interval: bootstrap over the truth's examples; the best product's factors are held
-    fixed up to scale, which is exact to first order because they are stationary.
+    Range [0, ∞) for a Kronecker product, 0 is best; negative for richer structures that beat all
+    products. Interval: bootstrap over the truth's examples; the best product's factors are held
+    fixed up to scale, which is exact to first order.
 
     Raises: ValueError for a dense truth, whose factor sizes are unknown.
     """

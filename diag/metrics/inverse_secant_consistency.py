@@ -1,13 +1,11 @@
-"""Whether the preconditioner undoes the change of the gradient."""
-
-import math
+"""Error of the secant equation for the preconditioner."""
 
 from torch import Tensor
 
 from ..estimate import Estimate
 from ..operators import Damped, Operator, solver
 from ..registry import metric
-from ..statistics.influence import of_form, within
+from ..statistics.influence import of_form
 from ..statistics.intervals import from_influence
 from ..truths.per_example import PerExampleTerms
 
@@ -27,15 +25,13 @@ def inverse_secant_consistency(
     gradient: Tensor,
     approximation_damping: float | None = None,
 ) -> Estimate:
-    """Error of the move s that the preconditioner H = (B + μI)⁻¹ infers from y = (C + λI)s.
+    """Relative error of the move s that H = (B + μI)⁻¹ infers from the change y = (C + λI)s.
 
     Range [0, ∞), 0 is best: Hy = s, the equation BFGS imposes on H (K-BFGS on each factor). s [d]
-    is the gradient; any other direction may be given in its place. Needs products with C and one
-    solve with B, so it is exact at any size. NaN where s is zero.
-    damping: λ of the truth. approximation_damping: added to B, the same λ unless given; 0 for the
-    inverse of a live preconditioner, which has its damping inside.
-    Interval: first order, from each example's influence on y; none where Hy = s exactly, for a
-    norm has no derivative there.
+    is the gradient; any other direction may be given in its place. Exact at any size. NaN where s
+    is zero.
+    damping: λ. approximation_damping: μ, λ unless given; 0 where B has its damping inside.
+    Interval: first order in the truth; none where Hy = s.
 
     Raises: torch.linalg.LinAlgError for a singular damped approximation.
     """
@@ -43,9 +39,9 @@ def inverse_secant_consistency(
     precondition = solver(approximation, added)
     missed = precondition(Damped(truth, damping) @ gradient) - gradient
     length, error = gradient.norm(), missed.norm()
-    value, n = (error / length).item(), getattr(truth, "n", 0)
-    if not isinstance(truth, PerExampleTerms) or not error:
-        return Estimate(value, n=n)
-    # d‖Hy - s‖ = r·H dC s for the unit vector r along what is missed; H is symmetric
-    influence = of_form(truth, precondition(missed / error), gradient) / length
-    return within(from_influence(value, influence, n), 0.0, math.inf)
+
+    def influence(truth: PerExampleTerms) -> Tensor:
+        # d‖Hy - s‖ = r·H dC s for the unit vector r along what is missed; H is symmetric
+        return of_form(truth, precondition(missed / error), gradient) / length
+
+    return from_influence(truth, (error / length).item(), influence if error else None, 0.0)

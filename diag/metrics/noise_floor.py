@@ -1,4 +1,4 @@
-"""Sampling noise of the exact block itself."""
+"""Sampling noise of the exact block, relative to its norm."""
 
 import math
 
@@ -25,19 +25,18 @@ SPLITS = 400
 def noise_floor(
     truth: Operator, approximation: Operator | None = None, weights: Tensor | None = None
 ) -> Estimate:
-    """How far the exact block of this batch is from the population's: the error's natural unit.
+    """Relative distance of the batch's exact block from the population's, by random halves.
 
     C₁, C₂ are the exact blocks of random halves of the batch. Their difference has four times the
-    variance of C itself, so half its norm is the expected distance ‖C − E C‖_F. An approximation
-    whose relative error is below this floor cannot be told from the truth with so few examples.
-    Value: root mean square over 400 splits. Interval: their 2.5 % and 97.5 % quantiles, where this
-    batch's own ‖C − E C‖/‖C‖ lies: in 0.92 to 0.96 of batches where the floor is below 0.45, in
-    fewer above (0.72 to 0.89 at 0.5 to 0.75), since heavy tails show in no small batch. No interval
-    from one split.
+    variance of C, so half its norm is the expected distance ‖C − E C‖_F. An approximation whose
+    relative error is below this floor cannot be told from the truth with so few examples.
+    Value: root mean square over 400 splits. Interval: their 2.5 % and 97.5 % quantiles, which hold
+    this batch's own ‖C − E C‖/‖C‖ in 0.92 to 0.96 of batches where the floor is below 0.45, in
+    0.72 to 0.89 at 0.5 to 0.75 (heavy tails). No interval from one split.
 
-    approximation is not used; it is there so that all metrics are called alike.
-    weights: [s, N], other splits than halves, by `splits.random_splits` or `index_split`; each
-    ‖C₁ − C₂‖ is scaled by its sizes, (N/N₁ + N/N₂)^-½.
+    approximation: not used; all metrics are called alike.
+    weights: [s, N], other splits than halves, by `statistics.random_splits`; each ‖C₁ − C₂‖ is
+    scaled by its sizes, (N/N₁ + N/N₂)^-½.
     Raises: ValueError for a truth without per-example terms or with fewer than two examples.
     """
     del approximation

@@ -1,4 +1,4 @@
-"""What of the truth lies outside a block structure."""
+"""Share of the truth's norm outside the approximation's blocks."""
 
 import math
 
@@ -22,11 +22,11 @@ from ._partitions import check_partition, outside_gram, outside_square, partitio
 def off_block_mass(
     truth: Operator, approximation: Operator | None = None, partition: Tensor | None = None
 ) -> Estimate:
-    """Error that no choice of entries can avoid: the truth outside the approximation's blocks.
+    """Relative Frobenius error of the best matrix with the approximation's blocks.
 
-    The relative Frobenius error of the best matrix with these blocks, which keeps the truth's own.
-    Range [0, 1], 0 is best. Blocks: those of a BlockDiagonal, every coordinate of a Diagonal, the
-    neurons of I ⊗ A; any other operator is one block, with nothing outside.
+    That matrix keeps the truth's own blocks. Range [0, 1], 0 is best. Blocks: those of a
+    BlockDiagonal, every coordinate of a Diagonal, the neurons of I ⊗ A; any other operator is one
+    block, with nothing outside.
     partition: part number of every coordinate [d], instead of the approximation's blocks.
     Interval: bootstrap over the truth's examples where the blocks are groups of outputs times
     groups of inputs, or the truth is a mean of V Vᵀ; else entry by entry, value only.

@@ -1,4 +1,4 @@
-"""Relative Frobenius error against the population's block."""
+"""Relative error in the Frobenius norm against the population's block."""
 
 from ..estimate import Estimate
 from ..operators import Operator
@@ -15,14 +15,13 @@ from ..statistics.population import error_estimate
     reference="U-statistics: Hoeffding 1948; interval: Fieller 1954",
 )
 def population_error(truth: Operator, approximation: Operator) -> Estimate:
-    """Distance ‖E C − B‖_F / ‖E C‖_F from the block over all examples there are.
+    """Relative error ‖E C − B‖_F / ‖E C‖_F against the block over all examples there are.
 
-    For an approximation that does not depend on the batch (a live state, another batch): its
-    relative error on the batch is larger, by the noise that even a perfect B has. Numerator and
-    denominator are unbiased as squares; their ratio is up to terms of order 1/N. Range [0, ∞], 0 is
-    best: reported also where the numerator comes out negative, as it does in about half of all
-    batches if B = E C exactly. ∞ where the batch cannot tell E C from zero (U <= 0), NaN if the
-    numerator is not positive either.
+    For an approximation that does not depend on the batch (a live state, another batch); its
+    relative error on the batch is larger, by the batch's sampling noise. Both squares are unbiased,
+    the ratio up to terms of order 1/N. Range [0, ∞], 0 is best, also reported where the numerator
+    is negative (half of all batches if B = E C). ∞ where the batch cannot tell E C from zero
+    (U <= 0), NaN if the numerator is not positive either.
     For B built from the same batch: `kronscope.diag.cross_fit.cross_fit`.
     Interval: bootstrap-t of the ratio by inverted tests; open (∞) where E C may be zero. Covers in
     0.93 to 0.98 of batches of 30 to 300, in more at B = E C and where it is open. Two examples give

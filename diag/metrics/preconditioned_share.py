@@ -1,4 +1,4 @@
-"""Share of the preconditioned spectrum that lies near one."""
+"""Share of the preconditioned spectrum within a factor of two of one."""
 
 from ..estimate import Estimate
 from ..operators import Operator
@@ -23,14 +23,13 @@ def preconditioned_share(
     damping: float,
     approximation_damping: float | None = None,
 ) -> Estimate:
-    """How many of d directions B scales right, to a factor of two.
+    """Share of the d directions that B scales right, to a factor of two.
 
-    Range [0, 1], 1 is best; 0 where B + μI is not positive definite and preconditions nothing.
-    Unlike the condition number it is not ruled by a single outlier.
-    damping: λ of the truth. approximation_damping: added to B, the same λ unless given; 0 for the
-    inverse of a live preconditioner, which has its damping inside.
+    Range [0, 1], 1 is best; 0 where B + μI is not positive definite. Robust to single outliers,
+    unlike the condition number.
+    damping: λ. approximation_damping: μ, λ unless given; 0 where B has its damping inside.
     Exact: from all eigenvalues, for a truth of few columns by counting (Sylvester's law of
-    inertia). Value only: a count has no derivative, so no interval is claimed.
+    inertia). No interval: a count has no derivative.
 
     Raises: ValueError over the memory budget, naming what to ask instead.
     """

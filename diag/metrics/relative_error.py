@@ -1,4 +1,4 @@
-"""Relative Frobenius error."""
+"""Relative error in the Frobenius norm."""
 
 from ..estimate import Estimate
 from ..operators import Operator
@@ -17,12 +17,12 @@ from ..truths.matrix_free import MatrixFree
     reference="Golub and Van Loan 2013, section 2.3",
 )
 def relative_error(truth: Operator, approximation: Operator) -> Estimate:
-    """Distance from the truth in units of the truth's own norm, ‖C − B‖_F / ‖C‖_F.
+    """Frobenius norm of the difference over that of the truth, ‖C − B‖_F / ‖C‖_F.
 
     Range [0, ∞), 0 is best, 1 is no better than the zero matrix. NaN for a zero truth.
-    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
-    typical of batches of this size. Where that of the population is asked for: `population_error`.
-    A truth known by products alone is estimated from 100 random probes, with their interval.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed, for the error
+    typical of batches of this size (for the population's: `population_error`). A truth known by
+    products alone is estimated from 100 random probes, with their interval.
     """
     if isinstance(truth, MatrixFree):
         return probed_error(truth, approximation)

@@ -1,4 +1,4 @@
-"""Relative Frobenius error at the best scale."""
+"""Relative error in the Frobenius norm at the best scale of the approximation."""
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ NEAR = 0.9  # squared cosine above which 1 − cos² would cancel
     reference="Golub and Van Loan 2013, section 5.3",
 )
 def relative_error_best_scale(truth: Operator, approximation: Operator) -> Estimate:
-    """What error is left when the approximation may be multiplied by any number.
+    """Relative error of the best multiple of the approximation, √(1 − cos²).
 
-    min_c ‖C − cB‖_F / ‖C‖_F = √(1 − cos²(C, B)), reached at c = <C,B>/‖B‖². Range [0, 1], 0 is
-    best. A learning rate absorbs such a factor, so this is what matters for a step's direction.
-    Computed near 0 from ‖C − B‖², which does not cancel there, and elsewhere from the cosine.
-    Interval: bootstrap-t over the truth's examples, the approximation held fixed; for the error
-    typical of batches of this size.
-    A truth known by products alone is estimated from 100 random probes, with their interval.
+    min_c ‖C − cB‖_F / ‖C‖_F = √(1 − cos²(C, B)), at c = <C,B>/‖B‖². Range [0, 1], 0 is best. A
+    learning rate absorbs c, so this is what matters for a step's direction. Computed near 0 from
+    ‖C − B‖², which does not cancel there.
+    Interval: bootstrap-t over the truth's examples, the approximation held fixed, for the error
+    typical of batches of this size. A truth known by products alone is estimated from 100 random
+    probes, with their interval.
     """
     if isinstance(truth, MatrixFree):
         return probed_best_scale_error(truth, approximation)

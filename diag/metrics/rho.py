@@ -1,5 +1,7 @@
 """Actual over predicted decrease of the loss."""
 
+from torch import Tensor
+
 from ..estimate import Estimate
 from ..operators import Damped, Operator, solve
 from ..problem.blocks import Block
@@ -27,19 +29,15 @@ def rho(
     block: Block,
     approximation_damping: float | None = None,
 ) -> Estimate:
-    """How far the exact quadratic model can be trusted for the step the approximation takes.
+    """Decrease of the loss by the approximation's step over that of the exact quadratic model.
 
     f is the loss on the problem's batch, g its gradient with respect to the block, d the whole
-    step without a learning rate; the other blocks stay. Around 1 is best (exactly 1 for a loss
-    quadratic in the block and its Hessian as the truth); range (−∞, ∞), below 0 the loss rises
-    where the model falls, or the other way round.
-    The predicted decrease is that of the loss itself, WITHOUT λ: accounts differ (a
-    Levenberg-Marquardt rule may count ½λ‖d‖² in), but damping is a caution about the step and no
-    claim about the loss.
-    damping: λ, added to B unless approximation_damping is given; 0 for the inverse of a live
-    preconditioner, which has its damping inside.
+    step without a learning rate; the other blocks stay. Range (−∞, ∞), around 1 is best (exactly 1
+    for a loss quadratic in the block and its Hessian as the truth); below 0 one rises and the other
+    falls. The model is that of the loss, WITHOUT λ, which Levenberg-Marquardt rules may count in.
+    damping: μ unless approximation_damping is given, which is 0 where B has its damping inside.
     Interval: first order in the ratio of two means over examples, of ℓ_n(θ) − ℓ_n(θ − d) and of
-    g_n·d − ½ d·T_n d, with the step held fixed; for truths made of per-example terms.
+    g_n·d − ½ d·T_n d, with the step held fixed.
 
     Raises: torch.linalg.LinAlgError for a singular damped approximation.
     """
@@ -49,8 +47,9 @@ def rho(
     actual = example_decreases(problem, block, step)
     predicted = gradient @ step - step @ (truth @ step) / 2
     value = (actual.mean() / predicted).item()
-    influence = None
-    if isinstance(truth, PerExampleTerms):
+
+    def influence(truth: PerExampleTerms) -> Tensor:
         expected = example_slopes(problem, block, step) - truth.quadratic(step, step) / 2
-        influence = centred(actual - value * expected) / predicted
-    return from_influence(value, influence, getattr(truth, "n", 0))
+        return centred(actual - value * expected) / predicted
+
+    return from_influence(truth, value, influence)

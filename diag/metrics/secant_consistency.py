@@ -1,13 +1,11 @@
-"""Whether the approximation reproduces the change of the gradient."""
-
-import math
+"""Error of the secant equation for the approximation."""
 
 from torch import Tensor
 
 from ..estimate import Estimate
 from ..operators import Operator
 from ..registry import metric
-from ..statistics.influence import of_form, within
+from ..statistics.influence import of_form
 from ..statistics.intervals import from_influence
 from ..truths.per_example import PerExampleTerms
 
@@ -21,23 +19,21 @@ from ..truths.per_example import PerExampleTerms
     needs=("gradient",),
 )
 def secant_consistency(truth: Operator, approximation: Operator, gradient: Tensor) -> Estimate:
-    """Error of the change of gradient that B predicts for a move s [d]; y = Cs is the exact one.
+    """Relative error of the change of gradient Bs that B predicts for a move s [d]; exact: y = Cs.
 
-    Range [0, ∞), 0 is best: the secant equation Bs = y, which quasi-Newton methods impose, holds;
-    1 is no better than predicting no change. With a Hessian as the truth y is the derivative of
-    the gradient along s. s is the gradient, the way steepest descent moves; any other [d] may be
-    given in its place. (Over random s the root mean square is close to `relative_error`.)
-    Undamped on both sides: B as it is, which for the inverse of a live preconditioner has its
-    damping inside; `inverse_secant_consistency` allows for that. NaN where y is zero.
-    Interval: first order, from each example's influence on y; none where Bs = y exactly, for a
-    norm has no derivative there.
+    Range [0, ∞), 0 is best: the secant equation of quasi-Newton methods, Bs = y; 1 is no better
+    than predicting no change. s is the gradient; any other [d] may be given in its place. (Over
+    random s the root mean square is close to `relative_error`.) Nothing is damped: a B with its
+    damping inside is for `inverse_secant_consistency`. NaN where y is zero.
+    Interval: first order in the truth; none where Bs = y.
     """
     y = truth @ gradient
     missed = y - approximation @ gradient
     length, error = y.norm(), missed.norm()
-    value, n = (error / length).item(), getattr(truth, "n", 0)
-    if not isinstance(truth, PerExampleTerms) or not error:
-        return Estimate(value, n=n)
-    grown = value * of_form(truth, y / length, gradient)
-    influence = (of_form(truth, missed / error, gradient) - grown) / length
-    return within(from_influence(value, influence, n), 0.0, math.inf)
+    value = (error / length).item()
+
+    def influence(truth: PerExampleTerms) -> Tensor:
+        grown = value * of_form(truth, y / length, gradient)
+        return (of_form(truth, missed / error, gradient) - grown) / length
+
+    return from_influence(truth, value, influence if error else None, 0.0)

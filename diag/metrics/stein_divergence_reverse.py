@@ -1,4 +1,4 @@
-"""Stein's loss of the approximation as an estimate of the truth."""
+"""Stein divergence of the approximation from the truth (between Gaussians)."""
 
 import math
 
@@ -7,9 +7,8 @@ from ..operators import Damped, Operator, trace
 from ..operators.compositions import Difference, Product
 from ..registry import metric
 from ..spectra.pencils import inverses, log_determinant, trace_with_inverse, within_reach
-from ..statistics.influence import of_inner, within
+from ..statistics.influence import of_inner
 from ..statistics.intervals import from_influence
-from ..truths.per_example import PerExampleTerms
 
 
 @metric(
@@ -26,13 +25,12 @@ def stein_divergence_reverse(
     damping: float,
     approximation_damping: float | None = None,
 ) -> Estimate:
-    """Twice KL(N(0, B + μI) ‖ N(0, C + λI)), the Kullback-Leibler divergence, in nats.
+    """Twice the Kullback-Leibler divergence KL(N(0, B + μI) ‖ N(0, C + λI)), in nats.
 
     Σ_j (1/ν_j + log ν_j − 1) over the eigenvalues ν of (B + μI)⁻¹(C + λI), summed over all d
     directions. Range [0, ∞], 0 is best; ∞ where either matrix is not positive definite. Curvature
     that B makes up (ν < 1) costs most; `stein_divergence` punishes what B misses.
-    damping: λ of the truth. approximation_damping: added to B, the same λ unless given; 0 for the
-    inverse of a live preconditioner, which has its damping inside.
+    damping: λ. approximation_damping: μ, λ unless given; 0 where B has its damping inside.
     Exact: determinants from structure, else Cholesky factors.
     Interval: first order, <T_n − C, Q − Q(B + μI)Q> with Q = (C + λI)⁻¹, the approximation held
     fixed.
@@ -41,15 +39,14 @@ def stein_divergence_reverse(
     """
     truth = within_reach(truth, "stein_divergence_reverse")
     added = damping if approximation_damping is None else approximation_damping
-    n, d = getattr(truth, "n", 0), truth.shape[0]
     logs = log_determinant(truth, damping), log_determinant(approximation, added)
     if logs[0] is None or logs[1] is None:
-        return Estimate(math.inf, n=n)
+        return Estimate(math.inf, n=getattr(truth, "n", 0))
     _, Q = inverses(truth, damping, approximation, added)
     damped = Damped(approximation, added)
-    traced = trace_with_inverse(truth, damping, Q, damped, trace(approximation) + d * added)
-    value = max(traced - logs[1] + logs[0] - d, 0.0)  # rounding below zero
-    if not isinstance(truth, PerExampleTerms):
-        return Estimate(value, n=n)
-    influence = of_inner(truth, Difference(Q, Product([Q, damped, Q])))
-    return within(from_influence(value, influence, n), 0.0, math.inf)
+    traced = trace_with_inverse(
+        truth, damping, Q, damped, trace(approximation) + truth.shape[0] * added
+    )
+    value = max(traced - logs[1] + logs[0] - truth.shape[0], 0.0)  # rounding below zero
+    slope = Difference(Q, Product([Q, damped, Q]))
+    return from_influence(truth, value, lambda truth: of_inner(truth, slope), 0.0)

@@ -1,10 +1,11 @@
-"""Angle between the step an approximation takes and the exact one."""
+"""Cosine between the step of an approximation and the exact step."""
 
 from torch import Tensor
 
 from ..estimate import Estimate
 from ..operators import Damped, Operator, solve, solver
 from ..registry import metric
+from ..statistics.influence import centred
 from ..statistics.intervals import from_influence
 from ..truths.per_example import PerExampleTerms
 
@@ -24,13 +25,12 @@ def step_cosine(
     gradient: Tensor,
     approximation_damping: float | None = None,
 ) -> Estimate:
-    """Cosine between the steps for a gradient g [d]: does the error matter for the step taken?
+    """Cosine between the steps that approximation and truth give for a gradient g [d].
 
-    Range [−1, 1], 1 is best; blind to the step's length. damping: λ of the truth.
-    approximation_damping: added to B, the same λ unless given; 0 for the inverse of a live
-    preconditioner, which has its damping inside.
-    Interval: first order, from each example's influence on the exact step; g and B held fixed.
-    How often it holds what it is for: `kronscope.diag.statistics.intervals.from_influence`.
+    Range [−1, 1], 1 is best; blind to the step's length.
+    damping: λ. approximation_damping: μ, λ unless given; 0 where B has its damping inside.
+    Interval: first order in the truth, g and B held fixed; its coverage:
+    `kronscope.diag.statistics.intervals.from_influence`.
 
     Raises: torch.linalg.LinAlgError for a singular damped matrix.
     """
@@ -38,12 +38,12 @@ def step_cosine(
     taken = solve(Damped(approximation, added), gradient)
     undo = solver(truth, damping)
     exact = undo(gradient)
-    value = (taken @ exact) / (taken.norm() * exact.norm())
-    influence = None
-    if isinstance(truth, PerExampleTerms):
+    size = taken.norm() * exact.norm()
+    value = (taken @ exact) / size
+
+    def influence(truth: PerExampleTerms) -> Tensor:
         # d cos / d exact, then d exact = -(C + λI)⁻¹ (T_n - C) exact for example n
-        slope = taken / (taken.norm() * exact.norm()) - value * exact / exact.square().sum()
-        each = truth.quadratic(undo(slope), exact)
-        influence = each.mean() - each
-    found = from_influence(value.clamp(-1, 1).item(), influence, getattr(truth, "n", 0))
-    return Estimate(found.value, max(found.low, -1.0), min(found.high, 1.0), found.n)
+        slope = taken / size - value * exact / exact.square().sum()
+        return -centred(truth.quadratic(undo(slope), exact))
+
+    return from_influence(truth, value.clamp(-1, 1).item(), influence, -1.0, 1.0)

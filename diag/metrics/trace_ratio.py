@@ -1,4 +1,4 @@
-"""Ratio of the traces."""
+"""Trace of the approximation over that of the truth."""
 
 import math
 
@@ -17,10 +17,10 @@ from ..statistics.intervals import from_replicates, norms
     reference="Gao et al. 2020 (arXiv:2011.10741): methods that keep the trace",
 )
 def trace_ratio(truth: Operator, approximation: Operator) -> Estimate:
-    """Whether the approximation has the right amount of curvature in all, tr B / tr C.
+    """Total curvature of the approximation over that of the truth, tr B / tr C.
 
-    Range (−∞, ∞), for a positive semi-definite truth and approximation [0, ∞); 1 is best, above 1
-    steps come out too short. NaN for two zero matrices.
+    Range (−∞, ∞), [0, ∞) for positive semi-definite matrices; 1 is best, above 1 steps are too
+    short. NaN for two zero matrices.
     Interval: bootstrap over the truth's examples, the approximation held fixed; open where a batch
     cannot tell the truth's trace from zero.
     """

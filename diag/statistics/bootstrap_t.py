@@ -1,9 +1,9 @@
 """Bootstrap-t intervals for ratios of moments (Efron and Tibshirani 1993, section 12.5).
 
-Every bootstrap sample is given its own standard error, from the influence of its examples, and only
-the quantiles of the studentised deviation are taken from it. Percentiles of the moments themselves
-would be up to √3 times too wide where a U-statistic is nearly degenerate (an approximation close to
-the truth), and far too short for heavy tails. For a ratio the test is inverted (Fieller 1954).
+Every bootstrap sample has its own standard error, from the influence of its examples, and gives
+the quantiles of the studentised deviation. Percentiles of the moments themselves would be up to √3
+times too wide where a U-statistic is nearly degenerate (an approximation close to the truth), and
+too short for heavy tails. For a ratio the test is inverted (Fieller 1954).
 """
 
 import math
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from .intervals import LEVEL
 
-ROUNDING = 1e-15  # of a squared norm in float64
+ROUNDING = 1e-15  # relative, of a squared norm in float64
 
 
 class Variances(NamedTuple):
-    """Of two moments, the first and the second, and their covariance, [1 + REPLICATES] each."""
+    """Variances of two moments and their covariance, [1 + REPLICATES] each."""
 
     first: Tensor
     covariance: Tensor
     second: Tensor
 
 
-class Part(NamedTuple):
+class Smooth(NamedTuple):
     """A smooth function of two moments: values and both derivatives, [1 + REPLICATES] each."""
 
     values: Tensor
@@ -33,12 +33,11 @@ class Part(NamedTuple):
     by_second: Tensor
 
 
-def ratio_interval(top: Part, bottom: Part, spread: Variances) -> tuple[float, float]:
+def ratio_interval(top: Smooth, bottom: Smooth, spread: Variances) -> tuple[float, float]:
     """95 % interval of E top / E bottom: every ρ at which top - ρ·bottom may be zero.
 
-    That is where this gap, in its own standard errors, lies within the bootstrap quantiles of the
-    same at the batch's own ratio (Fieller's interval, with these for the quantiles of Student's t).
-    An end is infinite where bottom cannot be told from zero.
+    Fieller's interval with bootstrap quantiles of this gap, in its own standard errors at the
+    batch's ratio, for those of Student's t. An end is infinite where bottom may be zero.
     """
     if not bottom.values[0] > 0:
         return -math.inf, math.inf
@@ -55,9 +54,8 @@ def ratio_interval(top: Part, bottom: Part, spread: Variances) -> tuple[float, f
 def quantiles(values: Tensor, errors: Tensor, rounding: float) -> tuple[float, float]:
     """2.5 % and 97.5 % quantiles of (replicate - batch's own value) / replicate's standard error.
 
-    values and errors: [1 + REPLICATES], the batch's own first. rounding: of the values; no standard
-    error is less. A replicate that knows nothing (it drew one example only) widens the interval at
-    both ends.
+    values and errors: [1 + REPLICATES], the batch's own first. rounding: least standard error. A
+    replicate that is NaN (it drew one example only) widens the interval at both ends.
     """
     moved = values[1:] - values[0]
     z = torch.where(moved == 0, 0.0, moved / errors[1:].clamp(min=rounding))
@@ -68,7 +66,7 @@ def quantiles(values: Tensor, errors: Tensor, rounding: float) -> tuple[float, f
     return low, ordered[last].item() if last < len(z) - unknown else math.inf
 
 
-def _covariance(first: Part, second: Part, spread: Variances) -> Tensor:
+def _covariance(first: Smooth, second: Smooth, spread: Variances) -> Tensor:
     """Covariance of two functions of the moments, to first order."""
     crossed = first.by_first * second.by_second + first.by_second * second.by_first
     return (
@@ -79,10 +77,10 @@ def _covariance(first: Part, second: Part, spread: Variances) -> Tensor:
 
 
 def _end(own: list[float], z: float, side: int) -> float:
-    """The ρ with top - ρ·bottom = z standard errors, on the `side` of the interval it ends.
+    """End of the interval on `side`: the ρ with top - ρ·bottom = z standard errors.
 
-    A root of (top - ρ·bottom)² = z² (tt - 2ρ·tb + ρ²·bb), its discriminant written so that it keeps
-    its digits where z or the errors are small.
+    A root of (top - ρ·bottom)² = z² (tt - 2ρ·tb + ρ²·bb); the discriminant keeps its digits where z
+    or the errors are small.
     """
     top, bottom, tt, tb, bb = own
     lead = bottom**2 - z * z * bb

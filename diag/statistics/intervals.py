@@ -1,26 +1,27 @@
-"""Intervals: where a number measured on this batch would lie without the accident of this batch.
+"""Confidence intervals of a batch's metrics, by bootstrap and by first-order influence.
 
 The interval of a batch's own number is for the number typical of batches of its size, made of the
 means of ‖C‖², <C, B>² and ‖C - B‖² over all of them; the approximation is held fixed. It is not for
-the population's number, which a batch's own norms overestimate by their sampling noise (for that:
-the metrics `population_*`), nor for other batches' numbers, which have noise of their own: with
-95 % for the typical value, 83 to 90 % of them lie inside. How often the typical value does lie
-inside, found by simulation with GGN and Hessian blocks of 30 to 300 examples:
+the population's number, which a batch's norms overestimate by their sampling noise (see the metrics
+`population_*`), nor for other batches' numbers: 83 to 90 % of these lie inside an interval with
+95 % for the typical value. Coverage of the typical value, simulated with GGN and Hessian blocks of
+30 to 300 examples:
 
 - `diag.statistics.bootstrap_t` (relative_error, relative_error_best_scale, cosine): 0.91 to 0.985;
-- `from_replicates` (what else is made of norms): 0.91 to 1, too cautious near the noise floor,
-  where intervals are up to √3 times wider than needed; 0.8 for empirical Fisher blocks of 30;
+- `from_replicates` (other functions of norms): 0.91 to 1, cautious near the noise floor, where
+  intervals are up to √3 times wider than needed; 0.8 for empirical Fisher blocks of 30;
 - `from_influence` (inverses and eigenvalues): see there;
 - noise_floor: another claim, see there.
 
 Norms and inner products of a PerExampleTerms truth with weights w are w K w and w·t, so a bootstrap
-replicate costs O(N²). The naive bootstrap of a norm is biased, because an example drawn twice meets
-itself: replicates leave every n = m pair out (a U-statistic) and only their deviations from the
-U-statistic of the batch are used, put around the batch's own value.
+replicate costs O(N²). An example drawn twice would meet itself and bias a norm: replicates leave
+every n = m pair out (a U-statistic), and their deviations from the U-statistic of the batch are put
+around the batch's own value.
 """
 
 import math
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,7 +35,6 @@ from ..operators.dtypes import convert, entries_of, tensors
 from ..operators.pairing import keep_pair
 from ..truths.kronecker_terms import KroneckerTerms
 from ..truths.per_example import PerExampleTerms
-from .splits import random_splits, signed_norms
 
 REPLICATES = 1000
 LEVEL = 0.95
@@ -72,19 +72,13 @@ def inner_deviations(inners: Tensor) -> Tensor:
     return counts @ inners / len(inners) - inners.mean()
 
 
-def residual_square(truth: Operator, approximation: Operator) -> float:
-    """‖truth - approximation‖_F², without the cancellation of ‖C‖² - 2<C,B> + ‖B‖² for G ⊗ A.
+def residual_square(truth: Operator, approximation: Operator, whole: float, cross: float) -> float:
+    """‖C - B‖_F² from whole = ‖C‖² + ‖B‖² and cross = <C, B>, without cancellation.
 
     With C_n = Ḡ + dC_n and a_n a_nᵀ = Ā + dA_n the truth is Ḡ ⊗ Ā plus the covariance
     mean_n dC_n ⊗ dA_n, so that truth - G ⊗ A is that plus (Ḡ - G) ⊗ Ā + G ⊗ (Ā - A): all small
     where the approximation is good.
     """
-    square, cross = inner(truth, truth), inner(truth, approximation)
-    whole = square + inner(approximation, approximation)
-    return _residual_square(truth, approximation, whole, cross)
-
-
-def _residual_square(truth: Operator, approximation: Operator, whole: float, cross: float) -> float:
     if isinstance(truth, KroneckerTerms) and isinstance(approximation, Kronecker):
         return _beside_product(truth, approximation)
     left = whole - 2 * cross
@@ -136,9 +130,8 @@ def norms(truth: Operator, approximation: Operator) -> Norms:
     """The three numbers all Frobenius metrics are made of, with bootstrap replicates.
 
     A truth without per-example terms, or of one example, has its own values only, [1]. Kept with
-    the truth as long as the approximation lives, since several metrics ask for the same pair.
-    Where float32 cannot tell the two apart but for their scale, they are taken from copies in
-    float64, unless those of the truth need more than the memory budget (4 GiB).
+    the truth while the approximation lives. Where float32 cannot tell the two apart but for their
+    scale, they are taken from copies in float64 that fit the memory budget (4 GiB).
     """
 
     def compute() -> Norms:
@@ -166,7 +159,7 @@ def _norms(truth: Operator, approximation: Operator) -> Norms:
     inners = truth.inners(approximation).double() if isinstance(truth, PerExampleTerms) else None
     cross = inner(truth, approximation) if inners is None else inners.mean().item()
     own = inner(approximation, approximation)
-    error = _residual_square(truth, approximation, square + own, cross)
+    error = residual_square(truth, approximation, square + own, cross)
     values = torch.tensor([square, cross, error], dtype=torch.float64)[:, None]
     if not isinstance(truth, PerExampleTerms) or inners is None or truth.n == 1:
         return Norms(values[0], values[1], values[2], own, inners)
@@ -186,10 +179,9 @@ def deviations(truth: PerExampleTerms) -> Tensor:
 def from_replicates(numbers: Tensor, truth: Operator, undefined: float) -> Estimate:
     """Estimate from [1 + REPLICATES] numbers, the value first: a percentile interval.
 
-    undefined: what a replicate counts as whose truth has no norm left; that happens where a batch
-    cannot tell the truth from zero, and the worst value of the metric then says so. The interval
-    is widened to hold the value itself where the replicates are skewed. [1] number: no interval
-    (NaN).
+    undefined: what a replicate counts as whose truth has no norm left (a batch that cannot tell
+    the truth from zero), the worst value of the metric. The interval is widened to hold the value.
+    [1] number: no interval (NaN).
     """
     value, n = numbers[0].item(), getattr(truth, "n", 0)
     if len(numbers) == 1:
@@ -202,25 +194,36 @@ def from_replicates(numbers: Tensor, truth: Operator, undefined: float) -> Estim
     return Estimate(value, min(low, value), max(high, value), n)
 
 
-def from_influence(value: float, influence: Tensor | None, n: int, log: bool = False) -> Estimate:
-    """First-order (infinitesimal jackknife) interval from each example's influence U_n [N].
+def from_influence(
+    truth: Operator,
+    value: float,
+    influence: Callable[[PerExampleTerms], Tensor] | None,
+    least: float = -math.inf,
+    greatest: float = math.inf,
+    log: bool = False,
+) -> Estimate:
+    """First-order (infinitesimal jackknife) interval from each example's influence U_n, [N].
 
-    The standard error is (Σ U_n²)^½ / N (Jaeckel 1972). log: symmetric in log(value), for ratios.
-    The number typical of batches of this size (its mean over them) lies inside, by simulation with
-    30 and 100 examples: for preconditioned_condition in 0.92 to 1; for step_cosine in 0.84 to 0.97
-    where λ is the mean curvature or more, but in 0.72 to 0.95 at a tenth of it and in 0.55 to 0.9
-    for empirical Fisher blocks. The population's number may lie elsewhere: both metrics are biased
-    by the sampling noise, a condition upwards and a cosine towards 0.
+    The standard error is (Σ U_n²)^½ / N (Jaeckel 1972). influence: U of a truth with per-example
+    terms; None where there is no derivative. No interval (NaN) then, for other truths and for one
+    example. least, greatest: the metric's range, to which the interval is cut. log: symmetric in
+    log(value), for ratios.
+    Coverage of the number typical of batches of this size, simulated with 30 and 100 examples:
+    preconditioned_condition 0.92 to 1; step_cosine 0.84 to 0.97 where λ is the mean curvature or
+    more, 0.72 to 0.95 at a tenth of it, 0.55 to 0.9 for empirical Fisher blocks. The population's
+    number may lie elsewhere: sampling noise biases conditions upwards, cosines towards 0.
     """
-    if influence is None or n < 2 or not math.isfinite(value):
+    n = getattr(truth, "n", 0)
+    if (
+        influence is None
+        or not isinstance(truth, PerExampleTerms)
+        or n < 2
+        or not math.isfinite(value)
+    ):
         return Estimate(value, n=n)
-    error = Z * influence.square().sum().sqrt().item() / n
+    error = Z * influence(truth).square().sum().sqrt().item() / n
+    ends = (value - error, value + error)
     if log:
-        return Estimate(value, value * math.exp(-error / value), value * math.exp(error / value), n)
-    return Estimate(value, value - error, value + error, n)
-
-
-def half_split_norms(gram: Tensor, splits: int) -> Tensor:
-    """‖C_first half - C_second half‖² for random halves, [splits], as w K w with signed weights."""
-    n = len(gram)
-    return signed_norms(gram, random_splits(n, n // 2, n // 2, splits))
+        ends = (value * math.exp(-error / value), value * math.exp(error / value))
+    # an end that is NaN stays: max and min return their first argument then
+    return Estimate(value, max(ends[0], least), min(ends[1], greatest), n)

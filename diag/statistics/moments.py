@@ -1,4 +1,4 @@
-"""‖C‖², <C, B> and ‖C - B‖² of a truth made of terms: unbiased ones, the batch's, and replicates.
+"""Moments ‖C‖², <C, B>, ‖C - B‖² of per-example terms: unbiased, the batch's, and replicates.
 
 For N independent examples with terms T_n, Gram matrix K and t_n = <T_n, B>
 
@@ -7,8 +7,7 @@ For N independent examples with terms T_n, Gram matrix K and t_n = <T_n, B>
 have the expectations ‖E C‖², <E C, B> and ‖E C - B‖²: U-statistics (Hoeffding 1948), for a B that
 does not depend on the batch. The batch's own ‖C‖² = 1ᵀK1/N² counts the pairs n = m too; it and
 ‖C - B‖² exceed the unbiased ones by the squared sampling noise, (mean K_nn - U)/N. Bootstrap
-replicates are made from re-weighted pairs of distinct examples, for an example drawn twice would
-meet itself; each comes with its own variances, for `kronscope.diag.statistics.bootstrap_t`.
+replicates re-weight pairs of distinct examples and carry their own variances, for `bootstrap_t`.
 """
 
 from typing import NamedTuple
@@ -39,8 +38,8 @@ class Replicated(NamedTuple):
 class Moments(NamedTuple):
     """‖C‖², <C, B> and ‖C - B‖² in the batch and its bootstrap samples, [1 + R] each.
 
-    spread: variances of the first two. own: ‖B‖². n: examples. Of a truth without per-example
-    terms, or of fewer than 3 examples, there is the batch alone: [1] each.
+    spread: variances of the first two. own: ‖B‖². n: examples. [1] each, the batch alone, for a
+    truth without per-example terms or of fewer than 3 examples.
     """
 
     square: Tensor
@@ -60,9 +59,7 @@ class Squares(NamedTuple):
 
 
 def unbiased_moments(truth: Operator, approximation: Operator, asked_by: str) -> Moments:
-    """‖E C‖², <E C, B> and ‖E C - B‖² without bias; a square may come out negative.
-
-    Kept with the truth as long as the approximation lives, since several metrics ask for the pair.
+    """Unbiased ‖E C‖², <E C, B> and ‖E C - B‖²; a square may be negative. Kept per pair.
 
     Raises: ValueError naming `asked_by` for a truth without per-example terms or with only one.
     """
@@ -89,10 +86,7 @@ def unbiased_squares(truth: PerExampleTerms, approximation: Operator) -> Squares
 
 
 def batch_moments(truth: Operator, approximation: Operator) -> Moments:
-    """‖C‖², <C, B> and ‖C - B‖² of the batch; kept like the unbiased ones.
-
-    Their expectation is what is typical of batches of this size.
-    """
+    """‖C‖², <C, B> and ‖C - B‖² of the batch, typical of batches of this size. Kept per pair."""
 
     def compute() -> Moments:
         if isinstance(truth, PerExampleTerms) and truth.n > 1:
@@ -108,8 +102,7 @@ def batch_moments(truth: Operator, approximation: Operator) -> Moments:
 def pooled(parts: list[Moments]) -> Moments:
     """Mean of the moments of independent batches, each with an approximation of its own.
 
-    A replicate of one is paired with another one of the next: batches of the same size are
-    resampled by the same counts.
+    Replicates are shifted against each other: batches of one size are resampled by the same counts.
     """
 
     def mean(values: tuple[Tensor, ...]) -> Tensor:
@@ -127,10 +120,9 @@ def check_terms(truth: Operator, asked_by: str) -> PerExampleTerms:
     """The truth. Raises: ValueError naming `asked_by` where it has no terms, or only one."""
     if not isinstance(truth, PerExampleTerms) or truth.n < 2:
         raise ValueError(
-            f"{asked_by} speaks of the population and needs a truth made of per-example terms with "
-            f"at least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; GGN "
-            f"and Fisher blocks have them, and Hessian blocks of Linear layers with one row per "
-            f"example"
+            f"{asked_by} estimates the population's and needs a truth with per-example terms of at "
+            f"least 2 examples, not a {type(truth).__name__} of {getattr(truth, 'n', 0)}; use a "
+            f"GGN or Fisher block, or the Hessian of a Linear layer with one row per example"
         )
     return truth
 
@@ -200,9 +192,9 @@ def _counts(n: int) -> Tensor:
 def _moments(
     truth: PerExampleTerms, approximation: Operator, square: Replicated, excess: float
 ) -> Moments:
-    """The moments whose ‖C‖² is `square`, and ‖C - B‖² less by `excess` than the batch's own.
+    """Moments whose ‖C‖² is `square`, and ‖C - B‖² the batch's own less `excess`.
 
-    That one is taken as it is, for it keeps its digits where B is close.
+    The batch's own keeps its digits where B is close.
     """
     own = norms(truth, approximation)
     assert own.inners is not None

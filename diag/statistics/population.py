@@ -1,7 +1,7 @@
-"""Estimates from moments: norm, relative error and cosine, of the population or of the batch.
+"""Norm, relative error and cosine, of the population or of the batch, from moments.
 
-From unbiased moments they speak of the block over all examples there are; from the batch's own, of
-the batch, and their intervals cover what is typical of batches of this size. Coverage of both is
+Unbiased moments give estimates of the block over all examples there are; the batch's own give those
+of the batch, with intervals for what is typical of batches of this size. Coverage of both is
 measured in tests/diag/statistics/test_coverage.py.
 """
 
@@ -12,7 +12,7 @@ import torch
 from ..estimate import Estimate
 from ..operators import Operator
 from ..truths.per_example import PerExampleTerms
-from .bootstrap_t import ROUNDING, Part, quantiles, ratio_interval
+from .bootstrap_t import ROUNDING, Smooth, quantiles, ratio_interval
 from .moments import (
     LEAST,
     Moments,
@@ -27,7 +27,7 @@ NEAR = 0.9  # squared cosine above which 1 - cos² would cancel
 
 
 def norm_estimate(truth: PerExampleTerms) -> Estimate:
-    """√max(U, 0), with an interval on the scale of log(U + 2 S²), S² the squared sampling noise.
+    """Norm √max(U, 0), its interval on the scale of log(U + 2 S²), S² the squared sampling noise.
 
     U + S² is the batch's own ‖C‖², so that U + 2 S² is positive also where U is not.
     """
@@ -46,18 +46,18 @@ def norm_estimate(truth: PerExampleTerms) -> Estimate:
 
 
 def error_estimate(found: Moments) -> Estimate:
-    """‖C - B‖ / ‖C‖ from squares cut off at 0; ∞ where ‖C‖² is, NaN where both are."""
+    """Relative error ‖C - B‖ / ‖C‖; ∞ where only ‖C‖² is not positive, NaN where neither is."""
     value = (found.error[0].clamp(min=0) / found.square[0].clamp(min=0)).sqrt().item()
     if len(found.square) == 1:
         return Estimate(value, n=found.n)
     one = torch.ones_like(found.square)
-    top, bottom = Part(found.error, one, -2 * one), Part(found.square, one, 0 * one)
+    top, bottom = Smooth(found.error, one, -2 * one), Smooth(found.square, one, 0 * one)
     low, high = ratio_interval(top, bottom, found.spread)
     return _holding(value, _root(low), _root(high), found.n)
 
 
 def cosine_estimate(found: Moments) -> Estimate:
-    """<C, B> / (‖C‖ ‖B‖) of the batch; NaN for a zero truth.
+    """Cosine <C, B> / (‖C‖ ‖B‖) of the batch; NaN for a zero truth.
 
     The interval is that of cos·|cos|, a ratio of smooth functions of the moments.
     """
@@ -67,14 +67,14 @@ def cosine_estimate(found: Moments) -> Estimate:
         return Estimate(value, n=found.n)
     if (ends := _near_orthogonal(found)) is None:
         zero = torch.zeros_like(cross)
-        top = Part(cross * cross.abs(), zero, 2 * cross.abs())
-        squares = ratio_interval(top, Part(bottom, zero + found.own, zero), found.spread)
+        top = Smooth(cross * cross.abs(), zero, 2 * cross.abs())
+        squares = ratio_interval(top, Smooth(bottom, zero + found.own, zero), found.spread)
         ends = [math.copysign(min(_root(abs(end)), 1.0), end) for end in squares]
     return _holding(value, ends[0], ends[1], found.n)
 
 
 def unbiased_cosine_estimate(truth: Operator, approximation: Operator, asked_by: str) -> Estimate:
-    """±√(<E C, B>² / (‖E C‖² ‖B‖²)) from unbiased squares, with the sign of <C, B>.
+    """Cosine ±√(<E C, B>² / (‖E C‖² ‖B‖²)) from unbiased squares, with the sign of <C, B>.
 
     Cut to [-1, 1], 0 where the first square is negative, NaN where the second is not positive. The
     interval is that of cos².
@@ -90,23 +90,26 @@ def unbiased_cosine_estimate(truth: Operator, approximation: Operator, asked_by:
         return Estimate(value, n=n)
     if (ends := _near_orthogonal(moments)) is None:
         one, zero = torch.ones_like(squares.cross), torch.zeros_like(squares.cross)
-        top, bottom = Part(squares.cross, one, zero), Part(own * squares.square, zero, own * one)
+        top, bottom = (
+            Smooth(squares.cross, one, zero),
+            Smooth(own * squares.square, zero, own * one),
+        )
         found = ratio_interval(top, bottom, squares.spread)
         ends = sorted(sign * min(_root(end), 1.0) for end in found)
     return _holding(value, ends[0], ends[1], n)
 
 
 def _near_orthogonal(found: Moments) -> list[float] | None:
-    """Ends for the cosine where the sign of <C, B> is not known: its own over the least ‖C‖ ‖B‖.
+    """Ends for the cosine where the sign of <C, B> is unknown: those of <C, B> over least ‖C‖ ‖B‖.
 
     There a square of <C, B> has no first-order variance. None where the sign is known.
     """
     one, zero = torch.ones_like(found.cross), torch.zeros_like(found.cross)
-    alone = Part(one, zero, zero)
-    low, high = ratio_interval(Part(found.cross, zero, one), alone, found.spread)
+    alone = Smooth(one, zero, zero)
+    low, high = ratio_interval(Smooth(found.cross, zero, one), alone, found.spread)
     if not low <= 0 <= high:
         return None
-    least = ratio_interval(Part(found.square, one, zero), alone, found.spread)[0]
+    least = ratio_interval(Smooth(found.square, one, zero), alone, found.spread)[0]
     size = _root(least * found.own)
     return [
         max(min(end / size, 1.0), -1.0) if size else math.copysign(1.0, end) for end in (low, high)
@@ -114,9 +117,9 @@ def _near_orthogonal(found: Moments) -> list[float] | None:
 
 
 def best_scale_estimate(found: Moments) -> Estimate:
-    """min_c ‖C - c B‖ / ‖C‖ = √(1 - cos²), as the root of (‖C‖² ‖B‖² - <C, B>²) / (‖C‖² ‖B‖²).
+    """Error at the best scale min_c ‖C - c B‖ / ‖C‖ = ((‖C‖² ‖B‖² - <C, B>²) / (‖C‖² ‖B‖²))^½.
 
-    Near 1 the numerator is taken from ‖C - B‖², to which it is close where B is.
+    For a cosine near 1 the numerator is taken from ‖C - B‖², to which it is close where B is.
     """
     cross, own = found.cross, found.own
     bottom = own * found.square
@@ -129,7 +132,9 @@ def best_scale_estimate(found: Moments) -> Estimate:
         return _holding(value, _root(1 - max(end**2 for end in ends)), 1.0, found.n)
     zero = torch.zeros_like(cross)
     low, high = ratio_interval(
-        Part(top, zero + own, -2 * cross), Part(bottom, zero + own, zero), found.spread
+        Smooth(top, zero + own, -2 * cross),
+        Smooth(bottom, zero + own, zero),
+        found.spread,
     )
     return _holding(value, min(_root(low), 1.0), min(_root(high), 1.0), found.n)
 
@@ -143,5 +148,5 @@ def _exp(power: float) -> float:
 
 
 def _holding(value: float, low: float, high: float, n: int) -> Estimate:
-    """An interval holds its value, which a skewed one need not."""
+    """Estimate with its interval widened to hold the value."""
     return Estimate(value, min(low, value), max(high, value), n)

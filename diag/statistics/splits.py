@@ -1,9 +1,7 @@
-"""Splits of a batch: how far the exact blocks of two parts lie apart, as w K w with signed weights.
+"""Distance between the exact blocks of two parts of a batch, from signed example weights.
 
 A split gives weight 1/|P| to the examples of a part P, -1/|Q| to those of a part Q and 0 to others.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,32 +9,12 @@ from torch import Tensor
 from ..truths.per_example import PerExampleTerms
 
 
-def index_split(n: int, first: Sequence[int], second: Sequence[int]) -> Tensor:
-    """Weights [1, n] of the split of n examples into the two sets of indices given.
-
-    Raises: ValueError for an empty set, an index that is not in 0..n-1 or one that occurs twice.
-    """
-    listed = [*first, *second]
-    if not first or not second or len(set(listed)) < len(listed):
-        raise ValueError(
-            f"a split needs two sets of examples that share none, not {list(first)} and "
-            f"{list(second)}"
-        )
-    if min(listed) < 0 or max(listed) >= n:
-        raise ValueError(f"examples are 0..{n - 1}; the split names {min(listed)}..{max(listed)}")
-    weights = torch.zeros(1, n, dtype=torch.float64)
-    weights[0, list(first)] = 1 / len(first)
-    weights[0, list(second)] = -1 / len(second)
-    return weights
-
-
 def random_splits(
     n: int, first: int, second: int, splits: int, generator: torch.Generator | None = None
 ) -> Tensor:
     """Weights [splits, n] of random splits into `first` and `second` of n examples.
 
-    generator: None takes a new one seeded with n, so that results repeat and the global random
-    state is left alone.
+    generator: None takes a new one seeded with n, so that results repeat.
 
     Raises: ValueError for sizes under 1, more than n together, or fewer than one split.
     """
@@ -58,16 +36,11 @@ def signed_norms(gram: Tensor, weights: Tensor) -> Tensor:
     return ((weights @ gram) * weights).sum(1).clamp(min=0)
 
 
-def split_norms(truth: PerExampleTerms, weights: Tensor) -> Tensor:
-    """‖C_P - C_Q‖_F² between the exact blocks of the two parts of each split [s, N], [s]."""
-    return signed_norms(truth.gram, weights)
-
-
 def split_floors(truth: PerExampleTerms, weights: Tensor) -> Tensor:
-    """Squared noise floor by each split of any sizes, ‖Σ_n w_n T_n‖² / (N Σ_n w_n² ‖C‖²), [s].
+    """Squared noise floor from each split, ‖Σ_n w_n T_n‖² / (N Σ_n w_n² ‖C‖²), [s].
 
     Independent terms of variance σ² = E‖T_n - E C‖² give E‖Σ_n w_n T_n‖² = σ² Σ_n w_n² for weights
     that sum to zero, and E‖C - E C‖² = σ²/N: every split estimates the same floor.
     """
     scale = truth.n * weights.square().sum(1).to(truth.gram) * truth.gram.mean()
-    return split_norms(truth, weights) / scale
+    return signed_norms(truth.gram, weights) / scale

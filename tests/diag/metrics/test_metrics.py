@@ -12,7 +12,7 @@ from kronscope import diag
 from kronscope.diag import Dense, Kronecker, Problem, approximations, dense, exact, metrics
 from kronscope.diag.registry import approximation, metric
 from kronscope.diag.spectra import preconditioned
-from kronscope.diag.statistics.intervals import half_split_norms
+from kronscope.diag.statistics.splits import random_splits, signed_norms
 from kronscope.diag.truths.kronecker_terms import KroneckerTerms
 
 FOLDER = Path(diag.metrics.__file__).parent
@@ -132,7 +132,8 @@ def test_noise_floor_equals_explicit_halves(classifier):
     generator = torch.Generator().manual_seed(truth.n)
     order = torch.rand(5, truth.n, generator=generator).argsort(1)
     half = truth.n // 2
-    for squared, rows in zip(half_split_norms(truth.gram, 5), order, strict=True):
+    norms = signed_norms(truth.gram, random_splits(truth.n, half, half, 5))
+    for squared, rows in zip(norms, order, strict=True):
         gap = terms[rows[:half]].mean(0) - terms[rows[half : 2 * half]].mean(0)
         assert squared.item() == pytest.approx(gap.square().sum().item(), rel=1e-9)
     with pytest.raises(ValueError, match="per-example terms"):

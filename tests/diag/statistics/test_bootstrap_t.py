@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kronscope.diag import Dense, metrics
-from kronscope.diag.statistics.bootstrap_t import Part, Variances, quantiles, ratio_interval
+from kronscope.diag.statistics.bootstrap_t import Smooth, Variances, quantiles, ratio_interval
 from kronscope.diag.statistics.moments import batch_moments
 from kronscope.diag.statistics.population import best_scale_estimate
 from kronscope.diag.truths.kronecker_terms import KroneckerTerms
@@ -29,7 +29,7 @@ def test_the_interval_is_the_set_of_ratios_not_rejected(own, unbounded):
     second = 1 + 0.2 * first + 0.1 * torch.randn(1001, generator=generator)
     one = torch.ones(1001)
     spread = Variances(0.01 * one, 0.002 * one, 0.0104 * one)
-    top, bottom = Part(second, 0 * one, one), Part(first, one, 0 * one)
+    top, bottom = Smooth(second, 0 * one, one), Smooth(first, one, 0 * one)
     low, high = ratio_interval(top, bottom, spread)
     ratio = (second[0] / first[0]).item()
 

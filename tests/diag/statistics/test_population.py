@@ -183,7 +183,7 @@ def test_refusals_and_limits():
     one, two, three = (rows_of_a_layer(n, 2, 2)[0] for n in (1, 2, 3))
     for metric in (population_norm, population_error, population_cosine):
         with pytest.raises(
-            ValueError, match=f"{metric.__name__} speaks of the population.*Dense of 0"
+            ValueError, match=f"{metric.__name__} estimates the population.*Dense of 0"
         ):
             metric(Dense(torch.eye(4)), B)
         with pytest.raises(ValueError, match="at least 2 examples, not a KroneckerTerms of 1"):
