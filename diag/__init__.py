@@ -1,4 +1,4 @@
-"""The instrument: exact curvature blocks, approximations of them, and metrics between the two.
+"""Exact curvature blocks of a network, approximations of them, and metrics between the two.
 
 problem = Problem(model, loss, inputs, targets)
 block = problem.block("encoder.0")

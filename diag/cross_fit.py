@@ -1,8 +1,7 @@
-"""Cross-fitting: the population error of an approximation that is built from data.
+"""Cross-fitting: population error of a method that builds its approximation from the batch.
 
-A method that sees the batch it is measured on fits its noise as well, and `population_error` would
-be too small. Here it is built on one part of the batch and measured on the other, and the parts
-then change places, so that no example serves both sides of one comparison.
+A method fits the noise of the batch it sees, so that `population_error` on that batch would be too
+small. It is built on one part of the batch and measured on the other, in turns.
 """
 
 from collections.abc import Callable
@@ -31,17 +30,17 @@ def cross_fit(
     folds: int = 2,
     generator: torch.Generator | None = None,
 ) -> Estimate:
-    """Population error of a method given a share 1 - 1/folds of the examples, from all of them.
+    """Population error of a method given a share 1 - 1/folds of the examples.
 
     √(mean_k ‖E C - B_k‖² / ‖E C‖²), B_k = method(problem of all folds but the k-th, block), with
     squares unbiased as in `population_error`, for truths of the k-th fold. Range [0, ∞], 0 is best.
-    Its interval is for the B_k of this batch; those of other batches differ besides. It is
-    cautious, with at least 95 % coverage: 0.97 to 1 in simulations of 60 and 150 examples.
+    The interval is for the B_k of this batch, and cautious: coverage 0.97 to 1 in simulations of 60
+    and 150 examples.
 
-    method: an approximation function; one that takes `of` is told of another truth by a lambda.
-    of: the truth compared with. generator: for the folds; None takes one seeded with 0.
-    Raises: ValueError for fewer than 2 folds, or folds of fewer than 2 examples, or a block whose
-    truth has no per-example terms.
+    method: an approximation function (of another truth: a lambda). of: the truth compared with.
+    generator: for the folds; None takes one seeded with 0.
+    Raises: ValueError for fewer than 2 folds, folds of fewer than 2 examples, or a truth without
+    per-example terms.
 
     The GGN block of a linear model does not depend on the targets, and here not on the inputs:
         >>> from torch import nn, ones, randn
@@ -51,8 +50,8 @@ def cross_fit(
         True
     """
     found = held_out_moments(problem, block, method, of, folds, generator)
-    # two folds' errors share the chance agreement of the noise in one with that in the other, which
-    # at most doubles the variance of their mean
+    # two folds' errors share the chance agreement of their noise, which at most doubles the
+    # variance of their mean
     spread = Variances(*(torch.cat([2 * v[:1], v[1:]]) for v in found.spread))
     return error_estimate(found._replace(spread=spread))
 
@@ -65,7 +64,7 @@ def held_out_moments(
     folds: int = 2,
     generator: torch.Generator | None = None,
 ) -> Moments:
-    """Mean over the folds of the unbiased moments of what was built without them."""
+    """Unbiased moments of the folds with what was built without them, their mean."""
     if not 2 <= folds <= problem.n // 2:
         raise ValueError(
             f"folds must be from 2 to {problem.n // 2}, not {folds}: each of the {problem.n} "
@@ -83,7 +82,7 @@ def held_out_moments(
 
 
 def restricted(problem: Problem, rows: Tensor) -> Problem:
-    """The same problem with the examples `rows` alone."""
+    """Problem of the examples `rows` alone."""
     model = hook_free_copy(problem.model)
     for name in problem.trainable:  # a Problem's own copy needs no gradients any more
         model.get_parameter(name).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Estimate: a number with its interval and the count of examples behind it."""
+"""Estimate: a measured number with its confidence interval and sample count."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value, its 95 % interval [low, high], and n, the examples behind it.
+    """A measured value, its 95 % interval [low, high] and the number n of examples.
 
-    `value` is exact for the batch the problem holds. The interval is for the value typical of
-    batches of the same size from the same source, the approximation held fixed; for metrics named
-    `population_*` it is for the population's value. (Batches of one size differ from the population
-    on average: their norms contain the sampling noise.) What simulations found of the 95 % stands
-    in `statistics.intervals` and with the metric. Where nothing is known of the examples (a truth
-    given as one dense matrix) low and high are NaN: no interval is claimed.
+    `value` is exact for the problem's batch. The interval is for the value typical of batches of
+    this size, the approximation held fixed; for metrics named `population_*` it is for the
+    population's value. (The two differ: a batch's norms contain its sampling noise.) Simulated
+    coverage: `statistics.intervals` and the metrics. low and high are NaN where single examples are
+    not known (a truth given as one dense matrix).
     """
 
     value: float

@@ -1,4 +1,4 @@
-"""The truths: exact Hessian, GGN and Fisher blocks.
+"""Exact Hessian, GGN and Fisher blocks: the truths that approximations are compared with.
 
 A Linear layer that sees one row per example has KroneckerTerms, C = mean C_n ⊗ a_n a_nᵀ. The GGN
 and the Fishers of any other block have LowRankTerms, C = mean V_n V_nᵀ. What has neither form (the
@@ -31,8 +31,7 @@ def hessian(problem: Problem, block: Block) -> Operator:
     """Hessian block of the batch-mean loss, mean_n ∂²ℓ_n/∂θ∂θᵀ.
 
     Returns: [d, d] in row-major order of [W, b]; symmetric, may be indefinite.
-    Source: for Linear layers algorithm-free: z = W_bar a is linear in W_bar, so the block is
-    mean_n (∂²ℓ_n/∂z²) ⊗ a_n a_nᵀ (Botev et al. 2017, equation 6).
+    Source: for Linear layers mean_n (∂²ℓ_n/∂z²) ⊗ a_n a_nᵀ (Botev et al. 2017, equation 6).
 
     Squared error of one linear unit, mean of 2 a aᵀ over a = [1, 1] and [3, 1]:
         >>> from torch import nn, tensor, zeros
@@ -81,9 +80,8 @@ def fisher_mc(
 ) -> Operator:
     """Monte-Carlo Fisher block, mean over `samples` labels drawn per example of g gᵀ.
 
-    generator: for the labels; None takes a new one seeded with 0, so that results repeat and the
-    global random state is left alone. backend="backpack" computes it with BackPACK's SqrtGGNMC,
-    which draws other labels from the same generator.
+    generator: for the labels; None takes a new one seeded with 0. backend="backpack" computes it
+    with BackPACK's SqrtGGNMC, which draws other labels from the same generator.
 
     Returns: [d, d] in row-major order of [W, b]; its expectation is `fisher`.
     Raises: ValueError for samples < 1, a loss that belongs to no known likelihood, an unknown
@@ -122,16 +120,15 @@ TRUTHS: dict[str, Callable[[Problem, Block], Operator]] = {
 
 
 def truth(problem: Problem, block: Block, of: str) -> Operator:
-    """Return the truth named `of`. Raises: ValueError listing the known names."""
+    """Exact block of the truth named `of`. Raises: ValueError listing the known names."""
     _check(of)
     return TRUTHS[of](problem, block)
 
 
 def truths(problem: Problem, blocks: Sequence[Block], of: str) -> Iterator[tuple[Block, Operator]]:
-    """Each block with its truth; what can be computed in one pass through the network is.
+    """Each block with its truth, from few passes through the network.
 
-    As many blocks at a time as fit half the problem's budget, so that measuring every layer of a
-    large network costs few passes and little memory.
+    One pass for as many blocks as fit half the problem's budget.
 
     Raises: ValueError for an unknown name.
     """
@@ -201,7 +198,7 @@ def _compute(
 
 
 def _by_examples(problem: Problem, block: Block, of: str, out: int) -> Operator:
-    """A Linear layer's truth from each example's curvature at its pre-activation."""
+    """Truth of a Linear layer from each example's curvature at the pre-activation."""
     member, (o, _) = block.members[0], block.members[0].matrix_shape
     each = problem.inputs.element_size()
     size = each * problem.n * (out**2 + o**2)
@@ -219,7 +216,7 @@ def _by_examples(problem: Problem, block: Block, of: str, out: int) -> Operator:
 def _whole(
     problem: Problem, block: Block, of: str, samples: int, generator: torch.Generator | None
 ) -> Operator:
-    """Dense for small d, by products alone above."""
+    """Truth as a dense matrix for small d, by its products above."""
     parameter = problem.model.get_parameter(block.parameters[0])
     if block.d <= DENSE_UP_TO and parameter.element_size() * block.d**2 <= problem.budget / 4:
         matrix = dense_block(problem, block, of, samples, generator)
@@ -229,5 +226,5 @@ def _whole(
 
 
 def _symmetric(matrix: Tensor) -> Tensor:
-    """Both triangles agree up to rounding; averaging makes them equal. A truth has no gradient."""
+    """Matrices with both triangles made equal, without gradient."""
     return ((matrix + matrix.mT) / 2).detach().contiguous()

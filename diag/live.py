@@ -1,13 +1,12 @@
-"""Reading a running optimizer: the protocol by which its state becomes operators.
+"""Operators read from a running optimizer: its preconditioner, curvature and directions.
 
 An optimizer is read through `preconditioner()` -> {block name: map}, and `curvature()` where it
-holds one. A map is known by its parts, not by its class: `.left` and `.right` when it is a
-Kronecker product, `.blocks` (and `.order`, where they are not on the coordinates as they come) when
-block-diagonal, `.diagonal` when diagonal; else it has `.shape` and `@`. What is read is copied, in
-the dtype asked for, so the operators stay as they were when the optimizer goes on.
+holds one. A map is known by its parts, not its class: `.left` and `.right` of a Kronecker product,
+`.blocks` (and `.order` of their coordinates) when block-diagonal, `.diagonal` when diagonal; else
+`.shape` and `@`. What is read is copied, in the dtype asked for.
 
-An optimizer that solves for its steps iteratively applies no map: it is read through `directions()`
--> {block name: {parameter name: d}}, by `taken`.
+An optimizer that solves for its steps iteratively applies no map; `taken` reads its `directions()`
+-> {block name: {parameter name: d}}.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,20 +24,20 @@ class Live(Protocol):
     """An optimizer that shows its preconditioner; `curvature()` is optional."""
 
     def preconditioner(self) -> dict[str, Any]:
-        """{block name: the map it applies to the block's gradient}."""
+        """Maps applied to the gradients, {block name: map}."""
         ...
 
 
 class Directed(Protocol):
-    """An optimizer that shows what it solved for last."""
+    """An optimizer that shows the last directions it solved for."""
 
     def directions(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """{block name: {parameter name: d}} with θ <- θ + lr d."""
+        """Directions d of θ <- θ + lr d, {block name: {parameter name: d}}."""
         ...
 
 
 def read(map_: Any, dtype: torch.dtype = torch.float64) -> Operator:
-    """Copy one live map into an operator.
+    """Copy of one live map as an operator.
 
     Raises: TypeError for an object without `.shape` and `@`.
     """
@@ -64,7 +63,7 @@ def preconditioners(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict
 
 
 def curvatures(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, Operator]:
-    """The curvature each live preconditioner P implies, P⁻¹; its damping is inside.
+    """Curvatures P⁻¹ implied by the live preconditioners P, with the damping inside.
 
     Damped metrics take it with approximation_damping=0.
     """
@@ -72,7 +71,7 @@ def curvatures(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str,
 
 
 def undamped(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, Operator]:
-    """The undamped curvature the optimizer holds, from its `curvature()`; {} if it holds none."""
+    """Undamped curvatures the optimizer holds, from its `curvature()`; {} if it holds none."""
     held = getattr(optimizer, "curvature", None)
     return {} if held is None else {name: read(map_, dtype) for name, map_ in held().items()}
 
@@ -80,20 +79,16 @@ def undamped(optimizer: Live, dtype: torch.dtype = torch.float64) -> dict[str, O
 def taken(
     optimizer: Directed, problem: Problem, weight_decay: float = 0.0
 ) -> dict[Block, SingleStep]:
-    """Copies of the optimizer's last directions d, each with the gradient it was made for.
+    """Last directions d of the optimizer as single steps, by its blocks as blocks of the problem.
 
-    The keys are the optimizer's blocks as those of the problem, with their names; exact truths of
-    them are what d is to be held against. A direction goes down, θ <- θ + lr d, metrics judge
-    θ - step: the step is -d, without learning rate, line search or backtracking.
+    A direction goes down, θ <- θ + lr d, metrics judge θ - step: the step is -d, without learning
+    rate, line search or backtracking. Metrics take it with gradient=step.gradient,
+    approximation_damping=0 and the damping the optimizer solved with, λ + τ. Blocks without a
+    direction yet are left out.
 
-    problem: the batch whose gradient d was made from, with the model as it was BEFORE the step; as
-    a Problem has a copy of the model, make it then. Curvature from part of the batch is that of
-    `kronscope.diag.cross_fit.restricted(problem, rows)`.
-    weight_decay: τ of an L2 term in the optimizer's gradient, g + τθ; its curvature is τ more of
-    damping. Decoupled decay is no part of the direction: 0.
-
-    Metrics take these with gradient=step.gradient and approximation_damping=0; their damping is
-    what the optimizer solved with, λ + τ. Blocks without a direction yet are left out.
+    problem: the batch whose gradient d was made from, made BEFORE the step (it copies the model).
+    Curvature from part of the batch: `kronscope.diag.cross_fit.restricted(problem, rows)`.
+    weight_decay: τ of an L2 term in the optimizer's gradient, g + τθ; 0 for decoupled decay.
 
     Raises: ValueError for directions that are not of whole layers of the problem, or not finite.
     """
@@ -108,7 +103,7 @@ def taken(
 
 
 def _block_of(problem: Problem, name: str, direction: Mapping[str, Tensor]) -> Block:
-    """The problem's layers that the direction is of, as one block."""
+    """Block of the problem's layers that the direction is of."""
     layers = problem.blocks()
     own = [layer for layer in layers if not set(layer.parameters).isdisjoint(direction)]
     block = Block(name, tuple(layer.members[0] for layer in own))
@@ -142,7 +137,7 @@ def _matrix(part: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _first_tensor(part: Any) -> Tensor | None:
-    """Some floating-point tensor the map is made of, which tells its precision and device."""
+    """A floating-point tensor of the map, for its precision and device."""
     if isinstance(part, Tensor):
         return part if part.is_floating_point() else None
     if isinstance(part, Sequence) and not isinstance(part, str):

@@ -1,4 +1,4 @@
-"""What couples two blocks: the part of the curvature that block-diagonal methods drop."""
+"""Curvature between blocks of parameters, which block-diagonal methods drop."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,8 +14,8 @@ from .problem.problem import Problem
 from .truths.assembly import by_rows, columns
 
 
-class Cross:
-    """The block C_bc [d_b, d_c] between the parameters of two blocks, by its products."""
+class OffDiagonal:
+    """Matrix C_bc [d_b, d_c] between the parameters of two blocks, known by its products."""
 
     def __init__(self, rows: Callable[[Tensor], Tensor], shape: tuple[int, int], n: int) -> None:
         self._rows = rows
@@ -26,14 +26,13 @@ class Cross:
         return by_columns(self._rows, v)
 
 
-def cross(problem: Problem, first: Block, second: Block, of: str = "ggn") -> Cross:
-    """The block of the truth `of` between two blocks of parameters, [d_first, d_second].
+def cross(problem: Problem, first: Block, second: Block, of: str = "ggn") -> OffDiagonal:
+    """Block of the truth `of` between two blocks of parameters, [d_first, d_second].
 
     GGN and Fishers: (1/N) Σ_n V_n W_nᵀ from the columns of both; the Hessian from products with
     vectors that are zero outside `second`. The blocks may share parameters.
 
-    Raises: ValueError for an unknown truth, for a loss that is not convex in the outputs (its GGN
-        has no real root).
+    Raises: ValueError for an unknown truth, or a loss that is not convex in the outputs.
     """
     shape = (first.d, second.d)
     if of == "hessian":
@@ -44,9 +43,9 @@ def cross(problem: Problem, first: Block, second: Block, of: str = "ggn") -> Cro
             padded = torch.cat([v.new_zeros(len(v), first.d), v], dim=1)
             return whole(padded)[:, : first.d].detach()
 
-        return Cross(rows, shape, problem.n)
+        return OffDiagonal(rows, shape, problem.n)
     V, W = _columns(problem, (first, second), of)
-    return Cross(lambda v: (v @ W.T) @ V, shape, problem.n)
+    return OffDiagonal(lambda v: (v @ W.T) @ V, shape, problem.n)
 
 
 def block_norms(problem: Problem, blocks: Sequence[Block], of: str = "ggn") -> Tensor:

@@ -1,4 +1,4 @@
-"""BackPACK as second, independent engine, on a copy and guarded by cross-checks."""
+"""Curvature by BackPACK, a second and independent engine, checked against torch.func."""
 
 from .quantities import (
     diag_fisher_mc,

@@ -1,4 +1,4 @@
-"""The input side of Kronecker factors on [W, b], which BackPACK has for the weight alone."""
+"""Input factors on [W, b] of Kronecker products; BackPACK has them for the weight alone."""
 
 import torch
 from backpack.utils.conv import unfold_input
@@ -10,7 +10,7 @@ from .support import Extension, UnsupportedError, owners
 
 
 def matrix_layer(problem: Problem, block: Block, extension: Extension) -> Member:
-    """The one member of a block that is a layer with [W, b], all outputs of the same inputs.
+    """Member of a block that is one layer with [W, b] whose outputs share their inputs.
 
     Raises: UnsupportedError for any other block, or parameters that another module has too.
     """
@@ -33,7 +33,7 @@ def matrix_layer(problem: Problem, block: Block, extension: Extension) -> Member
 
 
 def shared_shift(problem: Problem, member: Member) -> Block:
-    """The block of the layer's bias, a shift of its outputs; without a bias, that of the member."""
+    """Block of the layer's bias, a shift of its outputs; without a bias, of the member."""
     name = f"{member.module}.bias".lstrip(".")
     if name not in problem.trainable:
         return Block(member.module, (member,))
@@ -42,7 +42,7 @@ def shared_shift(problem: Problem, member: Member) -> Block:
 
 
 def input_factor(problem: Problem, member: Member) -> tuple[Tensor, int]:
-    """A [in+1, in+1] = mean_n Σ_t a_t a_tᵀ over a layer's inputs with 1 appended, and the T of t.
+    """A [in+1, in+1] = mean_n Σ_t a_t a_tᵀ of a layer's inputs with 1 appended, and T.
 
     Only the columns of the parameters the member has: without bias [in, in], bias alone [1, 1].
     """

@@ -1,7 +1,6 @@
-"""A few products by torch.func that BackPACK's results must agree with before they are handed on.
+"""Products by torch.func that BackPACK's results must agree with before they are returned.
 
-BackPACK reads a model module by module; a model it misreads without noticing gives another matrix.
-The products here are a guard against that, not a source of results.
+BackPACK reads a model module by module; one that it misreads gives another matrix.
 """
 
 import torch
@@ -15,9 +14,9 @@ from .support import INSTEAD, UnsupportedError
 
 PROBED = 16  # entries of a diagonal that are compared
 
-# what two engines may differ by: rounding, relative to the largest entry, or where that is next to
-# nothing (a gradient at a minimum) this many units in the last place of 1
-ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
+# what two engines may differ by: relative to the largest entry, or, where that is next to nothing
+# (a gradient at a minimum), this many units in the last place of 1
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 ULPS = 100
 
 
@@ -31,7 +30,7 @@ def check_agreement(what: str, block: Block, found: Tensor, expected: Tensor) ->
     error = (found - expected).abs().max().item()
     scale = expected.abs().max().item()
     floor = ULPS * torch.finfo(expected.dtype).eps
-    if not error <= ROUNDING.get(expected.dtype, 1e-1) * scale + floor:
+    if not error <= AGREEMENT.get(expected.dtype, 1e-1) * scale + floor:
         raise UnsupportedError(
             f"BackPACK's {what} of block '{block.name}' differs from torch.func's by {error:.3g} "
             f"(largest entry {scale:.3g}): it misreads this model; {INSTEAD}"
@@ -40,9 +39,9 @@ def check_agreement(what: str, block: Block, found: Tensor, expected: Tensor) ->
 
 @plain_attention()
 def check_ggn(problem: Problem, block: Block, root: Tensor, examples: int | None = None) -> None:
-    """Hold the product of rootᵀroot, root [k, d], with one random vector against torch.func's.
+    """Compare rootᵀroot, root [k, d], times one random vector with torch.func's product.
 
-    examples: how many of the first ones the root is of; None for all.
+    examples: number of the first examples that the root is of; None for all.
     """
     u = _random(root[0])
     z, pull = vjp(lambda v: problem.outputs(block, v), torch.zeros_like(u))[:2]
@@ -54,7 +53,7 @@ def check_ggn(problem: Problem, block: Block, root: Tensor, examples: int | None
 
 @plain_attention()
 def check_gradients(problem: Problem, block: Block, g: Tensor) -> None:
-    """Hold the per-example gradients g [n, d], times one random vector, against torch.func's."""
+    """Compare per-example gradients g [n, d], times one random vector, with torch.func's."""
     u = _random(g[0])
     with torch.no_grad():
         z = problem.model(problem.inputs)
@@ -64,7 +63,7 @@ def check_gradients(problem: Problem, block: Block, g: Tensor) -> None:
 
 @plain_attention()
 def check_diagonal(problem: Problem, block: Block, found: Tensor, of: str) -> None:
-    """Hold some entries of a "ggn" or "hessian" block's diagonal [d] against torch.func's."""
+    """Compare some entries of a "ggn" or "hessian" block's diagonal [d] with torch.func's."""
     places = torch.randperm(block.d, generator=torch.Generator().manual_seed(0))[:PROBED]
     directions = found.new_zeros(len(places), block.d)
     directions[range(len(places)), places] = 1
@@ -87,13 +86,13 @@ def check_diagonal(problem: Problem, block: Block, found: Tensor, of: str) -> No
 
 
 def _random(like: Tensor) -> Tensor:
-    """The same direction for the same size; the global random state is left alone."""
+    """Random direction, the same for the same size."""
     generator = torch.Generator(like.device).manual_seed(0)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _pushed(problem: Problem, block: Block, u: Tensor) -> Tensor:
-    """J u, like the outputs."""
+    """Jacobian product J u, shaped like the outputs."""
     return jvp(lambda v: problem.outputs(block, v), (torch.zeros_like(u),), (u,))[1]
 
 

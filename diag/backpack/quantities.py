@@ -1,8 +1,9 @@
-"""BackPACK, the second and independent engine: what `backend="backpack"` computes.
+"""Curvature quantities by BackPACK: what `backend="backpack"` computes.
 
-Each result is held against torch.func on one random product (of a diagonal: on a few entries), so
-that a model which BackPACK misreads is refused, not measured. docs/backpack.md lists the modules
-and losses each extension supports. Source of all: Dangel et al. 2020 (arXiv:1912.10985).
+Each result is compared with torch.func on one random product (a diagonal: on a few entries), so
+that a model which BackPACK misreads is refused. docs/backpack.md lists the modules and losses each
+extension supports, and what a refusal (UnsupportedError, a ValueError) names: a module, loss or
+setting, and the remedy. Source of all: Dangel et al. 2020 (arXiv:1912.10985).
 """
 
 import math
@@ -27,8 +28,7 @@ Labels = torch.Generator | None
 def ggn(problem: Problem, block: Block) -> LowRankTerms:
     """GGN block mean_n V_n V_nᵀ from BackPACK's SqrtGGNExact, V [n, c, d] for c outputs.
 
-    Raises: ValueError naming a module, loss or setting BackPACK does not support, and the remedy;
-    or where the roots are over the problem's budget.
+    Raises: ValueError for what BackPACK does not support, or roots over the problem's budget.
     """
     _check_budget(problem, block, _outputs(problem))
     found = _roots(problem, block, run(problem, block, [extensions.SqrtGGNExact()]))
@@ -60,8 +60,7 @@ def empirical_fisher(problem: Problem, block: Block) -> LowRankTerms:
 
     Any loss will do, and any module around the block's own.
 
-    Raises: ValueError naming what BackPACK does not support, and the remedy; or where the
-    gradients are over the problem's budget.
+    Raises: ValueError for what BackPACK does not support, or gradients over the problem's budget.
     """
     _check_budget(problem, block, 1)
     found = run(problem, block, [extensions.BatchGrad()])["grad_batch"]
@@ -73,7 +72,7 @@ def empirical_fisher(problem: Problem, block: Block) -> LowRankTerms:
 def diag_hessian(problem: Problem, block: Block) -> Diagonal:
     """Diagonal of the Hessian block from BackPACK's DiagHessian.
 
-    Raises: ValueError naming a module, loss or setting BackPACK does not support, and the remedy.
+    Raises: ValueError for what BackPACK does not support.
     """
     found = block.join(run(problem, block, [extensions.DiagHessian()])["diag_h"])
     guard.check_diagonal(problem, block, found, "hessian")
@@ -83,7 +82,7 @@ def diag_hessian(problem: Problem, block: Block) -> Diagonal:
 def diag_ggn(problem: Problem, block: Block) -> Diagonal:
     """Diagonal of the GGN block from BackPACK's DiagGGNExact.
 
-    Raises: ValueError naming a module, loss or setting BackPACK does not support, and the remedy.
+    Raises: ValueError for what BackPACK does not support.
     """
     found = block.join(run(problem, block, [extensions.DiagGGNExact()])["diag_ggn_exact"])
     guard.check_diagonal(problem, block, found, "ggn")
@@ -121,8 +120,7 @@ def kflr(problem: Problem, block: Block) -> Kronecker:
 
     G is the exact GGN of the layer's pre-activation.
 
-    Raises: ValueError naming what BackPACK does not support, or for a block that is not one Linear
-    or Conv layer.
+    Raises: ValueError for what BackPACK does not support, or a block not one Linear or Conv layer.
     Source: Botev et al. 2017 (arXiv:1706.03662), extended to convolutions by BackPACK.
     """
     return _kronecker(problem, block, extensions.KFLR())
@@ -133,8 +131,7 @@ def kfra(problem: Problem, block: Block) -> Kronecker:
 
     G is averaged over the batch at every module on its way down from the outputs.
 
-    Raises: ValueError naming what BackPACK does not support, or for a block that is not one Linear
-    or Conv layer.
+    Raises: ValueError for what BackPACK does not support, or a block not one Linear or Conv layer.
     Source: Botev et al. 2017 (arXiv:1706.03662), extended to convolutions by BackPACK.
     """
     return _kronecker(problem, block, extensions.KFRA())
@@ -153,10 +150,10 @@ def _kronecker(
 ) -> Kronecker:
     """BackPACK's G [out, out] ⊗ A [in+1, in+1] of the layer's inputs with 1 appended.
 
-    A layer called at T positions of each example (a convolution): A = mean_n Σ_t a_t a_tᵀ as in
-    Grosse and Martens 2016 (arXiv:1602.01407), equation 32; BackPACK's G is the curvature of a
-    shift that all positions share, T times theirs, hence G/T here. The bias's own tile of G/T ⊗ A
-    is then the G that BackPACK gives for the bias alone.
+    At T positions of each example (a convolution) A = mean_n Σ_t a_t a_tᵀ as in Grosse and Martens
+    2016 (arXiv:1602.01407), equation 32; BackPACK's G is the curvature of a shift that all
+    positions share, T times theirs, hence G/T here. The bias's own tile of G/T ⊗ A is then the G
+    that BackPACK gives for the bias alone.
     """
     member = matrix_layer(problem, block, extension)
     asked = shared_shift(problem, member)  # G belongs to the bias alone, at far smaller cost
@@ -171,7 +168,7 @@ def _kronecker(
 
 
 def _roots(problem: Problem, block: Block, found: dict[str, dict[str, Tensor]]) -> LowRankTerms:
-    """The mean of V_n V_nᵀ from roots [k, n, *shape], which carry the mean's 1/√n already."""
+    """Mean of V_n V_nᵀ from roots [k, n, *shape], which carry the mean's 1/√n already."""
     (roots,) = found.values()
     joined = block.join({name: root.detach() for name, root in roots.items()})  # [k, n, d]
     V = problem.n**0.5 * joined.transpose(0, 1)
@@ -202,7 +199,7 @@ def _check_budget(problem: Problem, block: Block, columns: int) -> None:
 
 
 def _drawing(problem: Problem, kind: Extension, samples: int) -> Extension:
-    """The extension with its labels, once it is sure that the loss has a likelihood."""
+    """Extension that samples labels, for a loss with a likelihood."""
     if samples < 1:
         raise ValueError(f"samples must be at least 1, not {samples}")
     likelihood_of(problem)

@@ -1,4 +1,4 @@
-"""One run of BackPACK on a deep copy: its hooks and attributes never reach the caller's model."""
+"""One run of BackPACK, on a deep copy: its hooks never reach the caller's model."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,13 +33,13 @@ def run(
     extensions: Sequence[Extension],
     generator: torch.Generator | None = None,
 ) -> Quantities:
-    """{savefield: {parameter: quantity}} of a block's parameters after one backward pass.
+    """Quantities {savefield: {parameter: tensor}} of a block after one backward pass.
 
-    extensions: all of first or all of second order. generator: for those that draw labels, which
-    BackPACK does from the global random state; that is put back.
+    extensions: all of first or all of second order. generator: for labels, which BackPACK draws
+    from the global random state; that is put back.
 
-    Raises: UnsupportedError (a ValueError) naming a module, loss or setting that BackPACK does not
-    support, and the remedy; likewise when its gradient is not the problem's.
+    Raises: UnsupportedError naming what BackPACK does not support and the remedy, or for a
+    gradient that is not the problem's.
     """
     with _isolated(problem):
         model = _bare(problem.model)
@@ -93,7 +93,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _isolated(problem: Problem) -> Iterator[None]:
-    """Within: gradients on, BackPACK's warnings off, free use of the random state; then as before.
+    """Context with gradients on, BackPACK's warnings off, and the random state put back.
 
     The default dtype is the model's, as BackPACK makes some constants without naming one. Random
     numbers are drawn for sampled labels, and by its converter, which makes new layers.

@@ -1,8 +1,8 @@
-"""Which models and losses BackPACK gets right, asked before it runs.
+"""Checks, before BackPACK runs, that it computes a model and loss correctly.
 
-BackPACK looks modules up by their class. What it does not know it refuses in the middle of a
-backward pass; some settings it does not look at and computes another matrix than asked for. Here
-both are refused first, by name, with the way out. docs/backpack.md shows the whole picture.
+BackPACK looks modules up by their class: what it does not know it refuses in the middle of a
+backward pass, and some settings it ignores, computing another matrix than asked for. Both are
+refused here by name, with the remedy; docs/backpack.md has the table.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ def known_classes(extension: Extension) -> dict[type[nn.Module], Any]:
 
 
 def chain(model: nn.Module) -> nn.Module:
-    """The model as a chain of modules that BackPACK can follow, with the same parameters.
+    """Model as a chain of modules that BackPACK can follow, with the same parameters.
 
     nn.Sequential (of nn.Sequential) is one already; any other forward is taken apart by BackPACK's
     converter (torch.fx): it knows +, flatten, permute, scaling by a number and indexing of tuples.
@@ -71,7 +71,7 @@ def _sequential(model: nn.Module, seen: set[int]) -> bool:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: module} of what a chain calls."""
+    """Modules that a chain calls, {name: module}."""
     if isinstance(model, fx.GraphModule):
         names = [str(node.target) for node in model.graph.nodes if node.op == "call_module"]
         named = {name: model.get_submodule(name) for name in names}
@@ -108,7 +108,7 @@ def check_in_place(modules: dict[str, nn.Module]) -> None:
 
 
 def _setting(module: nn.Module) -> str:
-    """What BackPACK does not look at, and the remedy; empty where there is nothing."""
+    """Setting that BackPACK ignores, and the remedy; empty if there is none."""
     mode, padding = getattr(module, "padding_mode", "zeros"), getattr(module, "padding", 0)
     if mode != "zeros":
         return f"it takes padding_mode='{mode}' for zeros; use padding_mode='zeros'"
@@ -125,7 +125,7 @@ def _called(name: str, module: nn.Module) -> str:
 
 
 def _siblings(module: nn.Module, extension: Extension) -> str:
-    """'replace it by ..., or ' with the known classes of its kind (activations, pooling, ...)."""
+    """Remedy 'replace it by ..., or ' with known classes of the module's kind."""
     kind = type(module).__module__
     if not kind.startswith("torch.nn."):
         return "replace it by modules of torch.nn it knows, or "
@@ -136,7 +136,7 @@ def _siblings(module: nn.Module, extension: Extension) -> str:
 
 
 def owners(model: nn.Module, names: Sequence[str], extension: Extension) -> dict[str, nn.Module]:
-    """{name: module} of the modules that hold the named parameters, all known to the extension.
+    """Modules that hold the named parameters, all known to the extension, {name: module}.
 
     Raises: UnsupportedError for an unknown module or a parameter that two modules share.
     """
