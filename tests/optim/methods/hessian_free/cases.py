@@ -1,7 +1,8 @@
-"""What the suites of HessianFree share: makers, counters, a dense matrix, the path of a GPU."""
+"""Shared by the tests of HessianFree: makers, counters, dense matrices, the path of a GPU."""
 
 import sys
 
+import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -12,12 +13,17 @@ from kronscope.optim.methods.hessian_free.hessian_free import COUNTS
 from tests.optim.cases import closure_of
 
 SPLITS = {"plain": None, "blocks": []}  # all in one, every layer by itself
+METHODS = {"plain": (optim.HessianFree, None), "blocks": (optim.HessianFree, [])} | {
+    "martens": (optim.MartensHessianFree, None)
+}
+both = pytest.mark.parametrize("blocks", SPLITS.values(), ids=SPLITS)
+every = pytest.mark.parametrize(("method", "blocks"), METHODS.values(), ids=METHODS)
 
 
-def make(model, blocks=None, likelihood="bernoulli", **settings):
+def make(model, blocks=None, likelihood="bernoulli", *, method=optim.HessianFree, **settings):
     """HessianFree with five iterations on five examples, unless told otherwise."""
     known = {"lr": 0.5, "damping": 0.3, "max_cg": 5, "curvature_batch": 5} | settings
-    return optim.HessianFree(model, likelihood=likelihood, blocks=blocks, **known)
+    return method(model, likelihood=likelihood, blocks=blocks, **known)
 
 
 def make_for(case, blocks=None, **settings):
@@ -66,6 +72,36 @@ def dense_ggn(case, x):
     rows = torch.eye(z.numel())
     H = [FISHER[case.likelihood](z, e.reshape(z.shape)).reshape(-1) for e in rows]
     return J.T @ torch.stack(H) @ J / len(z)
+
+
+def conjugate_gradients(A, b, x, limit, D=None, stop=None):
+    """As in a textbook; the iterates and φ of each. stop(φ of all so far) -> whether to end."""
+    D = torch.ones_like(b) if D is None else D
+
+    def phi(v):
+        return 0.5 * v @ A @ v - b @ v
+
+    r = b - A @ x
+    p, found, values = r / D, [x], [phi(x)]
+    for _ in range(limit):
+        alpha = (r @ (r / D)) / (p @ A @ p)
+        x, old = x + alpha * p, r
+        r = r - alpha * A @ p
+        p = r / D + (r @ (r / D)) / (old @ (old / D)) * p
+        found.append(x)
+        values.append(phi(x))
+        if stop is not None and stop(values):
+            break
+    return found, values
+
+
+def mean_square_gradient(case, batch, rows):
+    """Mean over these examples of the squared gradient of each."""
+    total = 0
+    for row in rows:
+        loss = case.loss(case.model, tuple(part[row : row + 1] for part in batch))
+        total = total + flat(torch.autograd.grad(loss, list(case.model.parameters()))).square()
+    return total / len(rows)
 
 
 class Later:

@@ -7,7 +7,11 @@ from torch import nn
 from kronscope import optim
 from kronscope.optim.blocks.partitions import partition
 from tests.optim.cases import weights
-from tests.optim.methods.hessian_free.cases import make, make_for, step
+from tests.optim.methods.hessian_free.cases import (
+    make,
+    make_for,
+    step,
+)
 from tests.optim.models import CASES
 
 
@@ -113,7 +117,7 @@ def test_summary_and_directions(blocks):
     opt = make_for(case, blocks)
     with pytest.raises(RuntimeError, match="no direction yet: take a step first"):
         opt.directions()
-    assert opt.summary().endswith("how curvature products are made is chosen at the first step")
+    assert opt.summary().endswith("curvature products: chosen at the first step")
     for batch in case.batches[:3]:
         step(opt, case, batch)
     before = weights(case.model)
@@ -140,28 +144,6 @@ def test_summary_and_directions(blocks):
     d = torch.cat([flat[name].view(-1) for name in named])
     torch.testing.assert_close(weights(case.model), before + 0.5 * d)
     assert all(flat[n] is opt.state[p]["solution"] for n, p in named.items())  # live
-
-
-BAD = [
-    (optim.RelativeProgress, "tolerance", [0, -1, float("nan")]),
-    (optim.RelativeProgress, "least", [0, 1.5]),
-    (optim.RelativeProgress, "share", [1, -0.1]),
-    (optim.AdaptiveDamping, "omega", [0, 1, 1.5]),
-    (optim.Backtracking, "spacing", [1, 0.5, float("inf"), float("nan")]),
-    (optim.LineSearch, "slope", [-0.1, 1]),
-    (optim.LineSearch, "shrink", [0, 1]),
-    (optim.LineSearch, "tries", [0, 2.5]),
-    (optim.DiagonalPreconditioner, "power", [-1, float("inf")]),
-    (optim.DiagonalPreconditioner, "at_once", [0, True]),
-]
-
-
-@pytest.mark.parametrize(
-    ("option", "name", "value"), [(o, n, v) for o, n, values in BAD for v in values]
-)
-def test_bad_settings_of_options(option, name, value):
-    with pytest.raises(ValueError, match=rf"{name} must .*{value!r}"):
-        option(**{name: value})
 
 
 @pytest.mark.parametrize(

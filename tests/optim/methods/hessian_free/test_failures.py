@@ -9,10 +9,10 @@ from torch import nn
 from kronscope import optim
 from tests.optim.cases import batches, closure_of, weights
 from tests.optim.methods.hessian_free.cases import (
-    SPLITS,
     Bend,
     Between,
     as_on_a_gpu,
+    both,
     counts,
     make,
     make_for,
@@ -22,13 +22,6 @@ from tests.optim.methods.hessian_free.cases import (
 from tests.optim.models import CASES
 
 BAD = {"nan": float("nan"), "inf": float("inf")}
-SEARCHES = {
-    "backtracking": optim.Backtracking(),
-    "line_search": optim.LineSearch(),
-    "adaptive": optim.AdaptiveDamping(),
-}
-
-both = pytest.mark.parametrize("blocks", SPLITS.values(), ids=SPLITS)
 bad = pytest.mark.parametrize("value", BAD.values(), ids=BAD)
 on_both_paths = pytest.mark.usefixtures("masked")
 
@@ -60,8 +53,7 @@ def check_kept(opt, before, zero):
 @both
 @on_both_paths
 @bad
-@pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize(("name", "start"), [("mlp", 0), ("cnn", 2), ("shared", 2)])
 def test_one_bad_gradient_stops_all_blocks(name, blocks, value, start):
     case = CASES[name]()
     opt = make_for(case, blocks, weight_decay=0.01)
@@ -183,10 +175,10 @@ def test_a_solution_that_overflows(blocks, max_cg):
 
 
 @both
-@pytest.mark.parametrize("search", sorted(SEARCHES))
-def test_nothing_is_learned_from_a_step_left_out(blocks, search, monkeypatch):
+@pytest.mark.usefixtures("unpreconditioned")
+def test_nothing_is_learned_from_a_step_left_out(blocks, monkeypatch):
     model, data, calls = Between(), batches(3), []
-    opt = make(model, blocks, **{search: SEARCHES[search]})
+    opt = make(model, blocks, method=optim.MartensHessianFree)
     opt.step(closure_of(opt, model, data[0]))
     before, factor = weights(model), opt.factor.clone()
     monkeypatch.setattr(Bend, "factor", BAD["nan"])

@@ -16,11 +16,14 @@ from kronscope.optim.methods.hessian_free.jacobians import (
     Piece,
 )
 from tests.optim.cases import batches, closure_of, weights
-from tests.optim.methods.hessian_free.cases import SPLITS, Between, counts, flat, make
-
-batches = batches
-
-both = pytest.mark.parametrize("blocks", SPLITS.values(), ids=SPLITS)
+from tests.optim.methods.hessian_free.cases import (
+    Between,
+    both,
+    counts,
+    every,
+    flat,
+    make,
+)
 
 
 class Once(torch.autograd.Function):
@@ -134,7 +137,7 @@ def test_dropout_masks_are_the_same_by_all_routes(blocks, function):
 
 def test_a_route_that_is_right_by_luck_is_not_taken():
     """Tracing reads memory that nobody wrote, where an earlier pass may have left what is due."""
-    for _ in range(20):
+    for _ in range(6):
         assert trained(Wrapping(Detached.apply), None, batches(1)).route is ForwardMode
     assert torch.get_deterministic_debug_mode() == 0
 
@@ -185,16 +188,15 @@ def test_recurrent_layers(blocks, dtype, kind):
     assert not torch.equal(weights(model), before)
 
 
-@both
-@pytest.mark.parametrize("diagonal", [None, optim.DiagonalPreconditioner(at_once=3)])
-def test_fused_attention_gives_way_to_the_plain_one(blocks, diagonal):
+@every
+def test_fused_attention_gives_way_to_the_plain_one(method, blocks):
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = nn.Sequential(encoder, nn.Flatten(), nn.Linear(40, 2))
     x = torch.randn(8, 5, 8)
     for one in (model, Attention()):
         first = one(x).square().sum().item()
-        opt = trained(one, blocks, [x] * 4, damping=3.0, preconditioner=diagonal)
+        opt = trained(one, blocks, [x] * 4, damping=3.0, method=method)
         assert opt.route is DoubleBackward
         assert one(x).square().sum().item() < 0.7 * first
     forward = Attention()  # its products run through the layer anew
@@ -213,5 +215,8 @@ def test_fused_attention_gives_way_to_the_plain_one(blocks, diagonal):
 
 def test_a_layer_that_vmap_does_not_allow():
     with pytest.raises(RuntimeError) as said:
-        trained(Between(Once.apply), None, preconditioner=optim.DiagonalPreconditioner())
-    assert "DiagonalPreconditioner takes the gradient of each example" in said.value.__notes__[0]
+        trained(Between(Once.apply), None, method=optim.MartensHessianFree)
+    assert (
+        "the preconditioner takes the gradient of each example of Between"
+        in said.value.__notes__[0]
+    )

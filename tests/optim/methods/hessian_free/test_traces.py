@@ -10,16 +10,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from kronscope import optim
+from kronscope.optim import MartensHessianFree
 from tests.optim.cases import autoencoder, batches, closure_of, loss_of, weights
-from tests.optim.methods.hessian_free.cases import SPLITS, Between, make
-
-both = pytest.mark.parametrize("blocks", SPLITS.values(), ids=SPLITS)
-SEARCHING = {
-    "backtracking": optim.Backtracking(),
-    "line_search": optim.LineSearch(),
-    "adaptive": optim.AdaptiveDamping(),
-}
+from tests.optim.methods.hessian_free.cases import (
+    Between,
+    both,
+    every,
+    make,
+)
 
 
 def train(opt, model, data):
@@ -33,12 +31,12 @@ def network():
     )
 
 
-@both
-@pytest.mark.parametrize("search", [None, *SEARCHING])
-def test_its_own_passes_leave_no_trace(blocks, search):
+@every
+@pytest.mark.usefixtures("unpreconditioned")
+def test_its_own_passes_leave_no_trace(method, blocks):
     """Buffers, random numbers and .grad are those of the closure's own pass."""
     model, twin, x = network(), network(), batches(1)[0]
-    opt = make(model, blocks, **({} if search is None else {search: SEARCHING[search]}))
+    opt = make(model, blocks, method=method)
     after = []
     for net, run in ((model, opt.step), (twin, lambda closure: closure())):
         torch.manual_seed(5)
@@ -59,17 +57,17 @@ def test_its_own_passes_leave_no_trace(blocks, search):
         assert torch.equal(own.grad, other.grad)
 
 
-@pytest.mark.parametrize("search", [None, *SEARCHING])
-def test_dropout_masks_are_those_of_the_closure(search):
+@every
+@pytest.mark.usefixtures("unpreconditioned")
+def test_dropout_masks_are_those_of_the_closure(method, blocks):
     """In all of its passes, also while routes are tried."""
     model, x, seen = autoencoder(activation=lambda: nn.Dropout(0.5)), batches(1)[0], []
-    options = {} if search is None else {search: SEARCHING[search]}
-    opt = make(model, curvature_batch=16, **options)
+    opt = make(model, blocks, curvature_batch=16, method=method)
     model[1].register_forward_hook(lambda _m, _i, out: seen.append(out == 0))
     for least in (3, 2):
         seen.clear()
         train(opt, model, [x])
-        assert len(seen) >= least + (search is not None)
+        assert len(seen) >= least + (method is MartensHessianFree)
         assert all(torch.equal(seen[0], mask) for mask in seen)
 
 
@@ -98,12 +96,11 @@ def test_forwards_that_are_not_the_losses_count_for_nothing(blocks):
     assert torch.equal(*ends)
 
 
-@both
-@pytest.mark.parametrize("search", [None, *SEARCHING])
-def test_batches_do_not_outlive_the_step(blocks, search):
+@every
+def test_batches_do_not_outlive_the_step(method, blocks):
     """Of a kept loss's graph only autograd's own part stays."""
     model, x = autoencoder(), batches(1)[0].clone()
-    opt = make(model, blocks, **({} if search is None else {search: SEARCHING[search]}))
+    opt = make(model, blocks, method=method)
     losses = [opt.step(closure_of(opt, model, x)) for _ in range(2)]
     gone = weakref.ref(x)
     opt.zero_grad()
