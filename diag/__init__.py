@@ -26,8 +26,7 @@ from .operators import (
     to_scipy,
     trace,
 )
-from .problem.blocks import Block
-from .problem.problem import Problem
+from .problem import Block, Problem
 from .truths.solving import NotSolvedError
 
 __all__ = [

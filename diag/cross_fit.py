@@ -12,9 +12,8 @@ from torch import Tensor
 from .estimate import Estimate
 from .exact import truth
 from .operators import Operator
-from .problem.blocks import Block
+from .problem import Block, Problem
 from .problem.copies import hook_free_copy
-from .problem.problem import Problem
 from .statistics.bootstrap_t import Variances
 from .statistics.moments import Moments, pooled, unbiased_moments
 from .statistics.population import error_estimate

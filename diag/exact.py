@@ -17,8 +17,7 @@ from .backward.loss_roots import loss_roots
 from .backward.products import block_products, dense_block, layer_curvature
 from .operators import Dense, Operator
 from .operators.batched import Diagonals, Outer, Packed
-from .problem.blocks import Block
-from .problem.problem import Problem
+from .problem import Block, Problem
 from .truths.assembly import assembled, by_rows, layer_inputs, size_in_bytes
 from .truths.kronecker_terms import KroneckerTerms
 from .truths.matrix_free import MatrixFree

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .operators import BlockDiagonal, Dense, Diagonal, Kronecker, Operator, SingleStep, inverse
-from .problem.blocks import Block
-from .problem.problem import Problem
+from .problem import Block, Problem
 
 
 class Live(Protocol):

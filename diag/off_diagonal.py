@@ -9,8 +9,7 @@ from .backward.positions import layer_positions, required_roots
 from .backward.products import block_products
 from .exact import TRUTHS
 from .operators.structures import by_columns
-from .problem.blocks import Block
-from .problem.problem import Problem
+from .problem import Block, Problem
 from .truths.assembly import by_rows, columns
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
@@ -14,40 +16,55 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Approximation:
-    """What an approximation (problem, block, ...) -> Operator declares of itself.
+    """What an approximation (problem, block, of=..., ...) -> Operator declares of itself.
 
-    of: the truth it approximates unless told otherwise. kind: "curvature" or "preconditioner".
+    kind: "curvature" or "preconditioner".
     damping_inside: damped metrics take it as it is, with approximation_damping=0.
     exact_on: names of cases (tests/diag/conftest.py) on which theory makes it equal to the truth.
     """
 
-    name: str
     function: Callable[..., Any]
-    of: str
-    kind: str
     reference: str
+    kind: str = "curvature"
     exact_on: tuple[str, ...] = ()
     damping_inside: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.function.__name__
+
+    @cached_property
+    def of(self) -> str:
+        """Name of the truth approximated unless told otherwise: the default of the keyword."""
+        default: str = signature(self.function).parameters["of"].default
+        return default
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric (truth, operator, ...) -> Estimate declares of itself.
+    """What a metric (truth, approximation, ...) -> Estimate declares of itself."""
 
-    needs: names of the keywords it cannot do without.
-    """
-
-    name: str
     function: Callable[..., Any]
     formula: str
     range: str
     best: str
     reference: str
-    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.function.__name__
+
+    @cached_property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the keywords without a default."""
+        keywords = list(signature(self.function).parameters.values())[2:]
+        return tuple(each.name for each in keywords if each.default is each.empty)
 
 
 class Registry(dict[str, E], Generic[E]):
-    """{name: entry}; called with a name and an entry's fields, a decorator that registers.
+    """{name: entry}; called with an entry's fields, a decorator that registers a function.
 
     wrap: what each function is wrapped in. replaced: {former name: what to use instead}.
     """
@@ -62,12 +79,12 @@ class Registry(dict[str, E], Generic[E]):
         super().__init__()
         self.noun, self.entry, self.wrap, self.replaced = noun, entry, wrap, replaced or {}
 
-    def __call__(self, name: str, **fields: Any) -> Callable[[F], F]:
-        """Register the decorated function under a name, with the entry's other fields."""
+    def __call__(self, **fields: Any) -> Callable[[F], F]:
+        """Register the decorated function under its own name."""
 
         def register(function: F) -> F:
             wrapped: F = self.wrap(function)
-            self[name] = self.entry(name, wrapped, **fields)
+            self[wrapped.__name__] = self.entry(wrapped, **fields)
             return wrapped
 
         return register

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..backward.positions import Positions, layer_positions
 from ..exact import truth
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..truths.assembly import by_rows
 from ..truths.kronecker_terms import KroneckerTerms
 

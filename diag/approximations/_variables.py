@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..backward.positions import Positions
 from ..operators import KroneckerSum
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ._terms import partial_traces, roots
 
 LABELLED = ("empirical_fisher", "fisher_mc")  # truths whose roots are gradients with labels

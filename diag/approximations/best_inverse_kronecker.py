@@ -4,15 +4,12 @@ import torch
 
 from ..exact import truth
 from ..operators import BUDGET, Damped, Dense, Kronecker, dense
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ..spectra.kronecker_svd import leading_kronecker
 
 
 @approximation(
-    "best_inverse_kronecker",
-    of="ggn",
     kind="preconditioner",
     reference="Van Loan and Pitsianis 1993, applied to the damped inverse",
 )

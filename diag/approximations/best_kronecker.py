@@ -2,16 +2,12 @@
 
 from ..exact import truth
 from ..operators import KroneckerSum
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ..spectra.kronecker_svd import leading_kronecker
 
 
 @approximation(
-    "best_kronecker",
-    of="ggn",
-    kind="curvature",
     reference="Van Loan and Pitsianis 1993",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..exact import truth
 from ..operators import Kronecker, Operator, dense
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ..spectra.kronecker_svd import leading_kronecker
 from ..truths.kronecker_terms import KroneckerTerms
@@ -21,9 +20,6 @@ SETTLED = 1e-13  # relative growth of what a round captures, below which it has 
 
 
 @approximation(
-    "best_kronecker_psd",
-    of="ggn",
-    kind="curvature",
     reference="alternating projections onto the cone; the unconstrained problem: "
     "Van Loan and Pitsianis 1993",
     exact_on=("deep_linear_mse", "last_layer_mse", "scalar_input_mse"),

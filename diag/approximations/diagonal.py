@@ -4,8 +4,7 @@ from ..backpack import quantities
 from ..exact import by_backpack, truth
 from ..operators import Diagonal
 from ..operators import diagonal as diagonal_of
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 
 BY_BACKPACK = {
@@ -16,9 +15,6 @@ BY_BACKPACK = {
 
 
 @approximation(
-    "diagonal",
-    of="ggn",
-    kind="curvature",
     reference="Becker and LeCun 1989",
     exact_on=("scalar_input_mse",),
 )

@@ -3,16 +3,12 @@
 import torch
 
 from ..operators.eigen import KroneckerEigen
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._terms import kfac_factors, projected_diagonal, terms
 
 
 @approximation(
-    "ekfac",
-    of="ggn",
-    kind="curvature",
     reference="George et al. 2018 (arXiv:1806.03884)",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )

@@ -3,17 +3,13 @@
 import torch
 
 from ..operators import Damped, Kronecker
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._terms import roots
 from ._variables import LABELLED
 
 
 @approximation(
-    "eva",
-    of="empirical_fisher",
-    kind="curvature",
     reference="Zhang et al. 2023 (arXiv:2308.02123)",
     damping_inside=True,
 )

@@ -7,8 +7,7 @@ from torch import nn
 
 from ..exact import truth
 from ..operators import BlockDiagonal, dense
-from ..problem.blocks import Block, Member
-from ..problem.problem import Problem
+from ..problem import Block, Member, Problem
 from ..registry import approximation
 
 Names = Sequence[Sequence[str]]
@@ -16,9 +15,6 @@ Partition = Names | Callable[[nn.Module], Names] | None
 
 
 @approximation(
-    "groups",
-    of="ggn",
-    kind="curvature",
     reference="Zhang et al. 2017 (arXiv:1712.07296), section 3",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )

@@ -1,16 +1,12 @@
 """K-BFGS: a layer's Hessian block from the updates of Kronecker-factored BFGS."""
 
 from ..operators import Kronecker, inverse
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._kbfgs.replay import Replay, replay_state
 
 
 @approximation(
-    "kbfgs",
-    of="hessian",
-    kind="curvature",
     reference="Goldfarb, Ren and Bahamou 2020 (arXiv:2006.08877)",
     damping_inside=True,
 )

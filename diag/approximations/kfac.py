@@ -4,16 +4,12 @@ from ..backpack import quantities
 from ..backward.positions import Positions
 from ..exact import by_backpack
 from ..operators import Kronecker
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._terms import kfac_factors, terms
 
 
 @approximation(
-    "kfac",
-    of="ggn",
-    kind="curvature",
     reference="Martens and Grosse 2015 (arXiv:1503.05671), section 3; "
     "convolutions: Grosse and Martens 2016 (arXiv:1602.01407)",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
@@ -45,9 +41,6 @@ def kfac(problem: Problem, block: Block, of: str = "ggn", backend: str = "torch.
 
 
 @approximation(
-    "kfac_reduce",
-    of="ggn",
-    kind="curvature",
     reference="Eschenhagen et al. 2023 (arXiv:2311.00636), KFAC-reduce",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..exact import truth
 from ..operators import LowRank, Operator, dense, like, to_scipy
 from ..operators.eigen import Spectral
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ..truths.low_rank_terms import LowRankTerms
 
@@ -17,9 +16,6 @@ DENSE_UP_TO = 1500  # rows up to which all eigenvectors are found: seconds, and 
 
 
 @approximation(
-    "low_rank",
-    of="ggn",
-    kind="curvature",
     reference="Eckart and Young 1936",
     exact_on=("one_example", "deep_linear_mse", "scalar_input_mse"),
 )

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..exact import truth as truth_of
 from ..operators import BlockDiagonal, Kronecker, Operator, dense
 from ..operators.batched import Diagonals
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ..truths.kronecker_terms import KroneckerTerms, output_blocks
 from ..truths.low_rank_terms import LowRankTerms
@@ -43,10 +42,7 @@ def cut(
         method.__name__ = method.__qualname__ = name
         method.__doc__ = f"{made.__doc__}\n    Raises: ValueError for a block without {needs}."
         reference = "Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), section 3"
-        declared = approximation(
-            name, of="ggn", kind="curvature", reference=reference, exact_on=exact_on
-        )
-        return declared(method)
+        return approximation(reference=reference, exact_on=exact_on)(method)
 
     return register
 

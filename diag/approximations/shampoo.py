@@ -3,18 +3,12 @@
 from torch import Tensor
 
 from ..operators import KroneckerSum
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._variables import per_variable, power, variables
 
 
-@approximation(
-    "shampoo",
-    of="empirical_fisher",
-    kind="curvature",
-    reference="Gupta, Koren and Singer 2018 (arXiv:1802.09568), algorithms 1 and 2",
-)
+@approximation(reference="Gupta, Koren and Singer 2018 (arXiv:1802.09568), algorithms 1 and 2")
 def shampoo(
     problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
 ) -> KroneckerSum:
@@ -42,12 +36,7 @@ def shampoo(
     return per_variable(found, roots, found[-1].columns.stop)
 
 
-@approximation(
-    "shampoo_squared",
-    of="empirical_fisher",
-    kind="curvature",
-    reference="Morwani et al. 2024 (arXiv:2406.17748)",
-)
+@approximation(reference="Morwani et al. 2024 (arXiv:2406.17748)")
 def shampoo_squared(
     problem: Problem, block: Block, of: str = "empirical_fisher", batch: int = 1
 ) -> KroneckerSum:

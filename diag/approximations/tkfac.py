@@ -1,8 +1,7 @@
 """TKFAC: a Kronecker product with the trace of the truth."""
 
 from ..operators import Kronecker
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._terms import partial_traces, terms
 
@@ -10,9 +9,6 @@ RELATIVE = 1e-12  # of a factor's norm: a trace below it is rounding, and nothin
 
 
 @approximation(
-    "tkfac",
-    of="ggn",
-    kind="curvature",
     reference="Gao et al. 2020 (arXiv:2011.10741)",
     exact_on=("one_example", "deep_linear_mse", "last_layer_mse", "scalar_input_mse"),
 )

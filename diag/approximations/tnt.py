@@ -5,18 +5,12 @@ from math import prod
 from torch import Tensor
 
 from ..operators import KroneckerSum
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import approximation
 from ._variables import per_variable, variables
 
 
-@approximation(
-    "tnt",
-    of="fisher",
-    kind="curvature",
-    reference="Ren and Goldfarb 2021 (arXiv:2106.02925)",
-)
+@approximation(reference="Ren and Goldfarb 2021 (arXiv:2106.02925)")
 def tnt(problem: Problem, block: Block, of: str = "fisher", batch: int = 1) -> KroneckerSum:
     """Covariance U_1 ⊗ ... ⊗ U_k of each variable's gradient, modelled as tensor normal.
 

@@ -4,8 +4,7 @@ import torch
 from backpack.utils.conv import unfold_input
 from torch import Tensor, nn
 
-from ..problem.blocks import Block, Member
-from ..problem.problem import Problem
+from ..problem import Block, Member, Problem
 from .support import Extension, UnsupportedError, owners
 
 

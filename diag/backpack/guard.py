@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
-from ..problem.blocks import Block
+from ..problem import Block, Problem
 from ..problem.functional import plain_attention
-from ..problem.problem import Problem
 from .support import INSTEAD, UnsupportedError
 
 PROBED = 16  # entries of a diagonal that are compared

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..backward.likelihoods import likelihood_of
 from ..operators import Diagonal, Kronecker
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..truths.low_rank_terms import LowRankTerms
 from . import guard
 from .factors import input_factor, matrix_layer, shared_shift

@@ -10,9 +10,8 @@ from backpack import backpack, extend
 from backpack.context import CTX
 from torch import Tensor, nn
 
-from ..problem.blocks import Block
+from ..problem import Block, Problem
 from ..problem.copies import hook_free_copy
-from ..problem.problem import Problem
 from . import support
 from .guard import check_agreement
 from .support import INSTEAD, Extension, UnsupportedError

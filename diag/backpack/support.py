@@ -13,7 +13,7 @@ from backpack import extend
 from backpack.utils.module_classification import is_no_op
 from torch import Tensor, fx, nn
 
-from ..problem.problem import Problem
+from ..problem import Problem
 
 INSTEAD = "use backend='torch.func'"
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from ..operators import Damped, Operator, solve, solver
-from ..problem.blocks import Block
+from ..problem import Block, Problem
 from ..problem.functional import plain_attention
-from ..problem.problem import Problem
 
 SLACK = 1e-6  # by which rounding and an iterative solve may exceed Cauchy and Schwarz
 

@@ -10,7 +10,6 @@ from ..truths.matrix_free import MatrixFree
 
 
 @metric(
-    "cosine",
     formula="<C, B> / (‖C‖_F ‖B‖_F)",
     range="[−1, 1]",
     best="1",

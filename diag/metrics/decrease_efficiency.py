@@ -14,12 +14,10 @@ from ._steps import steps
 
 
 @metric(
-    "decrease_efficiency",
     formula="(g·d − ½ d·(C + λI)d) / (½ g·(C + λI)⁻¹g) with d = (B + μI)⁻¹g",
     range="(−∞, 1]",
     best="1",
     reference="Nocedal and Wright 2006, chapter 4 (model decrease)",
-    needs=("damping", "gradient"),
 )
 def decrease_efficiency(
     truth: Operator,

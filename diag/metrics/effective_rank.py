@@ -12,7 +12,6 @@ from ..statistics.intervals import from_replicates, norms
 
 
 @metric(
-    "effective_rank",
     formula="r(B) / r(C) with the participation ratio r(M) = (tr M)² / ‖M‖_F²",
     range="[0, ∞)",
     best="1",

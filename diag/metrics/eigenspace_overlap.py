@@ -16,7 +16,6 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "eigenspace_overlap",
     formula="‖UᵀW‖_F² / max(dim U, dim W), U and W the spaces of the k greatest eigenvalues",
     range="[0, 1]",
     best="1",

@@ -14,7 +14,6 @@ from .noise_floor import noise_floor
 
 
 @metric(
-    "error_over_noise",
     formula="(‖C − B‖_F / ‖C‖_F) / noise floor = ‖C − B‖_F / expected ‖C − E C‖_F",
     range="[0, ∞)",
     best="0",

@@ -11,7 +11,6 @@ from .relative_error_best_scale import best_scale_error
 
 
 @metric(
-    "excess_over_best_kronecker",
     formula="(‖C − B‖_F − min_{G,A} ‖C − G⊗A‖_F) / ‖C‖_F",
     range="[0, ∞) for a Kronecker product B; below 0 only for richer structures",
     best="0",

@@ -15,12 +15,10 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "inverse_error",
     formula="‖(B + μI)⁻¹ − (C + λI)⁻¹‖_F / ‖(C + λI)⁻¹‖_F",
     range="[0, ∞)",
     best="0",
     reference="Golub and Van Loan 2013, section 2.3",
-    needs=("damping",),
 )
 def inverse_error(
     truth: Operator,

@@ -11,12 +11,10 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "inverse_secant_consistency",
     formula="‖(B + μI)⁻¹y − s‖ / ‖s‖ with y = (C + λI)s, s the gradient",
     range="[0, ∞)",
     best="0",
     reference="secant equation: Nocedal and Wright 2006, section 6.1",
-    needs=("damping", "gradient"),
 )
 def inverse_secant_consistency(
     truth: Operator,

@@ -16,7 +16,6 @@ SPLITS = 400
 
 
 @metric(
-    "noise_floor",
     formula="rms over random halves of ‖C₁ − C₂‖_F / (2 ‖C‖_F)",
     range="[0, ∞)",
     best="0",

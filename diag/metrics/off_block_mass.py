@@ -13,7 +13,6 @@ from ._partitions import check_partition, outside_gram, outside_square, partitio
 
 
 @metric(
-    "off_block_mass",
     formula="(1 − Σ_b ‖C_bb‖_F² / ‖C‖_F²)^½ over the blocks b of B",
     range="[0, 1]",
     best="0",

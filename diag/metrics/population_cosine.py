@@ -7,7 +7,6 @@ from ..statistics.population import unbiased_cosine_estimate
 
 
 @metric(
-    "population_cosine",
     formula="±√(Σ_{n≠m} <T_n, B> <T_m, B> / Σ_{n≠m} <T_n, T_m>) / ‖B‖_F, the sign of <C, B>",
     range="[−1, 1]",
     best="1",

@@ -8,7 +8,6 @@ from ..statistics.population import error_estimate
 
 
 @metric(
-    "population_error",
     formula="√max((U − 2<C, B> + ‖B‖²) / U, 0), U = Σ_{n≠m} <T_n, T_m> / (N (N − 1))",
     range="[0, ∞]",
     best="0",

@@ -8,7 +8,6 @@ from ..statistics.population import norm_estimate
 
 
 @metric(
-    "population_norm",
     formula="√max(U, 0), U = Σ_{n≠m} <T_n, T_m> / (N (N − 1))",
     range="[0, ∞)",
     best="none: the unit of the others",

@@ -18,12 +18,10 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "preconditioned_condition",
     formula="λ_max / λ_min of (B + μI)^−½ (C + λI) (B + μI)^−½",
     range="[1, ∞]",
     best="1",
     reference="Saad 2003, section 9.2",
-    needs=("damping",),
 )
 def preconditioned_condition(
     truth: Operator,

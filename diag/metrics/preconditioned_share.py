@@ -10,12 +10,10 @@ NEAR = (0.5, 2.0)  # within a factor of two of the curvature B was meant to remo
 
 
 @metric(
-    "preconditioned_share",
     formula="share of the eigenvalues of (B + μI)^−½ (C + λI) (B + μI)^−½ in [½, 2]",
     range="[0, 1]",
     best="1",
     reference="Saad 2003, section 9.2 (the preconditioned matrix)",
-    needs=("damping",),
 )
 def preconditioned_share(
     truth: Operator,

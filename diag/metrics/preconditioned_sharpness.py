@@ -14,12 +14,10 @@ TOLERANCE = 1e-6  # of the residual, relative: the value's own error is of secon
 
 
 @metric(
-    "preconditioned_sharpness",
     formula="λ_max of (B + μI)⁻¹ C",
     range="(−∞, ∞]",
     best="none: steps are stable below 2 / lr",
     reference="Cohen et al. 2022, arXiv:2207.14484",
-    needs=("damping",),
 )
 def preconditioned_sharpness(
     truth: Operator,

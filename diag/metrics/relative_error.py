@@ -10,7 +10,6 @@ from ..truths.matrix_free import MatrixFree
 
 
 @metric(
-    "relative_error",
     formula="‖C − B‖_F / ‖C‖_F",
     range="[0, ∞)",
     best="0",

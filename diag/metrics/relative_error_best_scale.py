@@ -16,7 +16,6 @@ NEAR = 0.9  # squared cosine above which 1 − cos² would cancel
 
 
 @metric(
-    "relative_error_best_scale",
     formula="min_c ‖C − cB‖_F / ‖C‖_F = √(1 − cos²)",
     range="[0, 1]",
     best="0",

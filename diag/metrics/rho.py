@@ -4,8 +4,7 @@ from torch import Tensor
 
 from ..estimate import Estimate
 from ..operators import Damped, Operator, solve
-from ..problem.blocks import Block
-from ..problem.problem import Problem
+from ..problem import Block, Problem
 from ..registry import metric
 from ..statistics.influence import centred
 from ..statistics.intervals import from_influence
@@ -14,12 +13,10 @@ from ._steps import example_decreases, example_slopes
 
 
 @metric(
-    "rho",
     formula="(f(θ) − f(θ − d)) / (g·d − ½ d·Cd) with d = (B + μI)⁻¹g",
     range="(−∞, ∞)",
     best="1",
     reference="Nocedal and Wright 2006, equation 4.4",
-    needs=("damping", "problem", "block"),
 )
 def rho(
     truth: Operator,

@@ -11,12 +11,10 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "secant_consistency",
     formula="‖Bs − y‖ / ‖y‖ with y = Cs, s the gradient",
     range="[0, ∞)",
     best="0",
     reference="secant equation: Nocedal and Wright 2006, section 6.1",
-    needs=("gradient",),
 )
 def secant_consistency(truth: Operator, approximation: Operator, gradient: Tensor) -> Estimate:
     """Relative error of the change of gradient Bs that B predicts for a move s [d]; exact: y = Cs.

@@ -15,7 +15,6 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "spectral_residual",
     formula="‖C − B‖₂ / ‖C‖₂",
     range="[0, ∞)",
     best="0",

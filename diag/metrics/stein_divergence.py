@@ -12,12 +12,10 @@ from ..statistics.intervals import from_influence
 
 
 @metric(
-    "stein_divergence",
     formula="tr((B + μI)⁻¹(C + λI)) − log det((B + μI)⁻¹(C + λI)) − d",
     range="[0, ∞]",
     best="0",
     reference="James and Stein 1961",
-    needs=("damping",),
 )
 def stein_divergence(
     truth: Operator,

@@ -12,12 +12,10 @@ from ..statistics.intervals import from_influence
 
 
 @metric(
-    "stein_divergence_reverse",
     formula="tr((C + λI)⁻¹(B + μI)) − log det((C + λI)⁻¹(B + μI)) − d",
     range="[0, ∞]",
     best="0",
     reference="James and Stein 1961",
-    needs=("damping",),
 )
 def stein_divergence_reverse(
     truth: Operator,

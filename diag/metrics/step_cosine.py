@@ -11,12 +11,10 @@ from ..truths.per_example import PerExampleTerms
 
 
 @metric(
-    "step_cosine",
     formula="cos((B + μI)⁻¹ g, (C + λI)⁻¹ g)",
     range="[−1, 1]",
     best="1",
     reference="Bahamou, Goldfarb and Ren 2023 (arXiv:2202.04124), section 5",
-    needs=("damping", "gradient"),
 )
 def step_cosine(
     truth: Operator,

@@ -14,12 +14,10 @@ from ._steps import steps
 
 
 @metric(
-    "step_quality",
     formula="(g·d)² / (d·(C + λI)d · g·(C + λI)⁻¹g) with d = (B + μI)⁻¹g",
     range="[0, 1]",
     best="1",
     reference="Wu et al. 2024 (arXiv:2406.06420), equation 15",
-    needs=("damping", "gradient"),
 )
 def step_quality(
     truth: Operator,

@@ -10,7 +10,6 @@ from ..statistics.intervals import from_replicates, norms
 
 
 @metric(
-    "trace_ratio",
     formula="tr B / tr C",
     range="(−∞, ∞)",
     best="1",

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from ...backward.layers import layers, recording
 from ...backward.patches import by_position, patches
 from ...backward.positions import columns_of
-from ...problem import functional
-from ...problem.blocks import Member
-from ...problem.problem import Problem
+from ...problem import Member, Problem, functional
 
 
 @dataclass(frozen=True, eq=False)

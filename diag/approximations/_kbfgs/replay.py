@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ...backward.layers import layers
-from ...problem.blocks import Block, Member
-from ...problem.problem import Problem
+from ...problem import Block, Member, Problem
 from .formulas import damp_always, damp_twice, updated
 from .passes import Change, LayerPass, seen_layers, trial
 

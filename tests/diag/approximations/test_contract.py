@@ -39,7 +39,7 @@ def test_equals_the_truth_where_it_says_so(case, entry, name, of):
 def test_nothing_is_missing():
     files = {file.stem for file in FOLDER.glob("[!_]*.py")}
     assert files == {entry.function.__module__.split(".")[-1] for entry in approximation.values()}
-    assert len(files) >= 16
+    assert len(files) >= 15
     assert len(approximation) >= 23
     assert len(CLAIMS) >= 40
 
