@@ -23,12 +23,13 @@ class Recipe(NamedTuple):
 RECIPES = {
     "kbfgs": Recipe("KBFGS", {}),
     "kbfgs-l": Recipe("KBFGS", {"history": 3}),
-    "kbfgs-limited": Recipe("KBFGS", {"curvature_limit": 0.5}),  # so low that it is met often
+    "kbfgs-limited": Recipe("KBFGSLimited", {"curvature_limit": 0.5}),  # is met often
     "kfac": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "kfac-empirical": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}),
-    "kfac-pi": Recipe("KFAC", {"lr": 0.3, "damping": 0.3, "pi": True, "refresh_every": 2}),
+    "kfac-2015": Recipe("KFAC2015", {"damping": 0.3, "weight_decay": 0.0, "refresh_every": 2}),
     "ekfac": Recipe("EKFAC", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "ekfac-empirical": Recipe("EKFAC", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}),
+    "ekfac-ra": Recipe("EKFACra", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "tkfac": Recipe("TKFAC", {"lr": 0.3, "damping": 0.3, "refresh_every": 3}),
     "tkfac-empirical": Recipe("TKFAC", {"lr": 0.3, "damping": 0.3, "likelihood": "empirical"}),
     "mbf": Recipe("MBF", {"lr": 0.03, "damping": 0.3, "refresh_every": 3}),
@@ -56,7 +57,11 @@ ONE_EACH = DELIVERING | {
     next(kind for kind in MAKE if RECIPES[kind].method == method)
     for method in {RECIPES[kind].method for kind in MAKE}
 }
-CLOSURE = {kind for kind in MAKE if RECIPES[kind].method == "KBFGS"}  # two passes a step
+# two passes a step
+CLOSURE = {k for k in MAKE if RECIPES[k].method in ("KBFGS", "KBFGSLimited", "KFAC2015")}
+LEARNS_LATE = CLOSURE - {"kfac-2015"}  # after the step, so that P is what it was before
+# whose steps are a share of -lr P M, and which find one step size for all groups
+RESCALED, ONE_RATE = {"kbfgs-limited", "kfac-2015"}, {"kfac-2015"}
 # made of .grad alone: no layer is watched
 OF_GRADIENTS = {"mbf", "shampoo", "tnt-empirical"} & set(MAKE)
 OF_PARAMETERS = {kind for kind in MAKE if RECIPES[kind].method in ("Shampoo", "TNT")}

@@ -64,21 +64,13 @@ class KBFGS(Oracle):
     rests_when_warm = True
     curvature = None
 
-    def __init__(
-        self, model, loss, *, history=None, damping_split="equal", pair_decay=None, **settings
-    ):
+    def __init__(self, model, loss, *, history=None, pair_decay=None, **settings):
         super().__init__(model, loss, **settings)
-        self.history, self.damping_split = history, damping_split
+        self.history = history
         self.pair_decay = self.decay if pair_decay is None else pair_decay
 
     def convolution(self, key):
         return isinstance(self.model.get_submodule(key[0]), nn.Conv2d)
-
-    def dampings(self, key, T):
-        """lambda_A and mu_2, of product damping."""
-        root = self.damping**0.5
-        split = T**0.5 if self.damping_split == "sqrtT" and self.convolution(key) else 1.0
-        return root * split, root / split
 
     def statistics(self, seen, score):  # noqa: ARG002
         return {key: {"A": input_factor(a)} for key, (a, _, _) in seen.rows().items()}
@@ -90,9 +82,9 @@ class KBFGS(Oracle):
             for key, (a, _, _) in rows.items():
                 if not (self.convolution(key) and "H_a" in self.state[key]):
                     self.average({key: {"A": input_factor(a)}})
-        for key, (a, g, _) in rows.items():
+        for key, (_, g, _) in rows.items():
             if "H_a" not in self.state[key]:
-                self.start(self.state[key], self.dampings(key, a.shape[1])[0], g.shape[2])
+                self.start(self.state[key], self.damping**0.5, g.shape[2])
         self.inverses = {k: kron(o["H_g"], o["H_a"]) for k, o in self.state.items()}
         self.move(seen)
         if rows:
@@ -109,12 +101,11 @@ class KBFGS(Oracle):
 
     def learn_pair(self, key, old, new):
         own, (a, g, z), (_, g_new, z_new) = self.state[key], old, new
-        lambda_a, mu_2 = self.dampings(key, a.shape[1])
         for name, after, before in (("s", z_new, z), ("y", g_new, g)):
             change = mean_over_positions(after) - mean_over_positions(before)
             own[name] = self.pair_decay * own[name] + (1 - self.pair_decay) * change
-        self.update_h_g(key, own, mu_2, mean_over_positions(g))
-        self.update_h_a(key, own, a, lambda_a)
+        self.update_h_g(key, own, self.damping**0.5, mean_over_positions(g))
+        self.update_h_a(key, own, a, self.damping**0.5)
 
     def update_h_g(self, key, own, mu_2, gradient):
         """Damp a copy of the averages; take the pair up, or skip it."""

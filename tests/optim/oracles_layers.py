@@ -24,26 +24,7 @@ def kronecker_factors(a, g):
 
 
 class KFAC(Oracle):
-    """G ⊗ A (section 4); pi balances the damping of the two factors by their mean traces.
-
-    growing_decay: the k-th average decays by min(1 - 1/k, decay).
-    """
-
-    def __init__(self, model, loss, *, pi=False, growing_decay=False, **settings):
-        super().__init__(model, loss, **settings)
-        self.pi, self.growing_decay, self.averaged = pi, growing_decay, 0
-
-    def warm_up(self, batches, score=None):
-        super().warm_up(batches, score)
-        self.averaged = len(batches)
-
-    def average(self, new):
-        self.averaged += 1
-        last = self.decay
-        if self.growing_decay:
-            self.decay = min(1 - 1 / self.averaged, last)
-        super().average(new)
-        self.decay = last
+    """G ⊗ A (section 4)."""
 
     def statistics(self, seen, score):
         return {key: kronecker_factors(a, g) for key, (a, g, _) in seen.rows(score).items()}
@@ -52,24 +33,18 @@ class KFAC(Oracle):
         return kron(own["G"], own["A"])
 
     def dense_inverse(self, own):
-        A, G, pi = own["A"], own["G"], 1.0
-        if self.pi:
-            tiny = torch.finfo(G.dtype).tiny
-            pi = ((A.trace() / len(A)) / (G.trace() / len(G)).clamp(min=tiny)).sqrt()
-        root = self.damping**0.5
-        return kron(inverse(G, root / pi), inverse(A, pi * root))
+        return kron(*(inverse(own[name], self.damping**0.5) for name in "GA"))
 
 
 class EKFAC(Oracle):
     """(U_G ⊗ U_A) diag(S) (U_G ⊗ U_A)ᵀ (section 5): A, G; basis where due; S; all from zero.
 
-    scalings "gradient": of the mean gradient of m examples, squared, times m, by the data's labels.
+    ra: EKFAC-ra, S of the mean gradient of m examples, squared, times m, by the data's labels.
     """
 
-    def __init__(self, model, loss, *, scalings="examples", scalings_decay=None, **settings):
+    def __init__(self, model, loss, *, ra=False, **settings):
         super().__init__(model, loss, **settings)
-        self.from_mean = scalings == "gradient"
-        self.S_decay = scalings_decay or (0.75 if self.from_mean else self.decay)
+        self.from_mean, self.S_decay = ra, 0.75 if ra else self.decay
 
     def statistics(self, seen, score):
         return {key: kronecker_factors(a, g) for key, (a, g, _) in seen.rows(score).items()}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
-from kronscope.optim import KBFGS, KFAC, TKFAC, HessianFree
+from kronscope.optim import KFAC, TKFAC, HessianFree, KBFGSLimited
 from tests.optim.cases import (
     CLOSURE,
     MAKE,
@@ -302,7 +302,7 @@ def test_the_curvature_limit_where_no_layer_is_used():
     """Without a second pass nothing is known of the step, and nothing is shortened."""
     model = nn.Sequential(nn.Linear(2, 1))
     model.register_parameter("w", nn.Parameter(torch.ones(2)))
-    opt = KBFGS(model, lr=0.3, curvature_limit=0.1)
+    opt = KBFGSLimited(model, lr=0.3, curvature_limit=0.1)
 
     def closure():
         opt.zero_grad()

@@ -68,6 +68,10 @@ def test_a_weight_that_is_computed_is_trained_by_the_plain_rule(kind, how):
     model(X)  # hooks put the computed weight in its place
     opt = MAKE[kind](model, **gaussian(kind))
     before = weights(model)
+    if kind == "kfac-2015" and how == "spectral_norm by hooks":
+        with pytest.raises(ValueError, match="the closure's two calls"):  # it moves in each call
+            opt.step(closure_of(opt, model))
+        return
     for _ in range(2):
         opt.step(closure_of(opt, model))
     assert torch.isfinite(weights(model)).all()
@@ -81,7 +85,7 @@ def test_a_weight_that_is_computed_is_trained_by_the_plain_rule(kind, how):
 def test_a_first_group_that_is_frozen(kind):
     model = net()
     model[0].requires_grad_(False)
-    own = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2].parameters()}]
+    own = [{"params": model[0].parameters(), "damping": 7.0}, {"params": model[2].parameters()}]
     opt = MAKE[kind](model, groups=own, **gaussian(kind))
     before = model[2].weight.clone()
     opt.step(closure_of(opt, model))

@@ -9,6 +9,7 @@ from tests.optim.cases import (
     MAKE,
     OF_PARAMETERS,
     ONE_EACH,
+    RESCALED,
     autoencoder,
     batches,
     closure_of,
@@ -16,6 +17,7 @@ from tests.optim.cases import (
     owned,
     same,
     state_of,
+    takes,
     train,
     train_on,
     weights,
@@ -116,7 +118,8 @@ def test_layers_unused_in_some_steps_stand_still(kind):
     """Stacks hold layers of one shape together: those at rest keep weights and state."""
     torch.manual_seed(3)
     model, data = Choice(), batches(7)
-    opt = MAKE[kind](model, weight_decay=0.1, decoupled_weight_decay=True)
+    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    opt = MAKE[kind](model, **{name: v for name, v in decay.items() if takes(kind, name)})
     uses = [[0, 1], [0, 1, 2], [2], [0, 2], [1, 2], [0], [0, 1, 2]]
     for x, use in zip(data, uses, strict=True):
         model.use = use
@@ -165,12 +168,9 @@ def test_bias_at_rest():
         assert "PReLU" in opt.summary() or kind in OF_PARAMETERS
 
 
-@one_each
-@pytest.mark.parametrize("momentum", [0.0, 0.8])
-@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("kind", sorted(ONE_EACH - OF_PARAMETERS - RESCALED))
+@pytest.mark.parametrize(("momentum", "decoupled"), [(0.0, False), (0.8, True)])
 def test_plain_parameters_follow_the_rule_of_the_method(kind, momentum, decoupled):
-    if kind in OF_PARAMETERS:
-        pytest.skip("every parameter has a preconditioner of its own")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 6))
     settings = {"momentum": momentum, "decoupled_weight_decay": decoupled, "weight_decay": 0.1}

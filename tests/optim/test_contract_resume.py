@@ -138,7 +138,7 @@ def test_low_precision_model_keeps_float32_factors(kind):
     opt.load_state_dict(checkpoint)
     for state, other in zip(opt.state.values(), checkpoint["state"].values(), strict=True):
         for key, value in state.items():
-            counter = key in ("counts", "nonfinite", "restarts") or key.endswith("failures")
+            counter = key in ("counts", "nonfinite", "restarts", "seen") or key.endswith("failures")
             usual = torch.bool if key == "broken" else torch.float32
             assert value.dtype == (torch.int64 if counter else usual), key
             assert torch.equal(value, other[key])

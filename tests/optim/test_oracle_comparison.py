@@ -68,9 +68,8 @@ def dense(P):
     "hyper",
     [
         {"damping": 0.3},
-        {"damping": 2.0, "pi": True, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
+        {"damping": 2.0, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
         {"damping": 0.5, "weight_decay": 0.02, "decoupled": True, "decay": 0.5},
-        {"damping": 0.3, "growing_decay": True, "decay": 0.8, "refresh_every": 2},
     ],
 )
 @pytest.mark.parametrize("empirical", [False, True])
@@ -88,7 +87,7 @@ def test_kfac(name, hyper, empirical):
     [
         {"damping": 0.3},
         {"damping": 0.9, "history": 3, "weight_decay": 0.01},
-        {"damping": 0.5, "damping_split": "sqrtT", "decoupled": True, "weight_decay": 0.05},
+        {"damping": 0.5, "decoupled": True, "weight_decay": 0.05},
         {"damping": 0.3, "update_every": 3, "decay": 0.5, "weight_decay": 0.02},
         {"damping": 0.5, "pair_decay": 0.0},
         {"damping": 0.5, "pair_decay": 0.6, "decay": 0.8, "history": 4},
@@ -102,7 +101,7 @@ def test_kbfgs(name, hyper):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("hyper", [{}, {"history": 3}, {"damping_split": "sqrtT"}])
+@pytest.mark.parametrize("hyper", [{}, {"history": 3}])
 def test_kbfgs_after_a_first_pass(name, hyper):
     """A starts from the mean over batches, rests at step 0, and gives the first H_a."""
     case = CASES[name]()
@@ -124,21 +123,3 @@ def test_a_damping_that_changes_every_step(name, factor, method):
     own = {} if closure_only else {"likelihood": case.likelihood}
     opt = method(case.model, lr=0.2, damping=0.5, **own)
     run(opt, case, oracle, closure_only=closure_only, factor=factor)
-
-
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_kfac_with_growing_decay_after_a_first_pass(name):
-    """The pass's batches count: number 4 weighs a quarter."""
-    case = CASES[name]()
-    hyper = {"lr": 0.3, "damping": 0.3, "growing_decay": True}
-    oracle = ORACLES["KFAC"](copy.deepcopy(case.model), case.loss, **hyper)
-    opt = KFAC(case.model, likelihood="empirical", **hyper)
-    first = case.batches[:3]
-
-    def closure(batch):
-        case.model.zero_grad()
-        case.loss(case.model, batch).backward()
-
-    opt.warm_up([lambda batch=batch: closure(batch) for batch in first])
-    oracle.warm_up(first)
-    run(opt, case, oracle, closure_only=False)

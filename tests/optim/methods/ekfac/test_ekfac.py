@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from kronscope.optim import KFAC
+from kronscope.optim import EKFAC, KFAC, EKFACra
 from kronscope.optim.capture.likelihoods import sampled_score
 from kronscope.optim.linalg.operators import KroneckerEigen
-from kronscope.optim.methods.ekfac.ekfac import EKFAC
 from kronscope.optim.methods.ekfac.formulas import (
     carry_columns_,
     carry_rows_,
@@ -50,7 +49,7 @@ def one_step(opt, case, batch):
         {"damping": 0.3},
         {"damping": 2.0, "weight_decay": 0.01, "update_every": 2, "refresh_every": 3},
         {"damping": 0.5, "weight_decay": 0.02, "decoupled": True, "decay": 0.5, "refresh_every": 2},
-        {"damping": 0.5, "scalings": "gradient", "weight_decay": 0.02, "refresh_every": 3},
+        {"damping": 0.5, "ra": True, "weight_decay": 0.02, "refresh_every": 3},
     ],
 )
 @either_label
@@ -61,7 +60,8 @@ def test_seven_steps_of_the_oracle(name, hyper, empirical):
     twin = copy.deepcopy(case.model)
     ours = {{"decoupled": "decoupled_weight_decay"}.get(k, k): v for k, v in hyper.items()}
     likelihood = "empirical" if empirical else case.likelihood
-    opt = EKFAC(case.model, lr=0.3, likelihood=likelihood, **ours)
+    method = EKFACra if ours.pop("ra", False) else EKFAC
+    opt = method(case.model, lr=0.3, likelihood=likelihood, **ours)
     oracle, score = ORACLES["EKFAC"](twin, case.loss, lr=0.3, **hyper), labels_of(opt, case)
     for batch in case.batches:
         one_step(opt, case, batch)

@@ -17,12 +17,11 @@ RUN = json.loads((REFERENCE / "kbfgs_tiny.json").read_text())
 every_case = pytest.mark.parametrize("case", sorted(CASES))
 
 
-@pytest.mark.parametrize("split", ["equal", "sqrtT"])
 @every_case
-def test_secant_equations(case, split):
+def test_secant_equations(case):
     model, batches, loss, _ = CASES[case]()
-    oracle = KBFGS(model, loss, lr=0.3, damping=0.3, damping_split=split)
-    limited = KBFGS(model, loss, lr=0.3, damping=0.3, damping_split=split, history=4)
+    oracle = KBFGS(model, loss, lr=0.3, damping=0.3)
+    limited = KBFGS(model, loss, lr=0.3, damping=0.3, history=4)
     for k, batch in enumerate(batches):
         oracle.step(batch)
         limited.step(batch)
@@ -60,13 +59,12 @@ def test_damping_and_skip_rule_by_hand():
     assert not acceptable(s, -y, 0 * gradient)
 
 
-@pytest.mark.parametrize(("split", "ratio"), [("equal", 1.0), ("sqrtT", 3.0)])
-def test_pairs_of_a_convolution(split, ratio):
+def test_pairs_of_a_convolution():
     """Two steps on the first layer (9 positions, F.unfold) written out once more."""
     model, batches, loss, _ = cnn()
-    oracle = KBFGS(model, loss, lr=0.3, damping=0.09, damping_split=split)
+    oracle = KBFGS(model, loss, lr=0.3, damping=0.09)
     own, conv = oracle.state["0", 0], oracle.model[0]
-    lambda_a, mu_2 = 0.3 * ratio, 0.3 / ratio
+    lambda_a = mu_2 = 0.3
     thresholds, update = [], oracle.update_h_g
 
     def recorded(key, own, mu_2, gradient):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kronscope.optim import KBFGS
+from kronscope.optim import KBFGS, KBFGSLimited
 from kronscope.optim.methods.kbfgs import step_limit
 from tests.optim.cases import autoencoder, batches, closure_of, count, loss_of
 
@@ -34,7 +34,10 @@ def counted(opt):
 
 def train(limit, steps=12, lr=0.3, **settings):
     model = autoencoder()
-    opt = KBFGS(model, lr=lr, curvature_limit=limit, **settings)
+    if limit is None:
+        opt = KBFGS(model, lr=lr, **settings)
+    else:
+        opt = KBFGSLimited(model, lr=lr, curvature_limit=limit, **settings)
     points = [flat(model)]
     for x in DATA[:steps]:
         opt.step(closure_of(opt, model, x))
@@ -48,7 +51,7 @@ def test_kappa_is_the_curvature_along_the_step_over_the_planned_one():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).requires_grad_(False)
     model[0].requires_grad_()  # one layer: linear in its parameters
     x, t = torch.randn(20, 4), torch.randn(20, 2)
-    opt = KBFGS(model, lr=0.7, momentum=0.0, curvature_limit=1e-6)
+    opt = KBFGSLimited(model, lr=0.7, momentum=0.0, curvature_limit=1e-6)
 
     def loss():
         return F.mse_loss(model(x), t)
@@ -111,15 +114,15 @@ def test_a_shortened_step_lies_on_the_published_one_and_teaches_the_same():
     model, opt, points = train(1e6, steps=6)
     saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
     ends = {}
-    for limit in (None, 1e-3):
+    for limit in (float("inf"), 1e-3):
         again = autoencoder()
         again.load_state_dict(saved[0])
-        own = KBFGS(again, lr=0.3, curvature_limit=limit)
+        own = KBFGSLimited(again, lr=0.3)
         own.load_state_dict(copy.deepcopy(saved[1]))
         own.param_groups[0]["curvature_limit"] = limit
         own.step(closure_of(own, again, DATA[6]))
         ends[limit] = flat(again), momenta(own), own
-    (whole, M, plain), (short, m, limited) = ends[None], ends[1e-3]
+    (whole, M, plain), (short, m, limited) = ends[float("inf")], ends[1e-3]
     d, cut = whole - points[-1], short - points[-1]
     kept = (cut.norm() / d.norm()).item()
     assert 0 < kept < 1
@@ -167,7 +170,7 @@ def test_it_holds_where_the_published_algorithm_diverges():
 
 def test_a_loss_that_is_not_finite_undoes_the_step():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2), nn.LayerNorm(2))
-    opt = KBFGS(model, lr=0.1, curvature_limit=10.0)
+    opt = KBFGSLimited(model, lr=0.1, curvature_limit=10.0)
     x, calls = torch.randn(8, 4), []
 
     def closure():
@@ -190,7 +193,7 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     saved = copy.deepcopy((model.state_dict(), opt.state_dict()))
     again = autoencoder()
     again.load_state_dict(saved[0])
-    own = KBFGS(again)
+    own = KBFGSLimited(again)
     own.load_state_dict(saved[1])
     for x in DATA[6:12]:
         own.step(closure_of(own, again, x))
@@ -204,7 +207,7 @@ def test_decoupled_weight_decay_is_no_part_of_the_step():
     for tau in (0.0, 0.1):
         model = nn.Sequential(autoencoder(), nn.LayerNorm(6))  # the plain rule decays too
         own = {"weight_decay": tau, "decoupled_weight_decay": True, "curvature_limit": 1e-3}
-        opt, start = KBFGS(model, lr=3.0, **own), flat(model)
+        opt, start = KBFGSLimited(model, lr=3.0, **own), flat(model)
         opt.step(closure_of(opt, model, DATA[0]))
         assert counted(opt) == 1
         found[tau] = flat(model), opt.curvature_ratio
@@ -213,7 +216,7 @@ def test_decoupled_weight_decay_is_no_part_of_the_step():
     torch.testing.assert_close(decayed, plain - 3.0 * 0.1 * start)
     # of this a part with a bad gradient is left out, as without the limit
     model = autoencoder()
-    opt = KBFGS(model, lr=0.3, **own)
+    opt = KBFGSLimited(model, lr=0.3, **own)
     closure, last = closure_of(opt, model, DATA[0]), model[-1].weight.detach().clone()
 
     def broken():
@@ -235,7 +238,13 @@ def test_without_a_limit_it_only_measures():
     assert step_limit.kept(torch.tensor(float("inf")), float("inf")).item() == 1.0
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), None])
 def test_refusals(value):
     with pytest.raises(ValueError, match="curvature_limit must be positive, or infinite for none"):
-        KBFGS(autoencoder(), curvature_limit=value)
+        KBFGSLimited(autoencoder(), curvature_limit=value)
+    with pytest.raises(TypeError, match=r"KBFGS takes no curvature_limit=; use KBFGSLimited"):
+        KBFGS(autoencoder(), curvature_limit=5.0)
+    with pytest.raises(ValueError, match=r"of KBFGS\(curvature_limit=0.5\); use KBFGSLimited"):
+        KBFGS(autoencoder()).load_state_dict(train(0.5, steps=1)[1].state_dict())
+    with pytest.raises(ValueError, match=r"another optimizer than KBFGSLimited: no \['curvature_"):
+        KBFGSLimited(autoencoder()).load_state_dict(train(None, steps=1)[1].state_dict())

@@ -1,4 +1,4 @@
-"""KFAC's rescaling, momentum and adaptive damping of 2015 against dense matrices in float64."""
+"""KFAC2015: rescaling, momentum and adaptive damping against dense matrices in float64."""
 
 import io
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kronscope.optim import KFAC
+from kronscope.optim import KFAC, KFAC2015
 from kronscope.optim.capture.likelihoods import FISHER, LIKELIHOODS
 from kronscope.optim.core.levenberg_marquardt import (
     LevenbergMarquardt,
@@ -19,6 +19,7 @@ from kronscope.optim.methods.kfac.rescaling import best_in_plane
 from tests.optim.models import CASES
 
 TAU, DAMPING = 1e-2, 0.3
+STILL = LevenbergMarquardt(period=10**9, gamma_period=10**9)  # adapts nothing
 QUICK = LevenbergMarquardt(period=2, omega=0.5, gamma_period=3, gamma_omega=0.25)
 
 
@@ -28,8 +29,8 @@ def seeded():
 
 
 def make(case, **settings):
-    settings = {"damping": DAMPING, "weight_decay": TAU, "refresh_every": 3, **settings}
-    return KFAC(case.model, likelihood=case.likelihood, rescale=True, **settings)
+    usual = {"damping": DAMPING, "weight_decay": TAU, "refresh_every": 3, "adaptive": STILL}
+    return KFAC2015(case.model, likelihood=case.likelihood, **{**usual, **settings})
 
 
 def closure_of(opt, case, batch):
@@ -162,7 +163,7 @@ def test_the_step_is_the_minimum_in_its_plane_on_a_quadratic():
 
 def test_exact_curvature_needs_one_step():
     case = quadratic_case()
-    opt = KFAC(case.model, damping=1e-12, likelihood="gaussian", rescale=True)
+    opt = make(case, damping=1e-12, weight_decay=0.0)
     x = torch.cat([case.batches[0][0], torch.ones(12, 1)], 1)
     best = torch.linalg.lstsq(x, case.batches[0][1]).solution.T
     train(opt, case, case.batches[:2])
@@ -246,37 +247,36 @@ def test_the_model_takes_the_adapted_damping():
     torch.testing.assert_close(opt.rescaling["mu"], c[1], rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("pi", [False, True])
-def test_gamma_is_the_best_of_three(pi):
+def test_gamma_is_the_best_of_three():
     seen, line_would_differ = set(), False
-    for damping in (1e-3, 0.3, 30.0):
+    for damping, start in ((1e-3, 1.0), (1e-3, 30.0), (0.3, 30.0)):
         case = CASES["mlp"]()
         rules = LevenbergMarquardt(period=100, gamma_period=3, gamma_omega=0.8)
-        opt = make(case, adaptive=rules, damping=damping, update_every=3, pi=pi)
+        opt = make(case, adaptive=rules, damping=damping, update_every=3)
         train(opt, case, case.batches[:3])
         batch, old = case.batches[3], held_steps(opt, case.model)
         g, C = gradient(case, batch), dense_ggn(case, batch[0])
         C = C + (damping + TAU) * torch.eye(len(g))
+        opt.rescaling["gamma"].fill_(start)
         train(opt, case, [batch])
         values, on_line = {}, {}
         for factor in (1.0, 0.8, 1 / 0.8):
-            delta = candidate(opt, case.model, g, factor * (damping + TAU) ** 0.5, pi=pi)
+            delta = candidate(opt, case.model, g, start * factor * (damping + TAU) ** 0.5)
             V = torch.stack([delta, old], 1)
             values[factor] = model_value(-V @ torch.linalg.solve(V.T @ C @ V, V.T @ g), g, C)
             on_line[factor] = -0.5 * (g @ delta) ** 2 / (delta @ C @ delta)
         line_would_differ |= min(on_line, key=on_line.get) != min(values, key=values.get)
-        assert opt.rescaling["gamma"] == min(values, key=values.get)
-        seen.add(opt.rescaling["gamma"].item())
+        best = min(values, key=values.get)
+        assert opt.rescaling["gamma"] == start * best
+        seen.add(best)
         # the inverses of this step are those of the new γ
         gamma = opt.rescaling["gamma"].item() * (damping + TAU) ** 0.5
-        torch.testing.assert_close(
-            apply(opt, case.model, g), candidate(opt, case.model, g, gamma, pi=pi)
-        )
+        torch.testing.assert_close(apply(opt, case.model, g), candidate(opt, case.model, g, gamma))
     assert len(seen) > 1
-    assert line_would_differ or pi
+    assert line_would_differ
 
 
-def candidate(opt, model, g, gamma, *, pi):
+def candidate(opt, model, g, gamma):
     """Δ by new inverses of the factors in the state."""
     at, out = 0, []
     for module in model.modules():
@@ -286,7 +286,7 @@ def candidate(opt, model, g, gamma, *, pi):
         W, b = g[at : at + o * i].reshape(o, i), g[at + o * i : at + o * i + o]
         at += o * i + o
         A, G = opt.state[module.weight]["A"], opt.state[module.weight]["G"]
-        ratio = ((A.trace() / (i + 1)) / (G.trace() / o)).sqrt() if pi else 1.0
+        ratio = ((A.trace() / (i + 1)) / (G.trace() / o)).sqrt()
         left = torch.linalg.inv(G + gamma / ratio * torch.eye(o))
         right = torch.linalg.inv(A + gamma * ratio * torch.eye(i + 1))
         D = -left @ torch.cat([W, b[:, None]], 1) @ right
@@ -308,7 +308,7 @@ def test_resume_is_bit_exact(phase):
     saved = torch.load(buffer, weights_only=True)
     twin = CASES["cnn"]()
     twin.model.load_state_dict(saved["model"])
-    resumed = KFAC(twin.model)  # all settings come with the state
+    resumed = KFAC2015(twin.model)  # all settings come with the state
     resumed.load_state_dict(saved["opt"])
     assert train(resumed, twin, twin.batches[phase:9]) == expected
     assert torch.equal(weights(case.model), weights(twin.model))
@@ -386,7 +386,7 @@ def mixed_case():
 
 def test_the_closure_leaves_the_trace_of_one_call():
     case, twin = mixed_case(), mixed_case()
-    opt = KFAC(case.model, damping=DAMPING, likelihood="categorical", rescale=True, adaptive=QUICK)
+    opt = make(case, weight_decay=0.0, adaptive=QUICK)
     for batch in case.batches[:7]:
         twin.model.load_state_dict(case.model.state_dict())
         torch.manual_seed(11)
@@ -407,7 +407,7 @@ def test_the_closure_leaves_the_trace_of_one_call():
 def test_parameters_outside_layers_take_part():
     case = mixed_case()
     case.model.dropout.p = 0.0
-    opt = KFAC(case.model, damping=DAMPING, likelihood="categorical", rescale=True)
+    opt = make(case, weight_decay=0.0)
     losses = []
     for batch in case.batches[:1] * 8:
         gamma, before = case.model.norm.weight, case.model.norm.weight.detach().clone()
@@ -466,7 +466,7 @@ def test_it_needs_no_learning_rate():
     for damping in (1e-4, 0.1, 100.0):
         case = CASES["mlp"]()
         rules = LevenbergMarquardt(omega=0.5, gamma_omega=0.25, gamma_period=5)
-        opt = make(case, damping=damping, weight_decay=0.0, adaptive=rules, pi=True)
+        opt = make(case, damping=damping, weight_decay=0.0, adaptive=rules)
         ends.append(train(opt, case, case.batches[:1] * 30)[-1])
     fixed = CASES["mlp"]()
     plain = KFAC(fixed.model, damping=100.0, likelihood="bernoulli")
@@ -546,17 +546,19 @@ def test_fisher_at_the_output(name):
 
 def test_mistakes():
     case = CASES["mlp"]()
-    with pytest.raises(ValueError, match="adaptive judges rescaled steps: it needs rescale=True"):
-        KFAC(case.model, adaptive=LevenbergMarquardt())
+    for name in ("adaptive", "rescale", "pi", "growing_decay"):
+        with pytest.raises(TypeError, match=f"KFAC takes no {name}=; use KFAC2015"):
+            KFAC(case.model, **{name: True})
     with pytest.raises(ValueError, match=r"one of \['categorical'.*got likelihood='empirical'"):
-        KFAC(case.model, likelihood="empirical", rescale=True)
+        KFAC2015(case.model, likelihood="empirical")
     with pytest.raises(ValueError, match="omega must lie in"):
         LevenbergMarquardt(omega=1.5)
     with pytest.raises(ValueError, match="gamma_period must be an integer of at least 1, got 0"):
         LevenbergMarquardt(gamma_period=0)
-    with pytest.raises(TypeError, match=r"KFAC\(rescale=True\) evaluates .* needs a closure"):
+    with pytest.raises(TypeError, match=r"KFAC2015 evaluates .* needs a closure"):
         make(case).step()
-    opt = make(case, decoupled_weight_decay=True)
+    opt = make(case)
+    opt.param_groups[0]["decoupled_weight_decay"] = True
     with pytest.raises(ValueError, match="decoupled_weight_decay=True does not go with it"):
         train(opt, case, case.batches[:1])
     opt = make(case, groups=[{"params": case.model[0].parameters(), "lr": 0.1}])
@@ -569,6 +571,31 @@ def test_mistakes():
     opt.found_inf = torch.zeros(())
     with pytest.raises(ValueError, match="GradScaler"):
         train(opt, case, case.batches[:1])
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("warm", [0, 3])
+def test_factors_are_plain_means_at_first(name, warm):
+    """The k-th update decays by min(1 - 1/k, decay); batches of warm_up count among them."""
+    case, twin = CASES[name](), CASES[name]()
+    opt = make(case, lr=0.0, decay=0.6)
+    single = KFAC(twin.model, lr=0.0, decay=0.0, likelihood=case.likelihood)  # one batch each
+    if warm:
+        opt.warm_up([lambda batch=batch: case.model(batch[0]) for batch in case.batches[:warm]])
+    held = {}
+    for k, batch in enumerate(case.batches[:7], 1):
+        train(single, twin, [batch])  # with the labels that opt draws
+        if k > warm:
+            train(opt, case, [batch])
+        keep = 1 - 1 / k if k <= warm else min(1 - 1 / k, 0.6)
+        for p, q in zip(case.model.parameters(), twin.model.parameters(), strict=True):
+            for factor in {"A", "G"} & single.state[q].keys():
+                new = single.state[q][factor]
+                old = held.get((p, factor), torch.zeros_like(new))
+                held[p, factor] = keep * old + (1 - keep) * new
+                if k >= warm:
+                    torch.testing.assert_close(opt.state[p][factor], held[p, factor])
+    assert len(held) >= 6
 
 
 def test_groups_have_their_own_damping_and_decay():
