@@ -4,9 +4,11 @@ A source begins with "published" (read in code or notebooks of authors), "recall
 a paper: a default to be tested, never to be cited) or "ours".
 """
 
+import tomllib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 from torch.optim import Optimizer
@@ -30,6 +32,11 @@ NORM_FREE = (
     "biases zero; Linear layers PyTorch's"
 )
 LSTM = "uniform in ±1/√units, peepholes zero; Linear layers PyTorch's"
+
+# {problem or family: {optimizer: recommended hyper-parameters}}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = tomllib.loads(
+    (files(__package__) / "settings.toml").read_text(encoding="utf-8")
+)
 
 LR_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 DAMPING_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0)

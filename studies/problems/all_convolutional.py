@@ -1,32 +1,13 @@
 """All-CNN-C on CIFAR-10: as the papers of curvature train it, and with dropout as its own paper."""
 
 from functools import partial
-from typing import Any
 
 from .. import data
 from . import _hyper, classifier, register
 from ._networks import all_cnn
 from .convolutional import MOVED
 
-EVERY = {"update_every": 10, "refresh_every": 100}  # the curvature papers' periods
-DECAY = {"weight_decay": 5e-4}  # arXiv:2102.06737, in its published code
-SETTINGS: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.3, **DECAY, "update_every": 20},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, **DECAY, "update_every": 20},
-    "kfac": {"lr": 0.1, "damping": 0.03, **DECAY, **EVERY},
-    "ekfac": {"lr": 0.1, "damping": 0.03, **DECAY, **EVERY},
-    "tkfac": {"lr": 0.1, "damping": 0.03, **DECAY, **EVERY},
-    "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
-    "shampoo": {"lr": 0.01, "damping": 0.01, **EVERY, "refresh_early": True},
-    "tnt": {"lr": 1e-4, "damping": 0.01, **EVERY},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, **DECAY},
-    "exact_fisher": {"lr": 0.1, "damping": 0.1, **DECAY},
-    "layerwise_kfac": {"damping": 0.03, **DECAY, **EVERY},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-    "adam": {"lr": 0.001},
-    "sgd": {"lr": 0.03, "momentum": 0.9, **DECAY},
-}
+SETTINGS = _hyper.SETTINGS["cifar10-allcnn"]
 SPRINGENBERG = "recalled: arXiv:1412.6806"
 EVA = f"{_hyper.EVA_CODE}; weight decay ours"
 

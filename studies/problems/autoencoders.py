@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -55,24 +54,7 @@ def encoder_and_decoder(sizes: Sequence[int], activation: type[nn.Module]) -> nn
     return nn.Sequential(OrderedDict(parts))
 
 
-# an epoch has 10 steps: what is made of gradients, which fade as fast as the loss, has to be fresh
-DIGITS: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.3},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
-    "kfac": {"lr": 1.0, "damping": 0.3},
-    "ekfac": {"lr": 0.03, "damping": 0.001},
-    "tkfac": {"lr": 0.1, "damping": 1e-4},
-    "mbf": {"lr": 1e-4, "damping": 1e-4, "refresh_every": 1},
-    "shampoo": {"lr": 0.01, "damping": 1e-5, "refresh_every": 1},
-    "tnt": {"lr": 1e-5, "damping": 0.003},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 0.01, "momentum": 0.8},
-    "exact_fisher": {"lr": 0.03, "damping": 0.03, "momentum": 0.0},
-    "layerwise_kfac": {"damping": 0.1},
-    "hessian_free": {"lr": 0.3, "damping": 0.1, "curvature_batch": 75},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1, "curvature_batch": 75},
-    "adam": {"lr": 0.01},
-    "sgd": {"lr": 0.01, "momentum": 0.9},
-}
+DIGITS = _hyper.SETTINGS["digits-autoencoder"]
 
 register(
     grey_pixels(
@@ -90,23 +72,7 @@ register(
     data=data.digits,
 )
 
-MNIST: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.3, "weight_decay": 1e-5},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100, "weight_decay": 1e-5},
-    "kfac": {"lr": 1.0, "damping": 3.0, "weight_decay": 1e-5},
-    "ekfac": {"lr": 0.1, "damping": 1.0, "weight_decay": 1e-5},
-    "tkfac": {"lr": 0.3, "damping": 1.0, "weight_decay": 1e-5},
-    "mbf": {"lr": 3e-4, "damping": 0.03},
-    "shampoo": {"lr": 3e-4, "damping": 3e-4},
-    "tnt": {"lr": 1e-4, "damping": 0.1},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-    "exact_fisher": {"lr": 1.0, "damping": 30.0},
-    "layerwise_kfac": {"damping": 3.0, "weight_decay": 1e-5},
-    "hessian_free": {"lr": 0.3, "damping": 10.0},
-    "block_hessian_free": {"lr": 0.3, "damping": 10.0},
-    "adam": {"lr": 1e-4, "eps": 1e-4},
-    "sgd": {"lr": 3e-3, "momentum": 0.9},
-}
+MNIST = _hyper.SETTINGS["mnist-autoencoder"]
 
 register(
     grey_pixels(
@@ -148,22 +114,12 @@ register(
         batch_size=1000,
         epochs=20,
         measure_damping=0.3,
-        optimizers={
-            "adam": {"lr": 1e-3},
-            "sgd": {"lr": 0.01, "momentum": 0.9},
-            "hessian_free": {"lr": 0.1, "damping": 0.01},
-            "block_hessian_free": {"lr": 0.1, "damping": 0.01},
-        },
+        optimizers=_hyper.SETTINGS["mnist-autoencoder-tanh"],
         partition=HALVES,
     ),
     summary="scikit-learn's 8x8 digits, 64-20-10-4-10-20-64, tanh; runs in seconds, for tests",
     model=lambda: encoder_and_decoder((64, 20, 10, 4, 10, 20, 64), nn.Tanh),
     data=data.digits,
     measure_damping=0.1,
-    optimizers={
-        "adam": {"lr": 0.01},
-        "sgd": {"lr": 0.1, "momentum": 0.9},
-        "hessian_free": {"lr": 0.1, "damping": 0.01},
-        "block_hessian_free": {"lr": 0.1, "damping": 0.01},
-    },
+    optimizers=_hyper.SETTINGS["mnist-autoencoder-tanh-small"],
 )

@@ -7,23 +7,7 @@ from .. import data
 from . import _hyper, classifier, register
 from ._networks import pooled_cnn, strided_cnn
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.3},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.3, "history": 100},
-    "kfac": {"lr": 0.1, "damping": 0.03},
-    "ekfac": {"lr": 0.1, "damping": 0.03},
-    "tkfac": {"lr": 0.1, "damping": 0.03},
-    "mbf": {"lr": 3e-4, "damping": 3e-3, "refresh_every": 5},
-    "shampoo": {"lr": 0.01, "damping": 0.01},
-    "tnt": {"lr": 0.0003, "damping": 0.01},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-    "exact_fisher": {"lr": 0.1, "damping": 0.1},
-    "layerwise_kfac": {"damping": 0.03},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-    "adam": {"lr": 0.001},
-    "sgd": {"lr": 0.03, "momentum": 0.9},
-}
+SETTINGS = _hyper.SETTINGS["small-convolutional"]
 
 # of small twins on made-up pictures: with these settings no optimizer diverges on any of them
 MADE_UP: dict[str, Any] = {"batch_size": 50, "epochs": 5, "searched": {}}

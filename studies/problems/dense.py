@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import nn
 
 from .. import data
-from . import classifier, register
+from . import _hyper, classifier, register
 
 
 def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
@@ -18,23 +17,7 @@ def tanh_network(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.03},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.03, "history": 100},
-    "kfac": {"lr": 0.1, "damping": 0.003},
-    "ekfac": {"lr": 0.1, "damping": 0.003},
-    "tkfac": {"lr": 0.1, "damping": 0.003},
-    "mbf": {"lr": 1e-3, "damping": 1e-3, "refresh_every": 1},
-    "shampoo": {"lr": 0.01, "damping": 1e-4, "refresh_every": 1},
-    "tnt": {"lr": 1e-4, "damping": 1e-3},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3},
-    "exact_fisher": {"lr": 0.1, "damping": 0.1},
-    "layerwise_kfac": {"damping": 0.003},
-    "hessian_free": {"lr": 0.1, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.1, "damping": 0.1},
-    "adam": {"lr": 0.01},
-    "sgd": {"lr": 0.1, "momentum": 0.9},
-}
+SETTINGS = _hyper.SETTINGS["mnist16-tanh"]
 
 register(
     classifier(

@@ -28,12 +28,7 @@ register(
     optimizers=DIGITS,
 )
 
-CURVES = MNIST | {
-    "kbfgs": {"lr": 0.3, "damping": 1.0, "weight_decay": 1e-5},
-    "kbfgs_l": {"lr": 0.3, "damping": 1.0, "history": 100, "weight_decay": 1e-5},
-    "hessian_free": {"lr": 0.1, "damping": 1.0},
-    "block_hessian_free": {"lr": 0.1, "damping": 1.0},
-}
+CURVES = _hyper.SETTINGS["curves-autoencoder"]
 CURVES_SIZES = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 
 register(

@@ -1,17 +1,10 @@
 """Recurrent classifiers: digits read pixel by pixel by three LSTM layers with peepholes."""
 
-from typing import Any
-
 from .. import data
 from . import _hyper, classifier, register
 from ._lstm import SequenceClassifier
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "adam": {"lr": 0.03},
-    "sgd": {"lr": 1.0, "momentum": 0.0},  # momentum never left the first plateau, log 10
-    "hessian_free": {"lr": 0.3, "damping": 0.01},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.01},
-}
+SETTINGS = _hyper.SETTINGS["sequential-mnist-lstm"]
 
 LAYERS = (("lstm1",), ("lstm2",), ("lstm3", "head"))  # the blocks of arXiv:1712.07296
 

@@ -1,19 +1,13 @@
 """Residual classifiers: ResNet32 with batch norm, a small one without norms; ones for tests."""
 
 from functools import partial
-from typing import Any
 
 from .. import data
 from . import _hyper, classifier, register
 from ._networks import norm_free_resnet, resnet, resnet32
 from .convolutional import MOVED
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "adam": {"lr": 0.003},
-    "sgd": {"lr": 0.03, "momentum": 0.9},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-}
+SETTINGS = _hyper.SETTINGS["cifar10-small-resnet"]
 
 BLOCKS = (("stem", "block1"), ("block2",), ("block3", "head"))  # as in arXiv:1712.07296
 
@@ -39,28 +33,7 @@ register(
     averaging=0.9,
 )
 
-EVERY = {"update_every": 10, "refresh_every": 100}
-WITH_NORM: dict[str, dict[str, Any]] = {
-    "kbfgs": {"lr": 0.3, "damping": 0.03, "weight_decay": 0.003, "update_every": 20},
-    "kbfgs_l": {"lr": 0.3, "damping": 0.03, "history": 100, "weight_decay": 0.003}
-    | {"update_every": 20},
-    "kfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "ekfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "tkfac": {"lr": 0.1, "damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "mbf": {"lr": 3e-4, "damping": 0.003, **EVERY},
-    "shampoo": {
-        **{"lr": 0.01, "damping": 0.01, "weight_decay": 0.1, "refresh_early": True},
-        **EVERY,
-    },
-    "tnt": {"lr": 1e-4, "damping": 0.01, "weight_decay": 10.0, **EVERY},
-    "eva": {"lr": 0.1, "damping": 0.03, "kl_clip": 1e-3, "weight_decay": 5e-4},
-    "exact_fisher": {"lr": 0.1, "damping": 0.2, "weight_decay": 5e-4},
-    "layerwise_kfac": {"damping": 0.03, "weight_decay": 5e-4, **EVERY},
-    "hessian_free": {"lr": 0.3, "damping": 0.1},
-    "block_hessian_free": {"lr": 0.3, "damping": 0.1},
-    "adam": {"lr": 0.001, "weight_decay": 1e-4},
-    "sgd": {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.001},
-}
+WITH_NORM = _hyper.SETTINGS["cifar10-resnet32"]
 
 register(
     classifier(

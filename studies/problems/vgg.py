@@ -1,7 +1,6 @@
 """VGG: sixteen layers on CIFAR-100, with batch norm and without, and eleven on SVHN."""
 
 from functools import partial
-from typing import Any
 
 from .. import data
 from . import _hyper, classifier, register
@@ -9,16 +8,7 @@ from ._networks import VGG11, VGG16, vgg
 from .convolutional import MOVED, SCHEDULED
 from .residual import WITH_NORM
 
-# without norm the scale of the weights matters: less decay, and rates at which it starts
-WITHOUT_NORM: dict[str, dict[str, Any]] = WITH_NORM | {
-    "kbfgs": {"lr": 0.1, "damping": 0.3, "weight_decay": 5e-4, "update_every": 20},
-    "kbfgs_l": {"lr": 0.1, "damping": 0.3, "history": 100, "weight_decay": 5e-4}
-    | {"update_every": 20},
-    "shampoo": WITH_NORM["shampoo"] | {"lr": 0.003},
-    "tnt": WITH_NORM["tnt"] | {"weight_decay": 1.0},
-    "adam": {"lr": 1e-4},
-    "sgd": {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4},
-}
+WITHOUT_NORM = _hyper.SETTINGS["vgg-norm-free"]
 EVA = f"{_hyper.EVA_CODE}; weight decay ours"
 
 shared = partial(
