@@ -56,7 +56,7 @@ class QualifiedLayer:
     """Calls per pass, shape of one example's z, and whether z is the model's output."""
 
     calls: int
-    shape: tuple[int, ...]
+    shape: torch.Size
     last: bool = False
 
     @property
@@ -67,7 +67,7 @@ class QualifiedLayer:
     @property
     def floats(self) -> int:
         """Entries of all its pre-activations of one example."""
-        return self.calls * torch.Size(self.shape).numel()
+        return self.calls * self.shape.numel()
 
 
 def layers(problem: Problem) -> dict[str, QualifiedLayer]:
@@ -101,9 +101,7 @@ def _qualified(problem: Problem) -> dict[str, QualifiedLayer]:
     apart = {n: all(_apart(outputs, call.z) for call in calls[n]) for n in sound}
     exact = _gradients(problem, sound, inputs, targets)
     return {
-        n: QualifiedLayer(
-            len(calls[n]), tuple(calls[n][0].z.shape[1:]), _is_output(calls[n], outputs)
-        )
+        n: QualifiedLayer(len(calls[n]), calls[n][0].z.shape[1:], _is_output(calls[n], outputs))
         for n in calls  # in calling order
         if n in sound and apart[n] and _complete(model, n, calls[n], slopes[n], exact)
     }

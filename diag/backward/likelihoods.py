@@ -30,10 +30,6 @@ class Likelihood:
     labels: Callable[[Tensor, Tensor], bool] = lambda _z, _t: True
 
 
-def _classes_last(z: Tensor) -> Tensor:
-    return z.movedim(1, -1)
-
-
 def _are_classes(z: Tensor, t: Tensor) -> bool:
     """Whether there are two or more classes and t holds their numbers or probabilities."""
     if z.ndim < 2 or z.shape[1] < 2:
@@ -50,7 +46,7 @@ def _categorical_score(z: Tensor, t: Tensor) -> Tensor:
 
 
 def _categorical_sample(z: Tensor, generator: torch.Generator) -> Tensor:
-    p = _classes_last(z.softmax(1))
+    p = z.softmax(1).movedim(1, -1)
     drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
     return drawn.reshape(p.shape[:-1])
 
@@ -58,11 +54,6 @@ def _categorical_sample(z: Tensor, generator: torch.Generator) -> Tensor:
 def _categorical_fisher(z: Tensor, u: Tensor) -> Tensor:
     p = z.softmax(1)
     return p * u - p * (p * u).sum(1, keepdim=True)
-
-
-def _bernoulli_fisher(z: Tensor, u: Tensor) -> Tensor:
-    p = z.sigmoid()
-    return p * (1 - p) * u
 
 
 def _gaussian_sample(z: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,7 +67,7 @@ LIKELIHOODS = {
     "bernoulli": Likelihood(
         score=lambda z, t: z.sigmoid() - t,
         sample=lambda z, generator: torch.bernoulli(z.sigmoid(), generator=generator),
-        fisher=_bernoulli_fisher,
+        fisher=lambda z, u: z.sigmoid() * (1 - z.sigmoid()) * u,
     ),
     "gaussian": Likelihood(
         score=lambda z, t: z - t, sample=_gaussian_sample, fisher=lambda _z, u: u

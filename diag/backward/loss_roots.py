@@ -30,19 +30,12 @@ def loss_roots(
     if of == "empirical_fisher":
         return Outer(grad(problem.total_loss)(z).reshape(len(z), 1, -1))
     if of == "fisher_mc":
-        scores = _sampled(problem, z, samples, generator).reshape(samples, len(z), -1)
-        return Outer(scores.movedim(0, 1))
+        likelihood, scale = likelihood_of(problem)
+        assert generator is not None
+        drawn = [likelihood.score(z, likelihood.sample(z, generator)) for _ in range(samples)]
+        scores = (scale / samples) ** 0.5 * torch.stack(drawn)  # of second moment scale · Fisher
+        return Outer(scores.reshape(samples, len(z), -1).movedim(0, 1))
     return _from_products(problem, z, of)
-
-
-def _sampled(
-    problem: Problem, z: Tensor, samples: int, generator: torch.Generator | None
-) -> Tensor:
-    """Scores of sampled labels, [samples, N, ...], with the second moment s · Fisher."""
-    likelihood, scale = likelihood_of(problem)
-    assert generator is not None
-    drawn = [likelihood.score(z, likelihood.sample(z, generator)) for _ in range(samples)]
-    return (scale / samples) ** 0.5 * torch.stack(drawn)
 
 
 def output_curvature(problem: Problem, z: Tensor, of: str) -> Map:

@@ -20,39 +20,30 @@ class BatchedSymmetric(Protocol):
     @property
     def size(self) -> int:
         """Rows k of each matrix."""
-        ...
 
     def gram(self) -> Tensor:
         """<C_n, C_m>, [N, N], float64."""
-        ...
 
     def inners(self, matrix: Tensor) -> Tensor:
         """<C_n, matrix> for a matrix [k, k], [N], or for several [r, k, k], [N, r]."""
-        ...
 
     def mean(self) -> Tensor:
         """Mean matrix, [k, k]."""
-        ...
 
     def diagonals(self) -> Tensor:
         """Diagonals [N, k]."""
-        ...
 
     def matrices(self) -> Tensor:
         """All matrices in full, [N, k, k]."""
-        ...
 
     def apply(self, v: Tensor) -> Tensor:
         """C_n v_n for v [N, k, c], [N, k, c]."""
-        ...
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Σ_n w_rn C_n for weights [r, N], [r, k, k]."""
-        ...
 
     def centred_gram(self) -> Tensor:
         """<C_n − C̄, C_m − C̄>, [N, N], float64."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

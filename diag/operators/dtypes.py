@@ -126,9 +126,7 @@ def _(operator: Tensor, entries: Tensor) -> Tensor:
     return operator.to(entries)
 
 
-@conversion.register
-def _(operator: Inverse, entries: Tensor) -> Converted:
-    return Converted(operator, entries)
+conversion.register(Inverse, Converted)
 
 
 @conversion.register
@@ -165,7 +163,7 @@ def versions(operator: Any) -> tuple[tuple[int, int], ...] | None:
     return tuple((id(tensor), tensor._version) for tensor in found)
 
 
-for _kind, _names in {
+_PARTS |= {
     Dense: ("matrix", "n"),
     Kronecker: ("left", "right"),
     KroneckerSum: ("left", "right"),
@@ -178,5 +176,4 @@ for _kind, _names in {
     SingleStep: ("gradient", "step"),
     Inverse: ("base",),
     Converted: ("base", "entries"),
-}.items():
-    made_of(_kind, *_names)
+}

@@ -46,7 +46,7 @@ def fitted(asked_by: str, truth: Operator, approximation: Operator) -> Operator:
     """
     if tuple(truth.shape) != tuple(approximation.shape):
         first, second = (
-            f"a {type(each).__name__} {_size(each)}" for each in (truth, approximation)
+            f"a {type(each).__name__} {list(each.shape)}" for each in (truth, approximation)
         )
         raise ValueError(
             f"{asked_by} compares two operators of one size, not {first} with {second}: give it a "
@@ -56,10 +56,6 @@ def fitted(asked_by: str, truth: Operator, approximation: Operator) -> Operator:
     if own is None or not differs(approximation, own):
         return approximation
     return keep_pair(truth, "converted", approximation, lambda: convert(approximation, own))
-
-
-def _size(operator: Operator) -> str:
-    return f"[{', '.join(map(str, operator.shape))}]"
 
 
 def keep_pair(truth: Operator, key: str, approximation: Operator, compute: Callable[[], T]) -> T:

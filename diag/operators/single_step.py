@@ -18,10 +18,9 @@ MEANT = (
 
 @dataclass(frozen=True, eq=False)
 class SingleStep:
-    """B⁻¹ gradient = step, both [d], for one gradient: θ moves to θ - step.
+    """Operator with B⁻¹ gradient = step, both [d], for one gradient; θ moves to θ - step.
 
-    Truncated conjugate gradients are no linear map, so B itself is unknown. `solve` returns the
-    step for that gradient and refuses any other.
+    For truncated conjugate gradients, which are no linear map; `solve` refuses other gradients.
 
     Raises: ValueError for vectors of different sizes, or not finite.
 

@@ -55,13 +55,6 @@ def inverse(operator: Operator) -> Operator:
     return Inverse(operator)
 
 
-def damp_blocks(operator: BlockDiagonal, damping: float) -> BlockDiagonal:
-    """The sum operator + damping·I as a BlockDiagonal."""
-    damped = [b + damping * torch.eye(len(b)).to(b) for b in operator.blocks]
-    stacked = torch.stack(damped) if isinstance(operator.blocks, Tensor) else damped
-    return BlockDiagonal(stacked, operator.order)
-
-
 def solve(operator: Operator, v: Tensor) -> Tensor:
     """Solve operator x = v for v [d] or [d, k].
 
@@ -125,6 +118,8 @@ def solver(operator: Operator, damping: float) -> Map:
 
 @singledispatch
 def _solver(operator: Any, damping: float) -> Map:
+    if isinstance(operator, KroneckerSum) and len(operator.left) == 1:
+        return _solver(operator.terms[0], damping)
     return dense_solver(operator, damping)
 
 
@@ -143,13 +138,6 @@ def dense_solver(operator: Operator, damping: float) -> Map:
 def solver_rule(kind: type) -> Callable:
     """Register the solver of a structure: (operator, damping) -> function applying the inverse."""
     return _solver.register(kind)
-
-
-@_solver.register
-def _(operator: KroneckerSum, damping: float) -> Map:
-    if len(operator.left) == 1:
-        return _solver(operator.terms[0], damping)
-    return _solver(dense(operator), damping)
 
 
 def damped_eigenvalues(values: Tensor, operator: Operator, damping: float) -> Tensor:
@@ -171,8 +159,7 @@ def _(operator: Diagonal, damping: float) -> Map:
 
 @_solver.register
 def _(operator: Kronecker, damping: float) -> Map:
-    left, U = torch.linalg.eigh(operator.left)
-    right, V = torch.linalg.eigh(operator.right)
+    (left, U), (right, V) = (torch.linalg.eigh(side) for side in (operator.left, operator.right))
     values = damped_eigenvalues(torch.outer(left, right).reshape(-1), operator, damping)
     basis, back, inverted = Kronecker(U, V), Kronecker(U.T, V.T), Diagonal(1 / values)
     return lambda v: basis @ (inverted @ (back @ v))
@@ -180,7 +167,9 @@ def _(operator: Kronecker, damping: float) -> Map:
 
 @_solver.register
 def _(operator: BlockDiagonal, damping: float) -> Map:
-    inverted = inverse(damp_blocks(operator, damping))
+    damped = [b + damping * torch.eye(len(b)).to(b) for b in operator.blocks]
+    stacked = torch.stack(damped) if isinstance(operator.blocks, Tensor) else damped
+    inverted = inverse(BlockDiagonal(stacked, operator.order))
     return lambda v: inverted @ v
 
 

@@ -17,7 +17,6 @@ class Operator(Protocol):
     @property
     def shape(self) -> Any:
         """(d, d)."""
-        ...
 
     def __matmul__(self, other: Tensor, /) -> Tensor: ...
 
@@ -93,19 +92,15 @@ class BlockDiagonal:
     shape = square(lambda self: sum(len(block) for block in self.blocks))
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.apply(lambda block, part: block @ part, v)
-
-    def apply(self, function: Callable[[Tensor, Tensor], Tensor], v: Tensor) -> Tensor:
-        """Apply function(block, part of v [s, k]) to every block and its coordinates."""
         columns = v[:, None] if v.ndim == 1 else v
         columns = columns if self.order is None else columns[self.order]
         if isinstance(self.blocks, Tensor):
             k, s, _ = self.blocks.shape
-            out = function(self.blocks, columns.reshape(k, s, -1)).reshape(k * s, -1)
+            out = (self.blocks @ columns.reshape(k, s, -1)).reshape(k * s, -1)
         else:
             parts = columns.split([len(block) for block in self.blocks])
             pairs = zip(self.blocks, parts, strict=True)
-            out = torch.cat([function(block, part) for block, part in pairs])
+            out = torch.cat([block @ part for block, part in pairs])
         if self.order is not None:
             out = torch.empty_like(out).index_copy(0, self.order, out)
         return out[:, 0] if v.ndim == 1 else out
@@ -151,10 +146,7 @@ class Damped:
 def like(operator: Operator) -> Tensor:
     """Empty tensor [0] with the dtype and device of an operator, for `v.to(like(C))`.
 
-    From its `.dtype` and `.device`, else from the first floating-point tensor that it holds,
-    directly, in a sequence or in an operator that it wraps.
-
-    Raises: TypeError when it holds none.
+    Raises: TypeError for an operator without `.dtype` and `.device` that holds no float tensor.
 
     >>> from kronscope.diag.operators.structures import Damped, Diagonal
     >>> like(Damped(Diagonal(torch.ones(3, dtype=torch.float32)), 0.1)).dtype

@@ -25,12 +25,11 @@ class Problem:
     the loss, or may.
 
     dtype: of the copies, float64 recommended; None keeps the model's. likelihood: "categorical",
-    "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None finds it from the loss's
-    gradient. budget: bytes for truths, computed and kept (default 4 GiB).
+    "bernoulli" or "gaussian", for `exact.fisher` and `fisher_mc`; None finds it from the loss.
+    budget: bytes for truths, computed and kept (default 4 GiB).
 
-    Raises: ValueError naming the cause for an empty batch, non-finite values, a random model, a
-    loss that is not a mean over examples, no trainable parameter, weights made by hooks, or a model
-    that cannot be copied.
+    Raises: ValueError for an empty batch, non-finite values, a random model, a loss that is not a
+    mean over examples, no trainable parameter, weights made by hooks, or what cannot be copied.
     """
 
     def __init__(
@@ -75,20 +74,15 @@ class Problem:
         """A note where dropout or batch statistics make the training loss another one, else ""."""
         with torch.no_grad():
             evaluation = self.loss(self.model(self.inputs), self.targets).item()
+            note = f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it "
             try:
                 as_trained = hook_free_copy(model).to(dtype=dtype).train()
                 training = self.loss(as_trained(self.inputs.clone()), self.targets).item()
             except Exception as error:  # of any kind: what is measured does without this loss
-                return (
-                    f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it "
-                    f"could not be evaluated ({first_line(error)})"
-                )
+                return f"{note}could not be evaluated ({first_line(error)})"
         if abs(training - evaluation) <= 1e-6 * (1 + abs(evaluation)):
             return ""
-        return (
-            f"measured in eval mode, where the loss is {evaluation:.6g}; in train mode it is "
-            f"{training:.6g} (dropout or batch statistics)"
-        )
+        return f"{note}is {training:.6g} (dropout or batch statistics)"
 
     def _all_gradients(self) -> dict[str, Tensor | None]:
         parameters = dict(self.model.named_parameters())

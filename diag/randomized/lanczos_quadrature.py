@@ -34,13 +34,6 @@ class SpectralDensity(NamedTuple):
     steps: int
 
 
-class Quadrature(NamedTuple):
-    """Gauss quadrature of the spectral measure of each probe: nodes, weights [probes, steps]."""
-
-    nodes: Tensor
-    weights: Tensor
-
-
 def spectral_density(
     operator: Operator,
     probes: int = 16,
@@ -93,9 +86,8 @@ def spectral_sum(
 ) -> ProbeEstimate:
     """Trace of f(C), Σ_j f(λ_j), by stochastic Lanczos quadrature; one product a probe and step.
 
-    function: elementwise, on a tensor of eigenvalues; with torch.log and Damped(C, λ) it gives the
-    log-determinant of C + λI. The interval is over the probes and holds no error of the steps,
-    which are exact for polynomials of degree below 2·steps.
+    function: elementwise; torch.log of Damped(C, λ) gives a log-determinant. The interval is over
+    the probes; the steps are exact for polynomials of degree below 2·steps.
 
     Raises: ValueError for probes < 2, steps < 1, or a function not finite on the spectrum.
     Source: Ubaru, Chen and Saad 2017.
@@ -117,7 +109,7 @@ def spectral_sum(
 
 def quadrature(
     operator: Operator, probes: int, steps: int, generator: torch.Generator | None = None
-) -> Quadrature:
+) -> tuple[Tensor, Tensor]:
     """Nodes and weights [probes, min(steps, d)] of the Gauss quadrature from each probe.
 
     Raises: ValueError for probes < 2 or steps < 1.
@@ -127,7 +119,7 @@ def quadrature(
     steps = min(steps, operator.shape[0])
     blocks = probe_blocks(operator, probes, generator, rows=steps + 1)
     nodes, vectors = torch.linalg.eigh(torch.cat([lanczos(operator, z, steps) for z in blocks]))
-    return Quadrature(nodes, vectors[:, 0].square())
+    return nodes, vectors[:, 0].square()
 
 
 def lanczos(operator: Operator, starts: Tensor, steps: int) -> Tensor:

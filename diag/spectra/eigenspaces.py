@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from torch import Tensor
 
 from ..operators import BlockDiagonal, Diagonal, Kronecker, Operator, dense, like, to_scipy
 from ..operators.structures import Map
 from ..truths.low_rank_terms import LowRankTerms
-from .extreme_eigenpairs import DENSE_UP_TO, SEEDED, NotConvergedError, top_eigenpairs
+from .extreme_eigenpairs import DENSE_UP_TO, arpack, top_eigenpairs
 
 RESIDUAL = 1e-6  # of a Lanczos pair, relative to |λ|; its eigenvalue errs by about the square
 TIE_EPSILONS = 1000  # times eps and the greatest eigenvalue: eigenvalues this close tie
@@ -45,22 +44,9 @@ def dominant(operator: Operator, scale: float = 0.0) -> Eigenpair:
     noise = 100 * torch.finfo(entries.dtype).eps * scale
     if size <= noise:
         return Eigenpair(0.0, torch.from_numpy(start / np.linalg.norm(start)).to(entries))
-    value, vector = _lanczos(operator, start, max(RESIDUAL, noise / size))
-    return Eigenpair(value, torch.from_numpy(vector).to(entries))
-
-
-def _lanczos(operator: Operator, start: np.ndarray, tolerance: float) -> tuple[float, np.ndarray]:
-    seed = {"rng": np.random.default_rng(0)} if SEEDED else {}
-    try:
-        values, vectors = eigsh(
-            to_scipy(operator), k=1, which="LM", v0=start, tol=tolerance, **seed
-        )
-    except ArpackNoConvergence as error:
-        raise NotConvergedError(
-            f"the eigenvalue of greatest size of a {type(operator).__name__} did not reach a "
-            f"residual of {tolerance:.1g}·|λ|; the two greatest lie too close together"
-        ) from error
-    return values[0].item(), vectors[:, 0].copy()
+    tolerance = max(RESIDUAL, noise / size)
+    values, found = arpack(to_scipy(operator), 1, start, tolerance, which="LM")
+    return Eigenpair(values[0].item(), torch.from_numpy(found[:, 0].copy()).to(entries))
 
 
 def leading(values: Tensor, k: int) -> Tensor:
@@ -117,8 +103,7 @@ def _(operator: Diagonal, k: int) -> Eigenspace:
 
 @leading_space.register
 def _(operator: Kronecker, k: int) -> Eigenspace:
-    left, U = torch.linalg.eigh(operator.left)
-    right, W = torch.linalg.eigh(operator.right)
+    (left, U), (right, W) = (torch.linalg.eigh(side) for side in (operator.left, operator.right))
     back = Kronecker(U.T.contiguous(), W.T.contiguous())
     return _space(torch.outer(left, right).reshape(-1), lambda v: back @ v, k)
 

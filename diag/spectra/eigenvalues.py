@@ -41,6 +41,8 @@ def eigenvalues(operator: Operator) -> Tensor:
 @singledispatch
 def eigenvalues_in_any_order(operator: Any) -> Tensor:
     """All eigenvalues [d], unsorted; structures register their own way here."""
+    if isinstance(operator, KroneckerSum) and len(operator.left) == 1:
+        return eigenvalues_in_any_order(operator.terms[0])
     return _of_dense(operator)
 
 
@@ -53,13 +55,6 @@ def _(operator: Diagonal) -> Tensor:
 def _(operator: Kronecker) -> Tensor:
     factors = [torch.linalg.eigvalsh(factor) for factor in (operator.left, operator.right)]
     return torch.outer(*factors).flatten()
-
-
-@eigenvalues_in_any_order.register
-def _(operator: KroneckerSum) -> Tensor:
-    if len(operator.left) == 1:
-        return eigenvalues_in_any_order(operator.terms[0])
-    return _of_dense(operator)
 
 
 @eigenvalues_in_any_order.register

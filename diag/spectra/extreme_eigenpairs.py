@@ -1,7 +1,7 @@
 """Greatest and least eigenpairs of an operator by Lanczos, every copy of repeated ones."""
 
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +37,8 @@ def top_eigenpairs(
     """The k algebraically greatest eigenvalues, descending, each as often as it occurs.
 
     By full decomposition up to d = 400 or for k > d / 4, else by implicitly restarted Lanczos
-    (ARPACK), repeated with the pairs found deflated, as a Krylov space holds one vector of each
-    eigenspace. tolerance: of the residuals, relative to ‖C‖; by default the root of the dtype's
-    precision. iterations: restarts allowed.
+    (ARPACK), repeated on what is left for further copies. tolerance: of the residuals, relative to
+    ‖C‖; by default the root of the dtype's precision. iterations: restarts allowed.
 
     Raises: ValueError for k outside [1, d]; NotConvergedError.
     Source: Lehoucq, Sorensen and Yang 1998 (ARPACK users' guide).
@@ -94,10 +93,15 @@ def _greatest(operator: Operator, k: int, sign: int, tolerance: float, iteration
     if norm == 0:  # the zero matrix, on which ARPACK gives up
         return torch.eye(d, k, dtype=torch.float64, device=entries.device)
     shifted = np.float64(sign / norm) * to_scipy(operator) + 2.0 * aslinearoperator(eye_array(d))
-    values, vectors = _arpack(shifted, k, generator, tolerance, iterations)
+
+    def greatest(matrix: LinearOperator, k: int) -> tuple[np.ndarray, np.ndarray]:
+        start = generator.standard_normal(d)
+        return arpack(matrix, k, start, tolerance / 3, maxiter=iterations, rng=generator)
+
+    values, vectors = greatest(shifted, k)
     while True:
         found = aslinearoperator(vectors * values) @ aslinearoperator(vectors.T)
-        value, vector = _arpack(shifted - found, 1, generator, tolerance, iterations)
+        value, vector = greatest(shifted - found, 1)
         if value[0] <= values[-1] + tolerance:
             return torch.from_numpy(vectors.copy()).to(entries.device)
         basis = np.linalg.qr(np.hstack([vectors, vector]))[0]
@@ -105,24 +109,24 @@ def _greatest(operator: Operator, k: int, sign: int, tolerance: float, iteration
         values, vectors = ritz[:0:-1], basis @ turn[:, :0:-1]
 
 
-def _arpack(
-    matrix: LinearOperator,
-    k: int,
-    random: np.random.Generator,
-    tolerance: float,
-    iterations: int,
+def arpack(
+    matrix: LinearOperator, k: int, start: np.ndarray, tolerance: float, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greatest eigenvalues [k], descending, and vectors [d, k], one of each eigenspace for sure."""
-    start, seed = random.standard_normal(matrix.shape[0]), {"rng": random} if SEEDED else {}
+    """Greatest eigenvalues [k], descending, and vectors [d, k], one of each eigenspace for sure.
+
+    tolerance: of the residuals, relative to the eigenvalue. options: of SciPy's eigsh.
+    Raises: NotConvergedError.
+    """
+    options = {"which": "LA", "rng": np.random.default_rng(0), **options}
+    if not SEEDED:
+        del options["rng"]
     try:
-        values, vectors = eigsh(
-            matrix, k=k, which="LA", v0=start, tol=tolerance / 3, maxiter=iterations, **seed
-        )
+        values, vectors = eigsh(matrix, k, v0=start, tol=tolerance, **options)
     except ArpackNoConvergence as error:
         raise NotConvergedError(
-            f"{len(error.eigenvalues)} of {k} eigenpairs reached a residual of {tolerance:.1g}·‖C‖ "
-            f"in {iterations} restarts; eigenvalues that lie close together converge slowly: "
-            f"allow more iterations, a larger tolerance, or ask for another k"
+            f"{len(error.eigenvalues)} of {k} eigenpairs reached a residual of {tolerance:.1g}·|λ| "
+            f"in {options.get('maxiter', 10 * len(start))} restarts; eigenvalues that lie close "
+            f"together converge slowly: allow more iterations, a larger tolerance, or another k"
         ) from error
     order = values.argsort()[::-1]
     return values[order], vectors[:, order]

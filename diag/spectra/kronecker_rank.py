@@ -1,10 +1,9 @@
 """Error of the best sum of r Kronecker products as a function of r, with intervals."""
 
 import torch
-from torch import Tensor
 
 from ..estimate import Estimate
-from ..operators import KroneckerSum, Operator, inner
+from ..operators import Operator, inner
 from ..problem.blocks import Block
 from ..statistics.intervals import deviations, from_replicates, inner_deviations
 from ..truths.kronecker_terms import KroneckerTerms
@@ -29,7 +28,13 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
     moved = whole + deviations(truth)
     left = (values.double() ** 2 * whole)[:, None] + deviations(truth)
     found = []
-    for r, own in enumerate(_by_term(truth, leading_kronecker(truth, ranks, block))):
+    leading = leading_kronecker(truth, ranks, block)
+    by_term = (
+        truth.inners_by_term(leading).T
+        if isinstance(truth, KroneckerTerms)
+        else [truth.inners(term) for term in leading.terms]
+    )
+    for r, own in enumerate(by_term):
         # σ_k² moves by 2 σ_k <dC, L_k ⊗ R_k>, and the term holds σ_k L_k ⊗ R_k
         left[r:] -= 2 * inner_deviations(own.double()).to(left)
     for value, square in zip(values, left.clamp(min=0), strict=True):
@@ -37,10 +42,3 @@ def best_kronecker_curve(truth: Operator, ranks: int, block: Block | None = None
         replicates = torch.cat([value.double()[None].cpu(), errors.cpu()])
         found.append(from_replicates(replicates, truth, undefined=torch.inf))
     return found
-
-
-def _by_term(truth: PerExampleTerms, leading: KroneckerSum) -> Tensor:
-    """Inner products of every term with every example, [r, N]."""
-    if isinstance(truth, KroneckerTerms):
-        return truth.inners_by_term(leading).T
-    return torch.stack([truth.inners(term) for term in leading.terms])

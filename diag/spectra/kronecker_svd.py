@@ -26,7 +26,7 @@ def leading_kronecker(operator: Operator, rank: int, block: Block | None = None)
     if isinstance(operator, LowRankTerms) and (o * i) ** 2 > REARRANGED_UP_TO:
         values, U, V = keep(operator, ("svds", rank), lambda: _by_products(operator, rank))
     else:
-        U, values, V = keep(operator, ("rearranged", o, i), lambda: _decomposed(operator, block))
+        U, values, V = keep(operator, ("rearranged", o, i), lambda: _decomposed(operator, o, i))
         U, values, V = U[:, :rank], values[:rank], V[:rank]
     lefts, rights = U.T.reshape(-1, o, o), V.reshape(-1, i, i)
     return KroneckerSum(values[:, None, None] * lefts, rights)
@@ -87,12 +87,8 @@ def _factor_sizes(operator: Operator, block: Block | None) -> tuple[int, int]:
     return member.matrix_shape
 
 
-def _decomposed(operator: Operator, block: Block | None) -> tuple[Tensor, Tensor, Tensor]:
-    U, values, V = torch.linalg.svd(_rearranged(operator, block), full_matrices=False)
+def _decomposed(operator: Operator, o: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of [o², i²], whose row (o, p) is the tile of output neurons o and p."""
+    rearranged = dense(operator).reshape(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)
+    U, values, V = torch.linalg.svd(rearranged, full_matrices=False)
     return U, values, V
-
-
-def _rearranged(operator: Operator, block: Block | None) -> Tensor:
-    """The block as [o², i²]: row (o, p) holds the tile of output neurons o and p."""
-    o, i = _factor_sizes(operator, block)
-    return dense(operator).reshape(o, i, o, i).transpose(1, 2).reshape(o * o, i * i)

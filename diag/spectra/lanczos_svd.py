@@ -32,9 +32,7 @@ def leading_triples(
     Source: Golub and Van Loan 2013, section 10.4.
     """
     rights: list[Tensor] = [start / start.norm()]
-    lefts: list[Tensor] = []
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
+    lefts, alphas, betas = list[Tensor](), list[Tensor](), list[Tensor]()
     for _ in range(MOST_STEPS):
         u = forward(rights[-1])
         if lefts:

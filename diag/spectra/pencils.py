@@ -4,11 +4,7 @@ Of a thin truth, C = F Fᵀ with F [d, r] and r < d, through r x r matrices and 
 other densely.
 """
 
-from functools import singledispatch
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from ..operators import (
     BUDGET,
@@ -37,6 +33,7 @@ from .eigenvalues import eigenvalues
 from .extreme_eigenpairs import DENSE_UP_TO
 from .preconditioned import NotPositiveDefiniteError, square_root
 
+EIGENVALUES_KNOWN = (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, LowRankTerms)
 STEPS = "step_cosine, step_quality, decrease_efficiency and inverse_secant_consistency"
 
 
@@ -47,9 +44,11 @@ def within_reach(truth: Operator, metric: str) -> Operator:
     """
     d = truth.shape[0]
     if isinstance(truth, KroneckerTerms) and isinstance(truth.left, Outer):
-        a, roots = truth.a, truth.left.roots
-        if _few(len(roots) * roots.shape[1], d):
-            return keep(truth, "columns", lambda: _by_columns(a, roots))
+        a, R = truth.a, truth.left.roots
+        if _few(len(R) * R.shape[1], d):
+            return keep(  # V_nk = r_nk ⊗ a_n
+                truth, "thin", lambda: LowRankTerms(torch.einsum("nko,ni->nkoi", R, a).flatten(2))
+            )
     if 8 * d * d > BUDGET and not is_thin(truth):
         raise ValueError(
             f"{metric} needs the dense matrix of a {type(truth).__name__} of {d} x {d}, "
@@ -64,29 +63,17 @@ def is_thin(truth: Operator) -> bool:
     return isinstance(truth, LowRankTerms) and _few(truth.n * truth.V.shape[1], truth.shape[0])
 
 
-def _by_columns(a: Tensor, roots: Tensor) -> LowRankTerms:
-    """The mean of R_nᵀR_n ⊗ a_n a_nᵀ by its columns r_nk ⊗ a_n."""
-    return LowRankTerms(torch.einsum("nko,ni->nkoi", roots, a).flatten(2))
-
-
 def _few(columns: int, d: int) -> bool:
     return columns < d and d > DENSE_UP_TO and 8 * columns * d <= BUDGET
 
 
-@singledispatch
-def log_determinant(operator: Any, damping: float) -> float | None:
+def log_determinant(operator: Operator, damping: float) -> float | None:
     """Log-determinant of operator + damping·I, None where that is not positive definite."""
+    if isinstance(operator, EIGENVALUES_KNOWN):
+        values = eigenvalues(operator) + damping
+        return None if values[0] <= 0 else values.log().sum().item()
     root = cholesky(operator, damping)
     return None if root is None else 2 * root.diagonal().log().sum().item()
-
-
-def _from_eigenvalues(operator: Operator, damping: float) -> float | None:
-    values = eigenvalues(operator) + damping
-    return None if values[0] <= 0 else values.log().sum().item()
-
-
-for _structure in (Diagonal, Kronecker, BlockDiagonal, LowRank, Inverse, LowRankTerms):
-    log_determinant.register(_structure)(_from_eigenvalues)
 
 
 def inverses(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from ..operators import (
@@ -22,8 +22,8 @@ from ..operators import (
 )
 from ..operators.eigen import KroneckerEigen
 from ..operators.structures import Map
+from .extreme_eigenpairs import DENSE_UP_TO, arpack
 
-DENSE_UP_TO = 400  # below this a full decomposition is faster than Lanczos
 INVERTED_UP_TO = 6000  # up to here many products with a dense inverse are fastest
 TOLERANCE = 1e-4  # relative residual of a Lanczos pair; bounds the error of its eigenvalue
 
@@ -49,6 +49,8 @@ def square_root(operator: Any, damping: float) -> Root:
 
     Raises: NotPositiveDefiniteError when the damped operator is not positive definite.
     """
+    if isinstance(operator, KroneckerSum) and len(operator.left) == 1:
+        return square_root(operator.terms[0], damping)
     values, basis = torch.linalg.eigh(dense(operator))
     return _root(values + damping, lambda v: basis @ v, lambda v: basis.T @ v)
 
@@ -60,11 +62,8 @@ def _(operator: Diagonal, damping: float) -> Root:
 
 @square_root.register
 def _(operator: Kronecker, damping: float) -> Root:
-    left, U = torch.linalg.eigh(operator.left)
-    right, V = torch.linalg.eigh(operator.right)
-    basis, back = Kronecker(U, V), Kronecker(U.T.contiguous(), V.T.contiguous())
-    values = torch.outer(left, right).reshape(-1) + damping
-    return _root(values, lambda v: basis @ v, lambda v: back @ v)
+    (left, U), (right, V) = (torch.linalg.eigh(side) for side in (operator.left, operator.right))
+    return square_root(KroneckerEigen(U, V, torch.outer(left, right)), damping)
 
 
 @square_root.register
@@ -86,13 +85,6 @@ def _(operator: BlockDiagonal, damping: float) -> Root:
     if operator.order is not None:  # from the blocks' order to the coordinates'
         spread = spread[operator.order.argsort()]
     return _root(spread, lambda v: basis @ v, lambda v: back @ v)
-
-
-@square_root.register
-def _(operator: KroneckerSum, damping: float) -> Root:
-    if len(operator.left) == 1:
-        return square_root(operator.terms[0], damping)
-    return square_root(dense(operator), damping)
 
 
 @square_root.register
@@ -136,7 +128,9 @@ def preconditioned_extremes(
     if d <= DENSE_UP_TO:
         matrix = root.inverse(root.inverse(dense(Damped(truth, damping))).T)
         values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        least, greatest = (_pair(values[at], vectors[:, at], root) for at in (0, -1))
+        least, greatest = (
+            PencilPair(values[at].item(), root.inverse(vectors[:, at])) for at in (0, -1)
+        )
     else:
         undo = _inverse(truth, damping)
         damped = Damped(truth, damping)
@@ -159,10 +153,6 @@ def _inverse(truth: Operator, damping: float) -> Map:
     return lambda v: undone @ v
 
 
-def _pair(value: Tensor, vector: Tensor, root: Root) -> PencilPair:
-    return PencilPair(value.item(), root.inverse(vector))
-
-
 def _lanczos(product: Map, d: int, root: Root) -> PencilPair:
     """Greatest eigenpair of a symmetric product, by ARPACK from a fixed start vector."""
 
@@ -172,5 +162,6 @@ def _lanczos(product: Map, d: int, root: Root) -> PencilPair:
 
     operator = LinearOperator((d, d), matvec=matvec, dtype=np.float64)
     start = np.random.default_rng(d).standard_normal(d)
-    values, vectors = eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start)
-    return _pair(torch.tensor(values[0]), torch.from_numpy(vectors[:, 0]).to(root.like), root)
+    values, vectors = arpack(operator, 1, start, TOLERANCE)
+    vector = torch.from_numpy(vectors[:, 0].copy()).to(root.like)
+    return PencilPair(values[0].item(), root.inverse(vector))

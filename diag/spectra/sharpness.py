@@ -45,9 +45,9 @@ def sharpest(
 ) -> Sharpest:
     """The algebraically greatest eigenvalue of P C for a symmetric C.
 
-    precondition: v [d] -> P v, symmetric and positive definite. start: [d], a guess of P⁻¹u such as
-    `dual` of the step before; by default a fixed random vector. tolerance: of the residual,
-    relative to the greatest |eigenvalue|. products: at most.
+    precondition: v [d] -> P v, symmetric and positive definite. start: a guess of P⁻¹u such as
+    `dual` of the step before, default random. tolerance: of the residual, relative to the greatest
+    |eigenvalue|. products: at most.
 
     Raises: NotPositiveDefiniteError or NotFiniteError (ValueErrors), found on the vectors met.
     Source: Parlett 1998, "The symmetric eigenvalue problem", chapter 15 (Lanczos for a pair); as a
@@ -72,9 +72,7 @@ def sharpest(
 
 
 def side_by_side(operators: Sequence[Operator]) -> Map:
-    """The map v [d] -> products of operators [d_i, d_i] with its parts, Σ d_i = d.
-
-    It is the preconditioner of a group of layers, in their order, for `sharpest`.
+    """The block-diagonal map v [d] -> products of operators with its parts, for `sharpest`.
 
     >>> from kronscope.diag.operators import Diagonal
     >>> P = side_by_side([Diagonal(torch.tensor([2.0])), Diagonal(torch.tensor([3.0, 4.0]))])
@@ -137,8 +135,7 @@ def _length(w: Tensor, u: Tensor) -> float:
 def stability_limit(momentum: float) -> float:
     """Greatest stable lr · λ_max(P C) of averaged momentum on a quadratic, 2 (1 + β) / (1 − β).
 
-    For m <- β m + (1 − β) g, θ <- θ − lr P m; with heavy-ball momentum (m <- β m + g) it is (1 − β)
-    times that.
+    For m <- β m + (1 − β) g, θ <- θ − lr P m; (1 − β) times that for heavy ball, m <- β m + g.
 
     Raises: ValueError for a momentum outside [0, 1).
     Source: the roots of z² − (1 + β − (1 − β) lr λ) z + β leave the unit disc at z = −1

@@ -1,6 +1,6 @@
 """Truths of many blocks from one back-propagation of the loss roots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -43,7 +43,11 @@ def assembled(
     problem: Problem, blocks: Sequence[Block], roots: Diagonals | Outer
 ) -> dict[Block, KroneckerTerms | LowRankTerms]:
     """The truths of the blocks from the loss roots."""
-    collectors = {block: _collector(problem, block, roots) for block in blocks}
+    seen_by = {block: by_rows(problem, block) for block in blocks}
+    collectors = {
+        block: _Columns(problem, block) if layer is None else _Rows(problem, block, layer, roots)
+        for block, layer in seen_by.items()
+    }
     joint = any(len(block.members) > 1 for block in blocks)
     return _collected(problem, collectors, roots, joint=joint)
 
@@ -88,23 +92,18 @@ def _by_layer(problem: Problem, member: Member) -> bool:
     return member.w_bar and member.module in layers(problem)
 
 
-def _collector(problem: Problem, block: Block, roots: Diagonals | Outer) -> "_Rows | _Columns":
-    layer = by_rows(problem, block)
-    if layer is None:
-        return _Columns(problem, block)
-    member = block.members[0]
-    last = roots.values if layer.last and isinstance(roots, Diagonals) else None
-    return _Rows(problem, member, last)
-
-
 class _Rows:
     """Collector of KroneckerTerms: inputs, and curvatures at the outputs in the smallest form."""
 
-    def __init__(self, problem: Problem, member: Member, last: Tensor | None) -> None:
-        self.module = problem.model.get_submodule(member.module)
-        self.member, self.n = member, problem.n
-        self.outputs = slice(*member.rows) if member.rows else slice(None)
-        self.values = None if last is None else last[:, self.outputs]
+    def __init__(
+        self, problem: Problem, block: Block, layer: QualifiedLayer, roots: Diagonals | Outer
+    ) -> None:
+        self.member, self.n = block.members[0], problem.n
+        self.module = problem.model.get_submodule(self.member.module)
+        self.outputs = slice(*self.member.rows) if self.member.rows else slice(None)
+        self.values: Tensor | None = None
+        if layer.last and isinstance(roots, Diagonals):
+            self.values = roots.values[:, self.outputs]
         self.a: list[Tensor] = []
         self.roots: list[Tensor] = []
         self.packed: Tensor | None = None
@@ -157,7 +156,8 @@ class _Columns:
             return member.join(pulled)
         module = self.problem.model.get_submodule(member.module)
         found = chunk.layers[member.module]
-        w_bar = torch.stack(list(map(_products(module), found.x, found.b))).sum(0)
+        pairs = zip(found.x, found.b, strict=True)
+        w_bar = torch.stack([_products(module, x, b) for x, b in pairs]).sum(0)
         return member.cut(w_bar[..., columns_of(member)]).flatten(2)
 
     def finish(self) -> LowRankTerms:
@@ -180,12 +180,8 @@ def _by_position(problem: Problem, block: Block) -> bool:
     return getattr(problem.model.get_submodule(member.module), "groups", 1) == 1
 
 
-def _products(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x, b [k, n, *z]) -> Σ_t b_t a_tᵀ over one call, [k, n, out, in+1]."""
-
-    def products(x: Tensor, b: Tensor) -> Tensor:
-        a = patches(module, x)  # [n, groups, T, in+1]
-        grouped = per_group(by_position(module, b, lead=1), a.shape[1])
-        return (grouped.mT @ a).flatten(2, 3)
-
-    return products
+def _products(module: torch.nn.Module, x: Tensor, b: Tensor) -> Tensor:
+    """Σ_t b_t a_tᵀ over one call with roots b [k, n, *z], [k, n, out, in+1]."""
+    a = patches(module, x)  # [n, groups, T, in+1]
+    grouped = per_group(by_position(module, b, lead=1), a.shape[1])
+    return (grouped.mT @ a).flatten(2, 3)

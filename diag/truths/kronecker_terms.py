@@ -1,9 +1,7 @@
-"""Kronecker terms: the exact block of a Linear layer with one row per example.
+"""Kronecker terms: the exact block (1/N) Σ_n C_n ⊗ a_n a_nᵀ of a layer with one row per example.
 
-    C = (1/N) Σ_n C_n ⊗ a_n a_nᵀ
-
-C_n [out, out] is the curvature of example n's loss with respect to the pre-activation, a_n [in+1]
-the layer input with 1 appended. The block is exact because z = W_bar a is linear in W_bar.
+C_n [out, out] is the curvature of example n's loss with respect to the pre-activation W_bar a_n,
+linear in W_bar; a_n [in+1] is the layer input with 1 appended.
 """
 
 from collections.abc import Callable, Sequence

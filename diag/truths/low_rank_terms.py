@@ -90,16 +90,13 @@ class LowRankTerms(PerExampleTerms):
         if isinstance(other, LowRankTerms):
             return squared_blocks(self.V, other.V.to(self.V)).mean(1)
         some, own = max(1, AT_ONCE // self.V[0].numel()), convert(other, self.V)
-        return torch.cat([_quadratics(part, own) for part in self.V.split(some)])
+        parts = [part.flatten(0, 1) for part in self.V.split(some)]
+        found = torch.cat([((own @ flat.T).T * flat).sum(1) for flat in parts])
+        return found.reshape(self.V.shape[:2]).sum(1)
 
     def quadratic(self, u: Tensor, v: Tensor) -> Tensor:
         """u·V_n V_nᵀ v for every example, [N], for u and v [d]."""
         return ((self.V @ u.to(self.V)) * (self.V @ v.to(self.V))).sum(1)
-
-
-def _quadratics(V: Tensor, other: Operator) -> Tensor:
-    flat = V.flatten(0, 1)
-    return ((other @ flat.T).T * flat).sum(1).reshape(V.shape[:2]).sum(1)
 
 
 def cheaper_by_position(positions: Positions) -> bool:

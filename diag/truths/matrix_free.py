@@ -32,11 +32,7 @@ class MatrixFree:
 
 
 made_of(MatrixFree, "like")  # its function belongs to a problem's own copy, which never changes
-
-
-@conversion.register
-def _(operator: MatrixFree, entries: Tensor) -> Converted:
-    return Converted(operator, entries)
+conversion.register(MatrixFree, Converted)
 
 
 @to_dense.register

@@ -47,11 +47,6 @@ def _(operator: KroneckerTerms, damping: float) -> Map:
     return _by_products(operator, damping)
 
 
-@solver_rule(MatrixFree)
-def _(operator: MatrixFree, damping: float) -> Map:
-    return _by_products(operator, damping)
-
-
 def _in_sample_space(operator: KroneckerTerms, R: Tensor, damping: float) -> Map:
     """Woodbury with the columns r_nk ⊗ a_n, without forming them."""
     (n, k, o), a = R.shape, operator.a
@@ -101,3 +96,6 @@ def _by_products(operator: Operator, damping: float) -> Map:
         return torch.from_numpy(found).to(v)
 
     return lambda v: by_columns(lambda rows: torch.stack([one(row) for row in rows]), v)
+
+
+solver_rule(MatrixFree)(_by_products)

@@ -144,7 +144,7 @@ def test_weight_decay_and_later_steps(name, blocks, decoupled):
 @pytest.mark.parametrize(("name", "blocks"), SPLIT)
 def test_few_iterations_are_worth_what_a_dense_computation_says(name, blocks):
     rising = []
-    for k in (1, 2, 3, 5, 10, 30):
+    for k in (1, 2, 5, 30):
         found = compared(name, blocks, k, 5)
         rising.append([one.by(metrics.decrease_efficiency).value for one in found])
         for one in found:
