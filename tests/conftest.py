@@ -6,6 +6,7 @@ from rich.progress import Progress
 
 from kronscope.studies.experiments import error_along_training
 from kronscope.studies.reports.report import write_report
+from tests.pools import in_process
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def threads():
 def demo_results(tmp_path_factory):
     """Results folder of `kronscope demo --tiny --no-dashboard`."""
     folder = tmp_path_factory.mktemp("demo")
-    with torch.random.fork_rng(), Progress(disable=True) as progress:
+    with in_process(), torch.random.fork_rng(), Progress(disable=True) as progress:
         run = error_along_training.run(error_along_training.TINY, folder, progress)
     write_report(run)
     return folder

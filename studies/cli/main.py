@@ -21,8 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(tune.app, name="tune")
 
-Seed = Annotated[int, typer.Option(help="Seed of initialisation and batch order.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Seed = Annotated[int, typer.Option(help="Seed of weights and batch order.")]
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def demo(
     results: Results = Path("results"),
     port: Annotated[int, typer.Option(help="Port of the dashboard.")] = 8501,
 ) -> None:
-    """Run the main study on the built-in digits, write its report and open the dashboard."""
+    """Run the main study on built-in digits, write its report, open the dashboard."""
     run_study("error_along_training", tiny, results)
     if not no_dashboard:
         dashboard(results, port)
@@ -59,75 +58,48 @@ def study(
         ),
     ],
     tiny: Annotated[bool, typer.Option("--tiny", help="A run of seconds, for tests.")] = False,
-    problem: Annotated[
-        str | None, typer.Option(help="Training problem; the study's own unless given.")
-    ] = None,
-    optimizers: Annotated[
-        str | None, typer.Option(help="Names with commas between; the study's own unless given.")
-    ] = None,
-    cures: Annotated[
-        str | None, typer.Option(help="Names with commas between, of the study of cures.")
-    ] = None,
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Epochs of a training; the study's or problem's unless given."),
-    ] = None,
-    tune_epochs: Annotated[
-        int | None,
-        typer.Option(help="Epochs of a tuning run; those of the final ones unless given."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of initialisation and batch order.")
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Seeds of each final run, in studies that have several.")
-    ] = None,
-    spares: Annotated[
-        int | None, typer.Option(help="Further seeds, in place of those that diverge.")
-    ] = None,
+    problem: Annotated[str | None, typer.Option(help="Training problem; see `problems`.")] = None,
+    optimizers: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    cures: Annotated[str | None, typer.Option(help="Candidates of the study `cures`.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a training.")] = None,
+    tune_epochs: Annotated[int | None, typer.Option(help="Epochs of a tuning run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="First seed (weights, batch order).")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds of each final run.")] = None,
+    spares: Annotated[int | None, typer.Option(help="Extra seeds if some diverge.")] = None,
     longer: Annotated[
-        int | None, typer.Option(help="Times the epochs that SGD-momentum gets in comparisons.")
-    ] = None,
-    seconds: Annotated[
-        str | None, typer.Option(help="Seconds of training to rank at, with commas between.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of a training, in studies that count in steps.")
-    ] = None,
-    layers_every: Annotated[
-        int | None, typer.Option(help="Steps between measurements of each layer; 0 for none.")
-    ] = None,
-    examples: Annotated[
-        int | None, typer.Option(help="Training examples that a study measures curvature on.")
+        int | None, typer.Option(help="SGD-momentum's epochs, as a multiple of the others'.")
     ] = None,
     lr_factors: Annotated[
-        str | None, typer.Option(help="Tuned: times the recommended lr, with commas between.")
+        str | None, typer.Option(help="Factors of the recommended learning rate: 0.3,1,3.")
     ] = None,
     damping_factors: Annotated[
-        str | None, typer.Option(help="Tuned: times the recommended damping, commas between.")
+        str | None, typer.Option(help="Factors of the recommended damping: 0.1,1,10.")
     ] = None,
     adam_lr_factors: Annotated[
-        str | None,
-        typer.Option(help="As lr-factors, of Adam, in studies that have it beside others."),
+        str | None, typer.Option(help="Factors of Adam's learning rate (block_hessian_free).")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes side by side, with one thread each.")
+    seconds: Annotated[
+        str | None, typer.Option(help="Training times at which to compare: 60,180,600.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where it trains: cpu (unless given) or cuda.")
+    steps: Annotated[int | None, typer.Option(help="Steps of each training.")] = None,
+    layers_every: Annotated[
+        int | None, typer.Option(help="Steps between measurements of each layer; 0: none.")
     ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Training examples in each exact curvature.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes at once.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(help="Run folder to go on with: its settings, with those given over them."),
+        Path | None, typer.Option(help="Run folder to go on with; options given change it.")
     ] = None,
     results: Results = Path("results"),
 ) -> None:
-    """Run a study and write its report."""
-    given: dict[str, Any] = {"problem": problem, "epochs": epochs, "seed": seed, "seeds": seeds}
-    given |= {"spares": spares, "longer": longer, "workers": workers, "device": device}
-    given |= {"steps": steps, "layers_every": layers_every, "examples": examples}
-    given["tune_epochs"] = tune_epochs
-    given["seconds"] = numbers("seconds", seconds)
+    """Run a study and write its report. Options that are not given are the study's own."""
+    given: dict[str, Any] = {"problem": problem, "epochs": epochs, "tune_epochs": tune_epochs}
+    given |= {"seed": seed, "seeds": seeds, "spares": spares, "longer": longer, "steps": steps}
+    given |= {"layers_every": layers_every, "examples": examples, "workers": workers}
+    given |= {"device": device, "seconds": numbers("seconds", seconds)}
     given["lr_factors"] = numbers("lr-factors", lr_factors)
     given["adam_lr_factors"] = numbers("adam-lr-factors", adam_lr_factors)
     given["damping_factors"] = numbers("damping-factors", damping_factors)
@@ -165,7 +137,7 @@ def run_study(
 
 @app.command("problems")
 def list_problems() -> None:
-    """List the training problems."""
+    """List the training problems and the optimizers with recommended settings."""
     from ..problems import PROBLEMS
     from ..training.optimizers import OPTIMIZERS, UNTUNED
 
@@ -183,34 +155,24 @@ def list_problems() -> None:
 
 @app.command()
 def train(
-    problem: Annotated[
-        str | None, typer.Argument(help="Training problem; that of the run with --resume.")
-    ] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="kbfgs (unless given), kfac, adam, ...: see `problems`.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Epochs; those of the problem or its schedule unless given.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of initialisation and batch order; 0 unless given.")
-    ] = None,
+    problem: Annotated[str | None, typer.Argument(help="Training problem; see `problems`.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="kbfgs unless given.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; the problem's unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights and batch order; 0.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     damping: Annotated[float | None, typer.Option(help="Damping λ.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Batch size; the problem's unless given.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="The problem's unless given.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (unless given) or cuda.")] = None,
     measure: Annotated[
         float | None,
-        typer.Option(help="Measure too, in this share of the run's time (0.2) after the first."),
+        typer.Option(help="Also measure curvature, in this share of the run's time: 0.2."),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Run folder to go on with, at the settings that it has.")
+        Path | None, typer.Option(help="Run folder to go on with, at its own settings.")
     ] = None,
     results: Results = Path("results"),
 ) -> None:
-    """Train a problem; records and a checkpoint after every epoch."""
+    """Train a problem. Losses and a checkpoint are written after every epoch."""
     from ..experiments import train as runs
     from ..measuring.during_training import DuringTraining
     from .progress import bars
@@ -241,11 +203,11 @@ def measure(
     truth: Annotated[str, typer.Option(help="hessian or ggn.")] = "ggn",
     examples: Annotated[int, typer.Option(help="Training examples to measure on.")] = 256,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Checkpoint of `train`; else the initial parameters.")
+        Path | None, typer.Option(help="checkpoint.pt of a `train` run; else the initial weights.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Measure the approximations of a problem's blocks against the exact ones."""
+    """Compare approximations with the exact curvature of each layer, as a table."""
     from ..measuring.table import blocks_table
 
     console.print(blocks_table(problem, block, truth, examples, checkpoint, seed))
@@ -255,7 +217,7 @@ def measure(
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of the run, results/<run>.")],
 ) -> None:
-    """Write the report of a run again."""
+    """Write a run's report and figures again from its records."""
     from ..reports.report import write_report
 
     if not run.is_dir():
@@ -268,7 +230,7 @@ def dashboard(
     results: Results = Path("results"),
     port: Annotated[int, typer.Option(help="Port to serve on.")] = 8501,
 ) -> None:
-    """Serve the dashboard over a results folder until interrupted."""
+    """Serve the dashboard of a results folder until interrupted."""
     page = importlib.util.find_spec("kronscope.app.main")
     if page is None or page.origin is None or importlib.util.find_spec("streamlit") is None:
         raise ValueError("the dashboard needs the extra: pip install '.[app]' in the checkout")
@@ -288,13 +250,13 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="exact: the dense block against peers; scale: networks of the papers' size; "
-            "step: every optimizer's step against SGD-momentum's; hf: a CG iteration likewise; "
-            "loading: a batch's against a step's."
+            help="exact: a dense block, against other packages; scale: all layers of the papers' "
+            "networks; step: each optimizer's step over SGD-momentum's; hf: a CG iteration over "
+            "such a step; loading: the share of a step spent on loading."
         ),
     ],
 ) -> None:
-    """Time against peers, as ratios measured in one run."""
+    """Time Kronscope against peers, in one run on this machine."""
     from ..bench import BENCHES
 
     if name not in BENCHES:

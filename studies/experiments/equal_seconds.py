@@ -23,7 +23,7 @@ from ..results.records import loss_row
 from ..results.runs import running
 from ..results.tables import Table
 from ..training.optimizers import ONE_SOLVE_A_STEP
-from ..training.workers import shared_pool
+from ..training.workers import results_of
 
 NAME = "equal_seconds"
 FIXED = "seed", "seconds", "device"
@@ -88,8 +88,8 @@ def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = Non
 
 
 def _alone(folder: Path, grid: Grid, name: str, seed: int) -> str:
-    pool = shared_pool(1)
-    return str(pool.submit(train, folder, grid, name, seed).result())
+    ((_, ended),) = results_of(train, [(folder, grid, name, seed)], workers=1)
+    return ended
 
 
 def train(folder: Path, grid: Grid, name: str, seed: int) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +15,16 @@ from rich.progress import Progress
 
 from .. import measuring, problems, training
 from ..measuring.during_training import DuringTraining
-from ..results import options, provenance, records
+from ..results import options, records
 from ..results.records import loss_row
+from ..results.runs import running
 from ..results.tables import Table
 from ..training import checkpoints
 
 NAME = "train"
 CHECKPOINT = "checkpoint.pt"
 LAST_FINITE = "last-finite.pt"
+QUESTION = "How do the losses change along this training?"
 GOES_ON = "a run goes on with what it has, but for epochs and device"
 
 
@@ -66,13 +67,29 @@ def train(
     device that is not there.
     """
     options.device(settings.device)
-    header = _header(settings) if resume is None else _header_again(resume, settings)
-    folder = resume or records.new_run(results, NAME)
-    if during is not None:
-        header["metrics"] = measuring.definitions([*during.plan.metrics, "noise_floor"])
-        during.resume(header.get("measuring", {}))
-    records.write_header(folder, header | {"status": "running"})
-    status, diverged, begun = "finished", "", time.perf_counter()
+    if resume is not None:
+        _check_same(resume, settings)
+    config = vars(settings) | {"problem": settings.problem.name}
+    with running(NAME, config, QUESTION, results, resume) as (folder, header):
+        if during is not None:
+            header["metrics"] = measuring.definitions([*during.plan.metrics, "noise_floor"])
+            during.resume(header.get("measuring", {}))
+        _train(settings, folder, header, progress, resume, during)
+    frame, status = records.read(folder), str(header["status"])
+    said = "" if during is None else during.summary(frame["seconds"].max())
+    diverged = status.removeprefix("diverged: ") if status.startswith("diverged: ") else ""
+    return Outcome(folder, frame, diverged, status.startswith("stopped"), said)
+
+
+def _train(
+    settings: training.Settings,
+    folder: Path,
+    header: dict[str, Any],
+    progress: Progress,
+    resume: Path | None,
+    during: DuringTraining | None,
+) -> None:
+    """Train to the end, or until the header's status says why it ended before."""
     try:
         with _sigterm() as asked:
             for state in _epochs(settings, folder, resume, progress, asked):
@@ -84,36 +101,22 @@ def train(
                     records.append(folder, _rows(folder, settings, state, during, losses))
                     if during is not None:
                         header["measuring"] = during.counters()
-                        records.write_header(folder, header | {"status": "running"})
+                        records.write_header(folder, header)
     except Stopped as reason:
-        status = f"stopped: {reason}"
+        header["status"] = f"stopped: {reason}"
     except TerminatedWorkerError:
         if not asked.is_set():
             raise
-        status = "stopped: by SIGTERM while it was measuring; --resume goes on"
+        header["status"] = "stopped: by SIGTERM while it was measuring; --resume goes on"
     except training.NUMERICAL_ERRORS as error:
-        diverged = str(error)
-        status = f"diverged: {diverged}"
+        header["status"] = f"diverged: {error}"
         if isinstance(error, training.DivergedError):  # else the last checkpoint is good
             checkpoints.save_parameters(error.parameters, folder / LAST_FINITE)
-    except BaseException as error:
-        records.write_header(folder, header | {"status": f"failed: {type(error).__name__}"})
-        raise
-    seconds = header["seconds"] + time.perf_counter() - begun
-    records.write_header(folder, header | {"status": status, "seconds": seconds})
-    frame = records.read(folder)
-    said = "" if during is None else during.summary(frame["seconds"].max())
-    return Outcome(folder, frame, diverged, status.startswith("stopped"), said)
 
 
-def _header(settings: training.Settings) -> dict[str, Any]:
-    config = dataclasses.asdict(dataclasses.replace(settings, problem=None))  # type: ignore[arg-type]
-    return provenance.header(NAME, settings.problem.name, settings.device, config)
-
-
-def _header_again(folder: Path, settings: training.Settings) -> dict[str, Any]:
-    """Header of a run that goes on. Raises: ValueError if more than epochs or device differ."""
-    earlier, now = settings_of(folder), settings
+def _check_same(folder: Path, now: training.Settings) -> None:
+    """Raises: ValueError as `settings_of`, or if more than epochs or device differ."""
+    earlier = settings_of(folder)
     for name in ("optimizer", "seed", "batch_size", "hyper"):
         old, new = getattr(earlier, name), getattr(now, name)
         if old != new:
@@ -121,10 +124,6 @@ def _header_again(folder: Path, settings: training.Settings) -> dict[str, Any]:
     if earlier.problem.name != now.problem.name:
         known = earlier.problem.name
         raise ValueError(f"{folder} holds problem {known}, not {now.problem.name}: {GOES_ON}")
-    header = records.read_header(folder)
-    return provenance.again(header, _header(settings)) | {
-        name: header[name] for name in ("metrics", "seconds")
-    }
 
 
 def settings(

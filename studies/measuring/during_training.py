@@ -66,7 +66,7 @@ class DuringTraining:
             return []
         begun = time.perf_counter()
         snapshot = snapshots.take(settings, state, self.plan, losses, keep_matrices=False)
-        (found,) = snapshots.measure_all([snapshot], workers=1)
+        (found,) = snapshots.measure_all([snapshot], count=1)
         self.last = time.perf_counter() - begun
         self.seconds += self.last
         self.taken += 1

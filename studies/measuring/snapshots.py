@@ -20,9 +20,9 @@ from kronscope.diag import Operator, Problem
 from .. import problems
 from ..data import Data
 from ..results.records import loss_row
+from ..training import workers
 from ..training.loop import Settings, place
 from ..training.state import TrainingState
-from ..training.workers import shared_pool
 from . import measurement
 
 Lives = dict[str, dict[str, Operator]]  # by approximation and block
@@ -74,17 +74,17 @@ def _on_cpu(lives: Lives, device: str) -> Lives:
     return moved
 
 
-def measure_all(snapshots: Iterable[Snapshot], workers: int) -> Iterator[SnapshotRecords]:
-    """Measure snapshots as they come, in `workers` processes; results in order of completion.
+def measure_all(snapshots: Iterable[Snapshot], count: int) -> Iterator[SnapshotRecords]:
+    """Measure snapshots as they come, in `count` processes; results in order of completion.
 
     Taking the next snapshot waits while more than four per worker are queued.
     """
-    pool = shared_pool(workers)
+    pool = workers.shared_pool(count)
     pending: set[Future] = set()
     try:
         for snapshot in snapshots:
             pending.add(pool.submit(measure, snapshot))
-            full = len(pending) > 4 * workers
+            full = len(pending) > 4 * count
             done, pending = wait(pending, None if full else 0, FIRST_COMPLETED)
             yield from (future.result() for future in done)
         yield from (future.result() for future in as_completed(pending))

@@ -34,7 +34,8 @@ def again(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     Its commit and date stay those it began with; those it went on with are added to "resumed".
     """
     part = {name: now[name] for name in ("created", "commit", "versions", "device")}
-    kept = {name: earlier[name] for name in ("created", "commit", "versions") if name in earlier}
+    begun_with = ("created", "commit", "versions", "metrics")
+    kept = {name: earlier[name] for name in begun_with if name in earlier}
     resumed = [*earlier.get("resumed", []), part]
     return {**earlier, **now, **kept, "resumed": resumed}
 

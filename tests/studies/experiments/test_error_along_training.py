@@ -12,6 +12,7 @@ from kronscope.studies.experiments import error_along_training as study
 from kronscope.studies.reports.report import write_report
 from kronscope.studies.results import records
 from kronscope.studies.training import loop as training
+from tests.pools import in_process
 
 LAYERS = {"0": 1300, "2": 210, "4": 44, "5": 50, "7": 220, "9": 1344}
 
@@ -119,7 +120,7 @@ def test_a_diverging_optimizer_is_told_of_and_the_others_go_on(tmp_path, monkeyp
     grid = study.Grid(
         setting.name, ("sgd", "adam"), epochs=1, points=2, examples=8, damped_every=9, workers=1
     )
-    with Progress(disable=True) as progress:
+    with in_process(), Progress(disable=True) as progress:
         run = study.run(grid, tmp_path, progress)
     status = records.read_header(run)["status"]
     assert status.startswith("diverged: sgd: training diverged at step")
@@ -134,7 +135,8 @@ def test_an_error_keeps_the_rows_and_says_failed(tmp_path):
     grid = study.Grid(
         "digits-autoencoder-small", ("adam", "nonsense"), epochs=1, points=2, examples=8, workers=1
     )
-    with Progress(disable=True) as progress, pytest.raises(ValueError, match="no optimizer"):
+    refused = pytest.raises(ValueError, match="no optimizer")
+    with in_process(), Progress(disable=True) as progress, refused:
         study.run(grid, tmp_path, progress)
     (run,) = tmp_path.iterdir()
     assert records.read_header(run)["status"].startswith("failed: no optimizer 'nonsense'")

@@ -21,6 +21,7 @@ from kronscope.studies.results import records
 from kronscope.studies.training import loop as training
 from kronscope.studies.training import optimizers, trials
 from tests.paths import REFERENCE
+from tests.pools import in_process
 
 SMALL = problems.get("digits-autoencoder-small")
 
@@ -28,6 +29,12 @@ SMALL = problems.get("digits-autoencoder-small")
 def run(grid, results, resume=None):
     with Progress(disable=True) as progress:
         return study.run(grid, results, progress, resume)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_workers():
+    with in_process():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +165,7 @@ def test_spares_come_in_for_what_diverged(tmp_path, monkeypatch):
     monkeypatch.setattr(
         trials, "loss_at_the_end", lambda _, trial: ends[trial.optimizer, trial.seed]
     )
-    monkeypatch.setattr(trials, "rows", lambda *_: [])
+    monkeypatch.setattr(trials, "record", lambda *_: None)
     tuned = {name: study.candidates(grid, name)[0] for name in grid.optimizers}
     finals = study.train_best(grid, tmp_path, tuned, None)
     assert ("adam", 2) not in asked

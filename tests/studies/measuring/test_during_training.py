@@ -11,8 +11,15 @@ from kronscope.studies.measuring import during_training as alongside
 from kronscope.studies.measuring.during_training import DuringTraining
 from kronscope.studies.results import records
 from kronscope.studies.training import loop as training
+from tests.pools import in_process
 
 SMALL = problems.get("digits-autoencoder-small")
+
+
+@pytest.fixture(autouse=True)
+def _without_workers():
+    with in_process():
+        yield
 
 
 def train(folder, epochs, during=None, resume=None):

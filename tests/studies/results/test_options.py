@@ -14,7 +14,7 @@ from kronscope.studies.experiments import train as runs
 from kronscope.studies.measuring import table as blocks_table
 from kronscope.studies.results import options as checks
 from kronscope.studies.training import loop as training
-from kronscope.studies.tuning import queue as tuning
+from kronscope.studies.tuning import run as tuning
 from kronscope.studies.tuning.searches import Grid, Halving, Listed
 
 SMALL = problems.get("digits-autoencoder-small")

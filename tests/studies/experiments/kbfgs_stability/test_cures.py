@@ -11,13 +11,14 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
 
-from kronscope.optim import KBFGS
+from kronscope.optim import KBFGS, KBFGSLimited
 from kronscope.optim.methods.kbfgs import bfgs
 from kronscope.studies import problems
 from kronscope.studies.experiments.kbfgs_stability import cures
 from kronscope.studies.experiments.kbfgs_stability import variants as kbfgs_variants
 from kronscope.studies.results import records
 from kronscope.studies.training import trials, workers
+from tests.pools import in_process
 
 
 def autoencoder():
@@ -88,7 +89,7 @@ def test_a_planned_change_that_is_trusted():
 def test_a_shortened_step_with_its_whole_momentum():
     settings = {"lr": 0.3, "curvature_limit": 1e-3}
     (_, ours, a), (_, other, b) = (
-        train(kind, 1, **settings) for kind in (KBFGS, kbfgs_variants.StepOnly)
+        train(kind, 1, **settings) for kind in (KBFGSLimited, kbfgs_variants.StepOnly)
     )
     assert torch.equal(a[1], b[1])
     M, m = (next(iter(state["momentum"] for state in opt.state.values())) for opt in (other, ours))
@@ -181,6 +182,12 @@ def test_pairs_of_quarters_of_the_batch():
         torch.testing.assert_close(map_.right, H_a[0])
     with pytest.raises(ValueError, match="at least 4 examples; got 3"):
         opt.step(closure_of(opt, model, x[:3]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_workers():
+    with in_process():
+        yield
 
 
 @pytest.fixture(scope="module")

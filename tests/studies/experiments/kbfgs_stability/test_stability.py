@@ -13,11 +13,18 @@ from kronscope.studies.reports import stability_maps as maps
 from kronscope.studies.reports.report import write_report
 from kronscope.studies.results import records
 from kronscope.studies.training import trials
+from tests.pools import in_process
 
 
 def run(grid, results, resume=None):
     with Progress(disable=True) as progress:
         return study.run(grid, results, progress, resume)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_workers():
+    with in_process():
+        yield
 
 
 @pytest.fixture(scope="module")
