@@ -1,4 +1,4 @@
-"""Slope and curvature of the loss along a step, layer by layer, from an ordinary closure."""
+"""Slope and curvature of the loss along a step, layer by layer, measured in a closure."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +13,9 @@ Directions = dict[Tensor, Tensor]
 
 
 def products(layer: Layer, gradients: dict[Tensor, Tensor], d: Directions) -> Tensor:
-    """[⟨g, d⟩, dᵀ H_ll d] for gradients that carry a graph; H_ll is the layer's own block.
+    """Slope and curvature [⟨g, d⟩, dᵀ H_ll d] of a layer, from gradients that carry a graph.
 
-    The gradient of ⟨g_l, d_l⟩ by θ_l alone is H_ll d_l: no other layer's direction enters.
+    H_ll is the layer's own Hessian block: H_ll d_l is the gradient of ⟨g_l, d_l⟩ in θ_l alone.
     """
     own = [p for p in layer.parameters if p in d]
     reached = [p for p in own if p in gradients]
@@ -37,7 +37,7 @@ def products(layer: Layer, gradients: dict[Tensor, Tensor], d: Directions) -> Te
 
 
 class ProductsOfBackward(TorchFunctionMode):
-    """Inside, loss.backward() leaves .grad alone and adds each layer's `products` to `pairs`.
+    """Context in which loss.backward() adds each layer's `products` to `pairs`, not to .grad.
 
     directions: d of the parameters that move; `pairs` is empty until the first backward.
     """
@@ -55,7 +55,7 @@ class ProductsOfBackward(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Tensor.backward by `products`, all else as it is."""
+        """Replace Tensor.backward, and call all other functions."""
         run_it = self._backward if func is torch.Tensor.backward else func
         return run_it(*args, **(kwargs or {}))
 

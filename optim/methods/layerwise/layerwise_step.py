@@ -1,9 +1,8 @@
 """LayerwiseStep: a measured step size for every layer, in place of the learning rate.
 
-Source: Bahamou, Goldfarb 2023, arXiv:2305.13664, abstract: one step size per layer, from the
-layer's diagonal Hessian block along the direction of any first-order optimizer, for about one
-extra gradient a step. The rule in detail is not taken from the paper: the averages, the turns, the
-bounds and what happens to a bad measurement are this file's.
+Source: Bahamou, Goldfarb 2023, arXiv:2305.13664, abstract: one step size per layer, from its
+Hessian block along the direction of any first-order optimizer, for about one extra gradient a
+step. Averages, turns, bounds and the treatment of bad measurements are ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ SETTINGS = "decay", "max_step", "max_move", "layers_per_step"
 COUNTS = ("measured", "no descent", "product not finite", "step not finite", "cut")
 EPS = 1e-30  # of the curvature dᵀHd in loss units; max_step is what bounds a flat direction
 
-NO_BACKWARD = """the closure left no gradient by loss.backward(); LayerwiseStep needs one that does:
+NO_BACKWARD = """the closure gave no gradient by loss.backward(), which LayerwiseStep needs:
 
     def closure():
         opt.zero_grad()
@@ -36,13 +35,13 @@ NO_BACKWARD = """the closure left no gradient by loss.backward(); LayerwiseStep 
         loss.backward()
         return loss
 
-torch.autograd.backward(loss) is not seen; .grad is None after backward in the second run"""
+torch.autograd.backward(loss) does not count; in the second run .grad is None after backward"""
 
 
 def learn_(state: dict[str, Tensor], pair: Tensor, decay: float, max_step: float) -> None:
     """Average ⟨g, d⟩ and |dᵀHd|, then α = min(⟨g, d⟩ / max(|dᵀHd|, eps), max_step).
 
-    A pair that is not finite or no descent is counted and changes nothing else.
+    A pair that is not finite, or no descent, is only counted.
     """
     finite = torch.isfinite(pair).all()
     descent = pair[0] > 0
@@ -58,7 +57,7 @@ def learn_(state: dict[str, Tensor], pair: Tensor, decay: float, max_step: float
 
 
 def largest_step(theta: list[Tensor], d: list[Tensor], max_move: float) -> Tensor:
-    """max_move ‖θ_l‖ / ‖d_l‖, 0-d; without bound for θ_l = 0, which has no scale."""
+    """Largest step size max_move ‖θ_l‖ / ‖d_l‖, 0-d; infinite for θ_l = 0."""
     size, step = (torch.stack([one.norm() for one in part]).norm() for part in (theta, d))
     return torch.where(size > 0, max_move * size / step, torch.inf)
 
@@ -67,28 +66,24 @@ class LayerwiseStep(Optimizer):
     """Any optimizer with a measured step size per layer: θ_l <- θ_l - α_l d_l.
 
     α_l = ⟨∇_l, d_l⟩ / max(|d_lᵀ H_ll d_l|, eps), clipped to [0, max_step]: the minimum along d_l
-    of the layer's quadratic model. d is the step that the wrapped optimizer takes at lr = 1, so
-    its momentum, weight decay and preconditioner stay its own and its lr is never used; d is
-    known to the rounding of the parameters. H_ll is the Hessian block of the layer's own
-    parameters, by double backward with d_l alone: exact, without cross-layer terms.
+    of the layer's quadratic model. d is the step of the wrapped optimizer at lr = 1, with its own
+    momentum, weight decay and preconditioner; its lr is never used. H_ll is the Hessian block of
+    the layer's parameters, exact, by double backward.
 
     A layer is a module that owns parameters directly, weight and bias together. Each is measured
-    in the first step in which it has a gradient, then `layers_per_step` of them in turn; a
-    measurement enters running averages of ⟨∇_l, d_l⟩ and |d_lᵀ H_ll d_l| over this layer's turns,
-    whose ratio is α_l until the next. One that is no descent or not finite is counted and the
-    last α_l stays (0 before the first good one). A gradient that is not finite is set to zero
-    before the wrapped optimizer sees it and the layer does not move in that step, which is
-    counted. The loss is measured as the closure computes it, without weight decay.
+    in its first step with a gradient, then `layers_per_step` of them in turn. Measurements enter
+    running averages of ⟨∇_l, d_l⟩ and |d_lᵀ H_ll d_l|, whose ratio is α_l until the next. One that
+    is no descent or not finite is counted, and the last α_l stays (0 before the first good one).
+    A layer whose gradient is not finite does not move, which is counted; the wrapped optimizer
+    sees zero. The loss is measured without weight decay.
 
-    Layers that move at once do not know of one another, and α_l may be some steps old. Where
-    there is more than one, ‖α_l d_l‖ is therefore cut to max_move ‖θ_l‖ (unless θ_l = 0) and
-    the cut counted; α_l stays as measured. A single layer takes the exact minimum along d.
+    Layers move at once and α_l may be some steps old. Where there is more than one layer,
+    ‖α_l d_l‖ is therefore cut to max_move ‖θ_l‖ (unless θ_l = 0), and the cut is counted.
 
-    Each step evaluates the closure twice on the same batch: as it is, and with loss.backward()
-    standing for the products (.grad is None in this pass). Dropout masks repeat, buffers, .grad
-    and statistics of the wrapped optimizer end as the first evaluation left them. The usual
-    closure will do; losses must be twice differentiable and backward called as a method of the
-    loss. In one process: α is that of this process's batch.
+    Each step evaluates the closure twice on one batch, with the same dropout masks. In the second
+    pass loss.backward() stands for the products and .grad is None; buffers, .grad and statistics
+    end as the first pass left them. Losses must be twice differentiable, and backward a method of
+    the loss. One process only.
 
     optimizer: any torch.optim.Optimizer over parameters of `model`; param_groups are shared.
     decay: of the averages, in [0, 1).
@@ -177,11 +172,11 @@ class LayerwiseStep(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the wrapped optimizer's, which may clear more than gradients."""
+        """Clear gradients, and what the wrapped optimizer clears with them."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add it to the wrapped optimizer, whose groups these are."""
+        """Add a group to the wrapped optimizer, which owns the groups."""
         if "optimizer" not in self.__dict__:  # torch's constructor is filling its own list
             super().add_param_group(param_group)
             return
@@ -189,12 +184,12 @@ class LayerwiseStep(Optimizer):
         self._share()
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """{module name: α, 0-d}, live views, of the layers that had a gradient so far."""
+        """Step sizes {module name: α, 0-d} of the layers that had a gradient so far, live views."""
         layers = layers_of(self._model, self._parameters())
         return {x.name: self._state(x)["alpha"] for x in layers if x.parameters[0] in self.state}
 
     def summary(self) -> str:
-        """A table: each layer, its parameters, α, memory and counters that are not zero; totals."""
+        """Table of each layer, its parameters, α, memory and nonzero counters, with totals."""
         rows = [("layer", "parameters", "step size", "memory", "counters")]
         for layer in layers_of(self._model, self._parameters()):
             state = self.state.get(layer.parameters[0])
@@ -216,7 +211,7 @@ class LayerwiseStep(Optimizer):
         return "\n".join([f"LayerwiseStep of {name}", *lines, total])
 
     def state_dict(self) -> dict[str, Any]:
-        """As in PyTorch, with the "wrapped" optimizer, own settings and whose turn is next."""
+        """State as in PyTorch, with the "wrapped" optimizer, settings and whose turn is next."""
         return {
             **super().state_dict(),
             "wrapped": self.optimizer.state_dict(),

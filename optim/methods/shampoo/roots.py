@@ -1,4 +1,4 @@
-"""Inverse p-th roots of positive semi-definite matrices, for a stack at a time."""
+"""Inverse p-th roots of stacks of positive semi-definite matrices."""
 
 from math import ceil, log
 
@@ -16,7 +16,7 @@ ACCEPTED = 1e-3  # error of a root that is still used; float32 does not always r
 def inverse_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
     """(M + damping I)^(-1/p) [b, n, n], and for which it worked ([b] bool); damping [b].
 
-    By eigenvalues on a CPU; elsewhere by products alone, which no device has to be waited for.
+    By eigenvalues on a CPU; on a device by products alone, without waiting for it.
 
     The fourth root of 16:
         >>> root, ok = inverse_root(15 * torch.eye(2)[None], torch.ones(1), 4)
@@ -27,7 +27,7 @@ def inverse_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
 
 
 def eigen_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """The same by eigenvalues; those that rounding has made negative are zero before damping.
+    """Inverse p-th roots by eigenvalues; those negative from rounding count as zero.
 
     A matrix with an eigenvalue below -`INDEFINITE` of the largest is refused.
     """
@@ -42,7 +42,7 @@ def eigen_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
 
 
 def newton_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """The same by the coupled Newton iteration, without a look at values on a GPU.
+    """Inverse p-th roots by the coupled Newton iteration, without reading values on a GPU.
 
     T = ((p+1) I - N) / p,  N <- Tᵖ N,  X <- X T,  from N = z (M + damping I), X = z^(1/p) I with
     z = (1+p) / (2 ‖M + damping I‖_F), until N = I to `TOLERANCE` or the error grows. Members
@@ -70,7 +70,7 @@ def newton_root(M: Tensor, damping: Tensor, p: int) -> tuple[Tensor, Tensor]:
 
 
 def root(M: Tensor, p: int) -> Tensor:
-    """M^(1/p) [b, n, n]; eigenvalues of the size of rounding are zero, for roots magnify them."""
+    """M^(1/p) [b, n, n]; eigenvalues of the size of rounding count as zero."""
     values, U = eigh(M)
     rounding = M.shape[-1] * torch.finfo(M.dtype).eps * values[:, -1:]
     powers = torch.where(values > rounding, values, 0.0) ** (1 / p)
@@ -91,7 +91,7 @@ def _eigh(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _enough(n: int, p: int, dtype: torch.dtype) -> int:
-    """Iterations for any condition number that the precision can hold.
+    """Number of iterations for any condition number that the precision can hold.
 
     The smallest eigenvalue of N, no less than 1 / (√n condition), grows by ((p+1)/p)ᵖ each time;
     near 1 the number of digits doubles.

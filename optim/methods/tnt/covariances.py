@@ -1,4 +1,4 @@
-"""TNT's U_i: averaged contractions H_i scaled to a joint covariance, and their damped inverses.
+"""Covariance factors U_i of TNT from averaged contractions H_i, and their damped inverses.
 
 U_i = H_i / (c^(k-1) Π_{j≠i} n_j), c = (T/N)^(1/k), T = tr H_i (the same for every i), N = Π n_j,
 for k axes with a matrix: every U_i has the mean eigenvalue c, and U_1 ⊗ ... ⊗ U_k the trace T.
@@ -18,7 +18,7 @@ TINY = 1e-30  # a mean eigenvalue below it stands for no gradient at all
 
 
 def scale(H: Tensor, shape: tuple[int, ...], k: int, i: int) -> Tensor:
-    """H_i / U_i = c^(k-1) Π_{j≠i} n_j, [b]; H [b, n, n] is any one of the H_j.
+    """Ratio H_i / U_i = c^(k-1) Π_{j≠i} n_j, [b]; H [b, n, n] is any one of the H_j.
 
     By hand, H_1 = H_2 = 2 I of a 2 x 2 parameter, c = 1:
         >>> import torch
@@ -31,24 +31,24 @@ def scale(H: Tensor, shape: tuple[int, ...], k: int, i: int) -> Tensor:
 
 
 def share(stack: Stack, i: int) -> Tensor:
-    """H_i / U_i of each parameter in a stack, [size]."""
+    """Ratio H_i / U_i of each parameter in a stack, [size]."""
     held = axes.names(stack, "H")
     return scale(stack[next(iter(held.values()))], stack.shape, len(held), i)
 
 
 def covariance(stack: Stack, i: int) -> Tensor:
-    """U_i [size, n_i, n_i], undamped."""
+    """Covariance factor U_i [size, n_i, n_i], undamped."""
     return stack[axes.names(stack, "H")[i]] / share(stack, i)[:, None, None]
 
 
 @dataclass(frozen=True)
 class CovarianceInverse:
-    """(H, share damping) -> (H / share + damping I)⁻¹ without a copy of H / share."""
+    """Damped inverse (H / share + damping I)⁻¹ from H and share damping, without a copy."""
 
     damping: float
 
     def shift(self, stack: Stack, i: int) -> Tensor:
-        """What the damping of U_i is for H_i, share damping, [size]."""
+        """Damping of H_i that corresponds to that of U_i: share damping, [size]."""
         return self.damping * share(stack, i)
 
     def __call__(self, H: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
