@@ -96,6 +96,7 @@ def test_fisher_equals_ggn_for_a_log_likelihood(network, loss_name):
         close(dense(exact.fisher(problem, block)), dense(exact.ggn(problem, block)), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_name", LOSSES)
 def test_sampled_fisher_tends_to_the_exact_one(network, loss_name):
     loss, targets = LOSSES[loss_name]

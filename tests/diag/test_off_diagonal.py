@@ -70,6 +70,8 @@ def test_units_of_one_layer_name_the_same_parameters(mixed, of):
     norms = block_norms(mixed, units, of)
     for j, first in enumerate(units):
         for k, second in enumerate(units):
+            if k < j and of != "hessian":
+                continue  # the transpose of one before
             found = cross(mixed, first, second, of) @ torch.eye(second.d)
             both = Block("both", (*first.members, *second.members))
             whole = dense_block(mixed, both, of, 1, None)

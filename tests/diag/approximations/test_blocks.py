@@ -59,7 +59,7 @@ def test_groups_mask_the_truth(parts, partition, of):
 
 
 @given(seed=st.integers(0, 10_000), labels=st.lists(st.integers(0, 3), min_size=4, max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_coarser_groups_are_never_worse(seed, labels):
     torch.manual_seed(seed)
     problem = four_layers()

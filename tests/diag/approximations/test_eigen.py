@@ -172,7 +172,7 @@ def test_low_rank_beyond_the_size_is_the_truth(classifier):
     rank=st.integers(1, 12),
     of=st.sampled_from(["hessian", "ggn", "empirical_fisher"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_more_ranks_are_never_worse(seed, n, rank, of):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))

@@ -31,7 +31,7 @@ def drawn(seed, k):
 
 
 @given(seed=SEEDS, k=st.integers(1, 6), mu=MU_2)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_both_dampings_give_their_inequality(seed, k, mu):
     s, y, H = drawn(seed, k)
     floor = MU_1 * y @ H @ y
@@ -69,7 +69,7 @@ def test_no_pair_where_the_gradient_did_not_change():
 
 
 @given(seed=SEEDS, k=st.integers(1, 6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_update_is_bfgs(seed, k):
     """(I - ρ s yᵀ) H (I - ρ y sᵀ) + ρ s sᵀ, with H' y = s and H' positive definite."""
     s, y, H = drawn(seed, k)

@@ -258,7 +258,7 @@ def test_eva(problem):
     channels=st.integers(1, 3),
     of=st.sampled_from(["ggn", "fisher", "empirical_fisher"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_inequalities_on_convolutions(seed, n, kernel, channels, of):
     torch.manual_seed(seed)
     convolution = nn.Conv1d(2, channels, kernel, bias=bool(seed % 2))

@@ -143,7 +143,7 @@ def test_one_kernel_per_output_is_all_of_a_linear_convolution():
     bias=st.booleans(),
     of=st.sampled_from(["ggn", "empirical_fisher"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_finer_blocks_are_never_better(seed, channels, out, kernel, bias, of):
     torch.manual_seed(seed)
     problem = made(nn.Conv2d(channels, out, kernel, bias=bias), channels, 2, 3)

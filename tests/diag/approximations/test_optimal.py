@@ -76,7 +76,7 @@ def by_gradient(matrix, o, i, starts=6):
     return min(found) ** 0.5
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_psd_of_an_indefinite_truth_is_as_good_as_descent_finds(seed):
     problem = indefinite(seed)
     block = problem.block("0")
@@ -144,7 +144,7 @@ def test_psd_polishes_a_leading_term_that_is_not_accurate(monkeypatch):
     n=st.integers(1, 6),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_alternation_never_gets_worse(seed, n, sizes):
     """Nor worse than its start, nor better than without the constraint."""
     problem = indefinite(seed, n, sizes)

@@ -1,5 +1,6 @@
 """Dense curvature blocks from their definitions, slow and obvious, to hold BackPACK against."""
 
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -12,11 +13,25 @@ from torch.nn.functional import one_hot
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def kept(method):
+    """A method of one block, computed once for each."""
+
+    @wraps(method)
+    def once(self, block):
+        key = (method.__name__, block.name)
+        if key not in self.known:
+            self.known[key] = method(self, block)
+        return self.known[key]
+
+    return once
+
+
 class Definitions:
     """What each extension should compute for a block of the problem, [d, d]; `labels` [k, n, c] are
     the scores of sampled labels, drawn as BackPACK draws them after the seed."""
 
     def __init__(self, problem, samples, seed):
+        self.known = {}
         self.problem, self.model, self.n = problem, problem.model, problem.n
         with torch.no_grad():
             z = self.model(problem.inputs)
@@ -33,6 +48,7 @@ class Definitions:
         made = getattr(self, extension.lower().removesuffix("exact"))(block)
         return torch.diag(made.diagonal()) if extension.startswith("Diag") else made
 
+    @kept
     def J(self, block):
         """Jacobian of each example's outputs, [n, c, d]."""
         parts = {}
@@ -47,10 +63,12 @@ class Definitions:
             parts[name] = found.reshape(self.n, -1, *value.shape)
         return block.join(parts)
 
+    @kept
     def sqrtggn(self, block):
         J = self.J(block)
         return torch.einsum("nad,nab,nbe->de", J, self.H, J) / self.n
 
+    @kept
     def sqrtggnmc(self, block):
         roots = torch.einsum("ncd,knc->knd", self.J(block), self.labels).flatten(0, 1)
         return roots.T @ roots / self.n
@@ -61,6 +79,7 @@ class Definitions:
 
     diagggn, diagggnmc = sqrtggn, sqrtggnmc
 
+    @kept
     def diaghessian(self, block):
         def value(v):
             return self.problem.loss(self.problem.outputs(block, v), self.problem.targets)
@@ -97,6 +116,7 @@ class Definitions:
         G = G.reshape(len(G) // T, T, len(G) // T, T).sum((1, 3))
         return kron(G / T, A)
 
+    @kept
     def inputs(self, block):
         """A = mean_n Σ_t a_t a_tᵀ and T; a_t is the slope of output 0 at t in its own weights."""
         name = block.members[0].module

@@ -92,6 +92,7 @@ def test_large_truths_claim_no_interval_for_the_eigenspace():
     assert math.isnan(found.low)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_other_batches_show(network):
     """A fixed approximation and gradient on many batches: their spread matches the intervals.
 

@@ -56,7 +56,7 @@ class Products:
 
 
 @given(seed=st.integers(0, 10_000), d=st.integers(2, 12), k=st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_eigenspace_overlap_of_generic_matrices(seed, d, k):
     torch.manual_seed(seed)
     X, Y = torch.randn(d, d), torch.randn(d, d)
@@ -155,7 +155,7 @@ def explicit(truth):
 
 
 @given(seed=st.integers(0, 10_000), o=st.integers(1, 4), i=st.integers(1, 4), of=st.integers(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_off_block_mass_of_random_partitions(seed, o, i, of):
     """Grids of groups, and partitions that are none, for each kind of per-example terms."""
     torch.manual_seed(seed)

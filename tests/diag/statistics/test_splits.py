@@ -106,6 +106,7 @@ def test_cross_fit_of_another_truth_and_refusals(classifier):
     assert not classifier.model.get_parameter("0.weight").requires_grad
 
 
+@pytest.mark.slow
 def test_cross_fit_is_unbiased_where_the_same_batch_is_not():
     """Mean over batches of (estimate - true ‖E C - B‖²), in standard errors; B as it was built."""
     torch.manual_seed(1)
