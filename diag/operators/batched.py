@@ -48,10 +48,7 @@ class BatchedSymmetric(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Symmetric matrices as mean [p] plus deviations [N, p], p = k(k+1)/2, packed by `pack`.
-
-    The small difference to a good approximation would be rounding if mean and deviations were one.
-    """
+    """Symmetric matrices as packed mean [p] and deviations [N, p], apart against cancellation."""
 
     centre: Tensor
     deviations: Tensor
