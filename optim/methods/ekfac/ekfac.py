@@ -13,6 +13,7 @@ from ...blocks.blocks import Block
 from ...capture.capture import Accumulate, Totals
 from ...core import settings as checks
 from ...core.base import CurvatureOptimizer, Live
+from ...core.fisher import FisherOptimizer
 from ...core.inversions import Job
 from ...core.kronecker_factors import factors_of, learn_factors, warm_factors
 from ...core.stacks import Stack
@@ -31,7 +32,7 @@ from .formulas import (
 RA_DECAY = 0.75  # of EKFAC-ra's scalings
 
 
-class EKFAC(CurvatureOptimizer):
+class EKFAC(FisherOptimizer):
     """KFAC with corrected eigenvalues: W_bar <- W_bar - lr U_G[(U_Gᵀ M U_A)/(S + damping)]U_Aᵀ.
 
     U_A, U_G hold the eigenvectors of KFAC's A and G. S, out x in+1, is a running average of
@@ -42,7 +43,7 @@ class EKFAC(CurvatureOptimizer):
     acts at once. On update steps layer inputs and their gradients, of all micro-batches, are kept
     until the step. `EKFACra` has cheaper, noisier eigenvalues.
 
-    Settings: see `CurvatureOptimizer`.
+    Settings: see `CurvatureOptimizer` and, for the defaults, `FisherOptimizer`.
 
     State of each weight: A, U_A [in+1, in+1]; G, U_G [out, out]; S, momentum [out, in+1]; counts;
     failures in a row.
@@ -51,45 +52,12 @@ class EKFAC(CurvatureOptimizer):
     NumericalError if the eigenvectors of a factor are not found three times in a row.
     Source: arXiv:1806.03884, section 3, with the scalings as running averages; convolutions as in
     arXiv:1602.01407. Carrying S over is ours; so are lr and damping, which are KFAC's.
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = EKFAC(model, lr=0.3, damping=0.1, likelihood="gaussian")
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
     """
 
     _former: ClassVar[dict[str, tuple[Any, str]]] = {
         "scalings": ("examples", "for scalings from the mini-batch gradient use EKFACra"),
         "scalings_decay": (None, "decay is that of the scalings too; EKFACra has its own"),
     }
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1.0,
-        damping: float = 3.0,
-        momentum: float = 0.9,
-        decay: float = 0.9,
-        weight_decay: float = 0.0,
-        likelihood: str = "bernoulli",
-        update_every: int = 1,
-        refresh_every: int = 20,
-        *,
-        stagger: bool = False,
-        decoupled_weight_decay: bool = False,
-        groups: list[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(model, groups, locals())
 
     def curvature(self) -> dict[str, Operator]:
         """{module name: U diag(S) Uᵀ}, the undamped Fisher blocks, live views.

@@ -41,20 +41,6 @@ class Eva(CurvatureOptimizer):
 
     Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it.
     Source: arXiv:2308.02123; defaults of its published code (CIFAR-10, batch 128).
-
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = Eva(model, lr=0.1, damping=0.3)
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
     """
 
     counts = ("updates", "not finite")

@@ -49,21 +49,6 @@ class ExactFisher(CurvatureOptimizer):
     NumericalError if K + damping I cannot be factored three times in a row.
     Source: arXiv:2106.03947; defaults lr and damping as for the MNIST autoencoder in its published
     code (batch 100, loss summed over 784 pixels).
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = ExactFisher(model, lr=0.3, damping=0.1, likelihood="gaussian")
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
     """
 
     counts = ("updates", "failed inverses", "not finite")

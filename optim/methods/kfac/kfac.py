@@ -7,20 +7,21 @@ arXiv:2006.08877 compares with; convolutions as in Grosse, Martens 2016, arXiv:1
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...blocks.blocks import Block
 from ...capture.capture import Accumulate
-from ...core.base import CurvatureOptimizer, Live
+from ...core.base import Live
+from ...core.fisher import FisherOptimizer, kronecker
 from ...core.inversions import Job
 from ...core.kronecker_factors import factors_of, learn_factors, warm_factors
 from ...core.stacks import Stack
 from ...linalg.basics import damped_inverse
-from ...linalg.operators import Kronecker, Operator, by_group
+from ...linalg.operators import Operator
 from ...linalg.products import sandwich
 
 
-class KFAC(CurvatureOptimizer):
+class KFAC(FisherOptimizer):
     """Kronecker-factored curvature: W_bar <- W_bar - lr G_inv M A_inv, per Linear and Conv2d.
 
     G_inv = (G + √damping I)⁻¹, A_inv = (A + √damping I)⁻¹. A and G are running averages of the
@@ -28,7 +29,7 @@ class KFAC(CurvatureOptimizer):
     over positions A sums over them and G is their mean. M is an average. `KFAC2015` has the
     published rescaling, momentum and adaptive damping.
 
-    Settings: see `CurvatureOptimizer`.
+    Settings: see `CurvatureOptimizer` and, for the defaults, `FisherOptimizer`.
 
     State of each weight: A, A_inv [in+1, in+1]; G, G_inv [out, out]; momentum [out, in+1]; counts;
     failures in a row.
@@ -37,21 +38,6 @@ class KFAC(CurvatureOptimizer):
     NumericalError if a factor cannot be inverted three times in a row.
     Source: arXiv:1503.05671, sections 3-5; defaults as in the published code of
     arXiv:2006.08877 (MNIST autoencoder, loss summed over 784 pixels).
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = KFAC(model, lr=0.3, damping=0.1, likelihood="gaussian")
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
     """
 
     _former: ClassVar[dict[str, tuple[Any, str]]] = {
@@ -61,30 +47,12 @@ class KFAC(CurvatureOptimizer):
         "adaptive": (None, "use KFAC2015"),
     }
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1.0,
-        damping: float = 3.0,
-        momentum: float = 0.9,
-        decay: float = 0.9,
-        weight_decay: float = 0.0,
-        likelihood: str = "bernoulli",
-        update_every: int = 1,
-        refresh_every: int = 20,
-        *,
-        stagger: bool = False,
-        decoupled_weight_decay: bool = False,
-        groups: list[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(model, groups, locals())
-
     def curvature(self) -> dict[str, Operator]:
         """{module name: G ⊗ A}, the undamped Fisher blocks, live views.
 
         Raises: RuntimeError before there is a state.
         """
-        return self._operators(lambda stack, block: _product(stack, block, "G", "A"))
+        return self._operators(lambda stack, block: kronecker(stack, block, stack["G"], stack["A"]))
 
     def _accumulate(self) -> Accumulate:
         return factors_of(self._harness.setting("likelihood"))
@@ -105,9 +73,4 @@ class KFAC(CurvatureOptimizer):
 
     def _operator(self, stack: Stack, block: Block) -> Operator:
         """G_inv ⊗ A_inv."""
-        return _product(stack, block, "G_inv", "A_inv")
-
-
-def _product(stack: Stack, block: Block, left: str, right: str) -> Operator:
-    pairs = zip(stack.of(block, left), stack.of(block, right), strict=True)
-    return by_group([Kronecker(G, A) for G, A in pairs])
+        return kronecker(stack, block, stack["G_inv"], stack["A_inv"])

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...blocks.blocks import Block
 from ...capture.capture import Accumulate
 from ...capture.per_example import examples_of
-from ...core.base import CurvatureOptimizer, Live
+from ...core.base import Live
+from ...core.fisher import FisherOptimizer, kronecker
 from ...core.inversions import Job
 from ...core.stacks import Stack
-from ...linalg.operators import Kronecker, Operator, by_group
+from ...linalg.operators import Operator
 from ...linalg.products import sandwich
 from .formulas import balanced_inverse, learn_moments, trace, warm_moments
 
 
-class TKFAC(CurvatureOptimizer):
+class TKFAC(FisherOptimizer):
     """Kronecker-factored curvature of the right trace: W_bar <- W_bar - lr L_inv M R_inv.
 
     The curvature is L ⊗ R / δ with L = E_n[V_n V_nᵀ], R = E_n[V_nᵀ V_n], V_n the gradient of one
@@ -31,7 +32,7 @@ class TKFAC(CurvatureOptimizer):
     L and R are running averages; M is an average. On update steps layer inputs and their
     gradients, of all micro-batches, are kept until the step.
 
-    Settings: see `CurvatureOptimizer`.
+    Settings: see `CurvatureOptimizer` and, for the defaults, `FisherOptimizer`.
 
     State of each weight: L, L_inv [out, out]; R, R_inv [in+1, in+1]; momentum [out, in+1]; counts;
     failures in a row.
@@ -40,40 +41,7 @@ class TKFAC(CurvatureOptimizer):
     NumericalError if a factor cannot be inverted three times in a row.
     Source: arXiv:2011.10741 for the idea; how δ and the damping are shared out, several positions,
     lr and damping (KFAC's) are our choice.
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = TKFAC(model, lr=0.3, damping=0.1, likelihood="gaussian")
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1.0,
-        damping: float = 3.0,
-        momentum: float = 0.9,
-        decay: float = 0.9,
-        weight_decay: float = 0.0,
-        likelihood: str = "bernoulli",
-        update_every: int = 1,
-        refresh_every: int = 20,
-        *,
-        stagger: bool = False,
-        decoupled_weight_decay: bool = False,
-        groups: list[dict[str, Any]] | None = None,
-    ) -> None:
-        super().__init__(model, groups, locals())
 
     def curvature(self) -> dict[str, Operator]:
         """{module name: L ⊗ (R / δ)}, the undamped Fisher blocks.
@@ -81,7 +49,7 @@ class TKFAC(CurvatureOptimizer):
         Raises: RuntimeError before there is a state.
         """
         return self._operators(
-            lambda stack, block: _product(stack, block, stack["L"], stack["R"] / trace(stack["R"]))
+            lambda stack, block: kronecker(stack, block, stack["L"], stack["R"] / trace(stack["R"]))
         )
 
     def _accumulate(self) -> Accumulate:
@@ -106,9 +74,4 @@ class TKFAC(CurvatureOptimizer):
 
     def _operator(self, stack: Stack, block: Block) -> Operator:
         """L_inv ⊗ R_inv."""
-        return _product(stack, block, stack["L_inv"], stack["R_inv"])
-
-
-def _product(stack: Stack, block: Block, left: Tensor, right: Tensor) -> Operator:
-    place = stack.places[block]
-    return by_group([Kronecker(L, R) for L, R in zip(left[place], right[place], strict=True)])
+        return kronecker(stack, block, stack["L_inv"], stack["R_inv"])
