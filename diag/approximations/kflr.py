@@ -15,16 +15,14 @@ def kflr(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
 
     mean_n(C_n) ⊗ mean_n(a_n a_nᵀ)  =  G ⊗ A
 
-    G [out, out] comes from BackPACK, which back-propagates a square root of the output Hessian
-    (its rank is at most the number of outputs, hence the name); A [in+1, in+1] is of the layer's
-    inputs with 1 appended. For a Linear layer with one row per example this is `kfac` of the GGN,
-    by another engine. For a convolution with T positions A = mean_n Σ_t a_t a_tᵀ and G is 1/T of
-    the curvature of a shift shared by all positions. Exact when all C_n or all a_n a_nᵀ coincide.
+    G [out, out] comes from BackPACK, which back-propagates a square root of the output Hessian, of
+    a rank up to the number of outputs; A [in+1, in+1] is of the layer's inputs with 1 appended. For
+    a Linear layer with one row per example this is `kfac` of the GGN. At T positions
+    A = mean_n Σ_t a_t a_tᵀ and G is 1/T of the curvature of a shift shared by all positions.
+    Exact when all C_n or all a_n a_nᵀ coincide. of: "ggn", or "fisher", which is equal to it.
 
-    of: "ggn", or "fisher", which is equal to it.
-
-    Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or a module,
-    loss or setting that BackPACK does not support (docs/backpack.md lists them).
+    Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or what
+    BackPACK does not support (docs/backpack.md lists it).
     """
     quantities.check_target(problem, "kflr", of)
     return quantities.kflr(problem, block)
@@ -40,16 +38,9 @@ def kfra(problem: Problem, block: Block, of: str = "ggn") -> Kronecker:
     G = mean_n(H_n) at the outputs, then  G ← mean_n(J_nᵀ G J_n)  down through each module
 
     H_n [c, c] is the Hessian of example n's loss w.r.t. the outputs, J_n the Jacobian of the
-    module's output w.r.t. its input: one matrix is passed down for the whole batch, so what the
-    Jacobians of different modules have in common is lost. A [in+1, in+1] is of the layer's inputs
-    with 1 appended. For a convolution with T positions A = mean_n Σ_t a_t a_tᵀ, and G, summed over
-    pairs of positions, is divided by T. Exact for one example, and where KFLR is and no J_n depends
-    on n.
-
-    of: "ggn", or "fisher", which is equal to it.
-
-    Raises: ValueError for another `of`, a block that is not one Linear or Conv layer, or a module,
-    loss or setting that BackPACK does not support (docs/backpack.md lists them).
+    module's output w.r.t. its input: one matrix is passed down for the whole batch. A as in `kflr`;
+    at T positions G, summed over pairs of positions, is divided by T. Exact for one example, and
+    where KFLR is and no J_n depends on n. of, Raises: as `kflr`.
     """
     quantities.check_target(problem, "kfra", of)
     return quantities.kfra(problem, block)

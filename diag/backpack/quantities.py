@@ -115,24 +115,12 @@ def kfac(problem: Problem, block: Block, samples: int = 1, generator: Labels = N
 
 
 def kflr(problem: Problem, block: Block) -> Kronecker:
-    """KFLR, from BackPACK's KFLR: G [out, out] ⊗ A [in+1, in+1] on [W, b].
-
-    G is the exact GGN of the layer's pre-activation.
-
-    Raises: ValueError for what BackPACK does not support, or a block not one Linear or Conv layer.
-    Source: Botev et al. 2017 (arXiv:1706.03662), extended to convolutions by BackPACK.
-    """
+    """KFLR, from BackPACK's KFLR; see `approximations.kflr`."""
     return _kronecker(problem, block, extensions.KFLR())
 
 
 def kfra(problem: Problem, block: Block) -> Kronecker:
-    """KFRA, from BackPACK's KFRA: G [out, out] ⊗ A [in+1, in+1] on [W, b].
-
-    G is averaged over the batch at every module on its way down from the outputs.
-
-    Raises: ValueError for what BackPACK does not support, or a block not one Linear or Conv layer.
-    Source: Botev et al. 2017 (arXiv:1706.03662), extended to convolutions by BackPACK.
-    """
+    """KFRA, from BackPACK's KFRA; see `approximations.kfra`."""
     return _kronecker(problem, block, extensions.KFRA())
 
 

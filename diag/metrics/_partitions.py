@@ -51,17 +51,7 @@ def _(operator: Kronecker) -> Tensor:
 
 
 @partition_of.register
-def _(operator: Damped) -> Tensor:
-    return partition_of(operator.base)
-
-
-@partition_of.register
-def _(operator: Inverse) -> Tensor:
-    return partition_of(operator.base)
-
-
-@partition_of.register
-def _(operator: Converted) -> Tensor:
+def _(operator: Damped | Inverse | Converted) -> Tensor:
     return partition_of(operator.base)
 
 

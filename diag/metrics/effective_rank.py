@@ -1,7 +1,5 @@
 """Ratio of effective ranks, the numbers of directions that share the curvature."""
 
-import math
-
 from torch import Tensor
 
 from ..estimate import Estimate
@@ -31,6 +29,6 @@ def effective_rank(truth: Operator, approximation: Operator | None = None) -> Es
     found = norms(truth, identity_like(truth))
     own: Tensor = found.cross.square() / found.square
     if approximation is None:
-        return from_replicates(own, truth, undefined=math.inf)
+        return from_replicates(own, truth)
     rank = trace(approximation) ** 2 / inner(approximation, approximation)
-    return from_replicates(rank / own, truth, undefined=math.inf)
+    return from_replicates(rank / own, truth)

@@ -30,7 +30,7 @@ def eigenspace_overlap(truth: Operator, approximation: Operator, k: int = 10) ->
     two has count as missed. NaN for a truth without a positive eigenvalue.
     Interval: first order, up to d = 400; above, by Lanczos, value only.
 
-    Raises: ValueError for k < 1; diag.spectrum.NotConvergedError where Lanczos does not converge.
+    Raises: ValueError for k < 1; spectra.NotConvergedError where Lanczos does not converge.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")

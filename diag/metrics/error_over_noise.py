@@ -1,7 +1,5 @@
 """Relative error in units of the noise floor."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ def error_over_noise(truth: Operator, approximation: Operator) -> Estimate:
     assert isinstance(truth, PerExampleTerms)  # noise_floor has seen to it
     found = norms(truth, approximation)
     noise = floor**2 * found.square[0] * keep(truth, "noise factors", lambda: _factors(truth.gram))
-    return from_replicates((found.error / noise).sqrt(), truth, undefined=math.inf)
+    return from_replicates((found.error / noise).sqrt(), truth)
 
 
 def _factors(gram: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Excess of the relative error over that of the best Kronecker product."""
 
-import math
-
 from ..estimate import Estimate
 from ..operators import Kronecker, Operator, keep
 from ..registry import metric
@@ -30,4 +28,4 @@ def excess_over_best_kronecker(truth: Operator, approximation: Operator) -> Esti
     excess = (found.error / found.square).sqrt() - best_scale_error(least)
     if isinstance(approximation, Kronecker):  # no product is better than the best of a replicate
         excess = excess.clamp(min=0)
-    return from_replicates(excess, truth, undefined=math.inf)
+    return from_replicates(excess, truth)

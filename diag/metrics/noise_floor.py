@@ -1,7 +1,5 @@
 """Sampling noise of the exact block, relative to its norm."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -49,4 +47,4 @@ def noise_floor(
         weights = random_splits(truth.n, truth.n // 2, truth.n // 2, SPLITS)
     floors = split_floors(truth, weights).cpu()
     shown = [floors.mean()[None], floors] if len(floors) > 1 else [floors]
-    return from_replicates(torch.cat(shown).sqrt(), truth, undefined=math.inf)
+    return from_replicates(torch.cat(shown).sqrt(), truth)

@@ -7,11 +7,7 @@ from torch import Tensor
 from ..estimate import Estimate
 from ..operators import Operator
 from ..registry import metric
-from ..spectra.preconditioned import (
-    NotPositiveDefiniteError,
-    preconditioned_extremes,
-    square_root,
-)
+from ..spectra.preconditioned import NotPositiveDefiniteError, preconditioned_extremes, square_root
 from ..statistics.influence import of_form
 from ..statistics.intervals import from_influence
 from ..truths.per_example import PerExampleTerms

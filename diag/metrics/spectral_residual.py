@@ -27,7 +27,7 @@ def spectral_residual(truth: Operator, approximation: Operator) -> Estimate:
     Range [0, ∞), 0 is best; NaN for a zero truth.
     Interval: first order, x·(T_n − C)x at the eigenvector x of each norm; none where C = B.
 
-    Raises: diag.spectrum.NotConvergedError where Lanczos does not converge.
+    Raises: spectra.NotConvergedError where Lanczos does not converge.
     """
     greatest = dominant(truth)
     scale = abs(greatest.value)

@@ -1,7 +1,5 @@
 """Trace of the approximation over that of the truth."""
 
-import math
-
 from ..estimate import Estimate
 from ..operators import Operator, trace
 from ..operators.compositions import identity_like
@@ -24,4 +22,4 @@ def trace_ratio(truth: Operator, approximation: Operator) -> Estimate:
     cannot tell the truth's trace from zero.
     """
     traces = norms(truth, identity_like(truth)).cross
-    return from_replicates(trace(approximation) / traces, truth, undefined=math.inf)
+    return from_replicates(trace(approximation) / traces, truth)

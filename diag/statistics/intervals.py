@@ -176,7 +176,7 @@ def deviations(truth: PerExampleTerms) -> Tensor:
     return keep(truth, "deviations", lambda: norm_deviations(truth.gram)).double().cpu()
 
 
-def from_replicates(numbers: Tensor, truth: Operator, undefined: float) -> Estimate:
+def from_replicates(numbers: Tensor, truth: Operator, undefined: float = math.inf) -> Estimate:
     """Estimate from [1 + REPLICATES] numbers, the value first: a percentile interval.
 
     undefined: what a replicate counts as whose truth has no norm left (a batch that cannot tell

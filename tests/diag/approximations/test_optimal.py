@@ -56,7 +56,7 @@ def test_psd_equals_the_unconstrained_best_of_a_semidefinite_truth(classifier, o
         assert least(found.left, found.right) > -1e-12
 
 
-def by_gradient(matrix, o, i, starts=6):
+def by_gradient(matrix, o, i, starts=4):
     """The least ‖C − XXᵀ ⊗ YYᵀ‖ found by L-BFGS over the roots, from random starts."""
     found = []
     for _ in range(starts):
