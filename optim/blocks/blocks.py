@@ -1,4 +1,4 @@
-"""What is trained as a whole: layers whose weight nobody else uses, or single parameters."""
+"""Blocks of parameters that are preconditioned together: layers, or single parameters."""
 
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass

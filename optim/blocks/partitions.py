@@ -1,4 +1,4 @@
-"""Parts of a model whose curvature a method keeps whole, and between which it keeps none."""
+"""Partitions of a model's parameters into the blocks of a block-diagonal curvature."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

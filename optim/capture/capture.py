@@ -1,4 +1,4 @@
-"""Layer inputs and pre-activation gradients, gathered while the user's own loop runs.
+"""Capture of layer inputs and pre-activation gradients during training.
 
 Statistics follow .grad: what a training forward stored counts only once backward adds to the
 weight's .grad (torch.autograd.grad does not), several micro-batches add up, and zero_grad clears
@@ -32,12 +32,12 @@ NOT_WARM = (
     "labels are sampled, and backward where they are the data's"
 )
 SPENT = (
-    "has the gradient of a second backward through one forward, whose statistics were cleared with "
-    "the first; run the model again for the loss that is trained"
+    "was back-propagated twice through the same forward pass; its statistics were cleared after "
+    "the first. Run the forward again for the loss that is trained"
 )
 OVERWRITTEN = (
-    "the input of layer '{}' was changed in place between its forward and backward; its statistics "
-    "would be of the changed one"
+    "the input of layer '{}' was changed in place between its forward and backward pass, so that "
+    "its statistics would be wrong; change a copy"
 )
 
 

@@ -1,4 +1,4 @@
-"""Running the user's closure an extra time without leaving a trace; arithmetic of our own."""
+"""Repeated evaluation of the user's closure without side effects, and full precision inside."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Hooks that do not outlive what they serve, and one that tells when .grad is added to."""
+"""Hooks with weak references, and a hook on the accumulation of .grad."""
 
 import weakref
 from collections.abc import Callable

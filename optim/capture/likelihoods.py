@@ -1,4 +1,4 @@
-"""Distributions over labels that a model's outputs stand for: sample, score, and Fisher matrix.
+"""Likelihoods of the labels given the model outputs: sampling, score and Fisher matrix.
 
 The score is d(-log p(label | output)) / d output for each example, not divided by the batch.
 """

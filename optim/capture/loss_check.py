@@ -1,4 +1,4 @@
-"""Does the loss that is trained belong to the likelihood whose labels are sampled?
+"""Check that the training loss is that of the likelihood whose labels are sampled.
 
 The gradient of the loss with respect to the model's output tells cross-entropy over classes from
 other losses: softmax and labels both sum to one, so that each example's gradient sums to zero.

@@ -1,4 +1,4 @@
-"""Rows of single examples, kept until the step, for means of squares of their gradients.
+"""Layer inputs and output gradients of single examples, kept until the step.
 
 V_n = Σ_t g_nt ã_ntᵀ [out, in+1] is what example n gives for W_bar. It is squared as a whole, so
 nothing can be summed before every position is there: calls of a layer in one forward of the model

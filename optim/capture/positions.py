@@ -1,4 +1,4 @@
-"""A layer's inputs and gradients by example and position, one matrix per group.
+"""Layer inputs (patches) and gradients by example and position, one matrix per group.
 
 A Linear layer acts at every position of [batch, ..., in], a convolution at every place of its
 output; a [groups, m, T, in] holds what the weights of each group are multiplied with (patches for a

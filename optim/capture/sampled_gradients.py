@@ -1,4 +1,4 @@
-"""Gradients of sampled labels w.r.t. every parameter, gathered while the user's own loop runs.
+"""Capture of the gradients of sampled labels w.r.t. every parameter during training.
 
 They are drawn inside the forward of the model and, like the statistics of layers, follow .grad:
 they count once backward, past the model's output, adds to a parameter's .grad, micro-batches add

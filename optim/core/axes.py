@@ -1,4 +1,4 @@
-"""Parameters as tensors with a matrix on each axis: contractions, products, the joint operator.
+"""Tensors with one matrix per axis: contractions, products and their Kronecker operator.
 
 What Shampoo and TNT share: both average the contractions of a gradient with itself over all axes
 but one, H_i [n_i, n_i], and multiply the momentum by a function of H_i along axis i.

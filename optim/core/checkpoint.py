@@ -1,4 +1,4 @@
-"""state_dict and resume, bit for bit."""
+"""Loading a state_dict without change of dtype."""
 
 from typing import Any
 

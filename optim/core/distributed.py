@@ -1,4 +1,4 @@
-"""One batch spread over the processes of torch.distributed, as torchrun starts them.
+"""Data-parallel training: statistics and inverses joined over torch.distributed processes.
 
 DistributedDataParallel averages .grad over the processes. Statistics are joined here before anyone
 learns from them, so that every process holds the state that one process on the joint batch would:
@@ -28,12 +28,12 @@ def size() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     return dist.get_rank() if size() > 1 else 0
 
 
 def alone(who: str, instead: str) -> None:
-    """Raise ValueError if there are several processes, which this method would let drift apart."""
+    """Raise ValueError if there are several processes, for methods that would let them diverge."""
     if size() > 1:
         raise ValueError(
             f"{who} does not support several processes ({size()} in torch.distributed): it would "

@@ -1,4 +1,4 @@
-"""What an optimizer raises when the numbers themselves do not let it go on."""
+"""The error for factors that cannot be inverted and steps that cannot be taken."""
 
 
 class NumericalError(RuntimeError):

@@ -37,6 +37,6 @@ class FisherOptimizer(CurvatureOptimizer):
 
 
 def kronecker(stack: Stack, block: Block, left: Tensor, right: Tensor) -> Operator:
-    """Left ⊗ right of a block, of factors [size, n, n] of its stack."""
+    """The product left ⊗ right of a block, of factors [size, n, n] of its stack."""
     place = stack.places[block]
     return by_group([Kronecker(L, R) for L, R in zip(left[place], right[place], strict=True)])

@@ -51,6 +51,6 @@ def refuse_scaler(optimizer: Optimizer) -> None:
 
 
 def _forget(optimizer: Optimizer) -> None:
-    """Take away what GradScaler left: after an error it does not, and later steps would see it."""
+    """Remove the attributes that GradScaler set and would leave after an error."""
     for name in ("found_inf", "grad_scale"):
         optimizer.__dict__.pop(name, None)

@@ -1,8 +1,4 @@
-"""What every optimizer here does around its own formulas, held by the optimizer as one object.
-
-Blocks in stacks, capturing, momentum and moves, parameters without a block, mixed precision,
-frozen steps, checkpoints, the summary. The methods are their own classes and call what they need.
-"""
+"""Shared optimizer machinery: layer batching, statistics, momentum, AMP, checkpoints."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +27,7 @@ from .summary import table
 
 
 class Harness:
-    """The layers of one optimizer and its dealings with the training loop.
+    """Layers, statistics and momentum of one optimizer.
 
     counts: names of the entries of each block's state["counts"]; "not finite" must be among them,
     and "failed inverses" for methods that refresh. form: of the momentum. variables: finds single
@@ -118,7 +114,7 @@ class Harness:
         self.capture.accumulate = accumulate if self.updating else None
 
     def joined(self) -> None:
-        """A parameter group has been added: check it, find its layers, give it the step number."""
+        """Check a parameter group just added, find its layers, give it the step number."""
         self.refresher.settle(wait=True)  # its verdicts are on stacks that go now
         groups = self.optimizer.param_groups
         settings.joined(groups, self.optimizer.defaults, self.model)
@@ -144,7 +140,7 @@ class Harness:
         return sampled_score(self.setting("likelihood"), output, self.labels)
 
     def begin(self) -> bool:
-        """Undo a GradScaler's scale; False where it found an overflow and the step must not be.
+        """Undo a GradScaler's scale; False after an overflow, when the step must be skipped.
 
         Raises: NumericalError about an inverse that keeps failing; ValueError as `take_scale`.
         """
@@ -175,7 +171,7 @@ class Harness:
         return found
 
     def _heed_moves(self) -> None:
-        """Take note of a model that went to another dtype or device before there was a state.
+        """Follow a model that went to another dtype or device before there was a state.
 
         Raises: ValueError if there is one.
         """
@@ -218,7 +214,7 @@ class Harness:
             stack["counts"].select(1, self.counts.index(name)).add_(flag)
 
     def learned(self, stack: Stack, ok: Tensor, blocks: Iterable[Block]) -> None:
-        """Count whose statistics, of these blocks', were learned, ok [size] bool, and whose not."""
+        """Count the updates of these blocks' statistics, and where they failed; ok [size] bool."""
         self.count(stack, {"updates": ok})
         if not known_true(ok):
             self.count(stack, {"not finite": ~ok & stack.mask(blocks)})

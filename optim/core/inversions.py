@@ -1,4 +1,4 @@
-"""Work on the factors of a stack, inverses and roots: what is solved for, and when it is due."""
+"""Inversions and roots of factors as jobs, and the schedule by which they are due."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""The factors A and G of the Kronecker family: how backward brings them, and how they are averaged.
+"""Kronecker factors A and G: accumulation in backward and running averages.
 
 A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E_n[(1/T) Σ_t g gᵀ] a MEAN
 (KFC, arXiv:1602.01407); with one row per example both are plain means. g is the gradient of the

@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt rules: damping by how well the quadratic model foresaw the loss.
+"""Levenberg-Marquardt rules: damping adapted by the quality of the quadratic model.
 
 Source: arXiv:1503.05671, sections 6.5 and 6.6; the constants are its defaults as we recall them.
 """
@@ -16,7 +16,7 @@ BOUNDS = 1e-12, 1e12  # of both factors, so that they find the way back
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """How KFAC(rescale=True) adapts λ, the damping of the model, and γ, that of the factors.
+    """Constants by which KFAC2015 adapts λ, the damping of its model, and γ, that of the factors.
 
     At each multiple of `period` λ <- omega λ if ρ > 3/4 and λ / omega if ρ < 1/4; ρ is the change
     of loss and L2 term over what the model without λ foresaw, so that it is 1 on a quadratic. At

@@ -1,7 +1,7 @@
-"""Momentum, weight decay and the move, for layers in stacks and for parameters without a block.
+"""Momentum, weight decay and parameter updates, for stacks of layers and for other parameters.
 
-A gradient that is not finite changes nothing. Where Python can look at values for nothing (a CPU)
-the masks that this takes are left out when all is finite; the numbers are the same.
+A gradient that is not finite changes nothing. On a CPU, where values can be read without a host
+sync, the masks for this are left out when all is finite; the numbers are the same.
 """
 
 from collections.abc import Callable, Iterable

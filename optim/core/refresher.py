@@ -1,4 +1,4 @@
-"""Inverses and roots of factors: in batches of one size, kept where they are good, and failures.
+"""Batched inversion of factors, with a second try in float64 and a count of failures.
 
 A result that fails is tried again in float64; if that fails too, the last good one stays, the
 failure is counted, and training stops with the remedies after several in a row. On a GPU nobody
@@ -22,7 +22,7 @@ PATIENCE = 3  # failures in a row before training is stopped
 
 @dataclass(eq=False)
 class _Verdict:
-    """Flags on their way to the host."""
+    """Success flags of a job, being copied to the host."""
 
     job: Job
     live: Tensor
@@ -131,7 +131,7 @@ def _on_its_way(job: Job, live: Tensor, ok: Tensor) -> _Verdict:
 
 
 def to_host(flags: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy for Python to read, under way from a GPU, and the event that says it is there."""
+    """An asynchronous copy to the host, and the event that marks its arrival."""
     host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
     host.copy_(flags, non_blocking=True)
     event = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""Refusing bad settings early, with the value and the way out."""
+"""Validation of optimizer settings; errors state the value and the allowed range."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -117,7 +117,7 @@ def group_settings(settings: dict[str, Any], own: list[str]) -> None:
 
 
 def joined(groups: list[dict[str, Any]], defaults: Iterable[str], model: nn.Module) -> None:
-    """Give the last group, just added, the step number; ValueError, and it is gone, if bad."""
+    """Give the group added last the step number; ValueError, and the group is removed, if bad."""
     first, new = groups[0], groups[-1]
     new["step"] = first["step"]
     # schedulers leave notes of their own in the groups they know
@@ -138,7 +138,7 @@ def choice(name: str, value: str, known: Iterable[str]) -> None:
 
 
 def no_copy(optimizer: Any, _: Any) -> NoReturn:
-    """As `__reduce_ex__`: TypeError, for torch would copy an optimizer without what it hooks."""
+    """`__reduce_ex__` that raises TypeError: a copied optimizer would lose its hooks."""
     raise TypeError(
         f"{type(optimizer).__name__} cannot be copied or pickled: it has hooks in its model; build "
         "another on the copied model and give it this one's state_dict()"

@@ -1,4 +1,4 @@
-"""State of layers of one shape held together, so that one batched product serves them all.
+"""Batched state of layers of equal shape: one batched product serves them all.
 
 A stack's tensors have a leading axis over its matrices: one for each layer, and one for each group
 of a grouped convolution. What `optimizer.state` shows of a layer are views into them.

@@ -1,4 +1,4 @@
-"""The table `summary()` returns: which parameter is treated how, and what its state weighs."""
+"""The table of `summary()`: treatment, memory of the state and counters of each parameter."""
 
 from collections.abc import Iterable, Sequence
 
@@ -74,7 +74,7 @@ def _treatments(model: nn.Module, blocks: list[Block | Part]) -> dict[Tensor, st
 
 
 def _counters(state: dict[str, Tensor], names: Sequence[str]) -> str:
-    """Those that are not zero."""
+    """Counters that are not zero, as text."""
     # the groups of a grouped convolution count for themselves
     numbers = state["counts"].reshape(-1, len(names)).sum(0).tolist() if "counts" in state else []
     parts = [f"{name} {n}" for name, n in zip(names, numbers, strict=bool(numbers)) if n]

@@ -1,4 +1,4 @@
-"""The pass over the data before the first step, from which running statistics start."""
+"""Initialisation of running statistics by a pass over the data before the first step."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial

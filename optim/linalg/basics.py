@@ -17,12 +17,12 @@ def free_to_read(tensor: Tensor) -> bool:
 
 
 def known_true(ok: Tensor) -> bool:
-    """Whether all of `ok` is true, if that can be known for nothing; else False."""
+    """Whether all of `ok` is true, if that is known without a host sync; else False."""
     return free_to_read(ok) and bool(ok.all())
 
 
 def known_finite(tensor: Tensor) -> bool:
-    """Whether `all_finite`, if that can be known for nothing; else False."""
+    """Whether `all_finite`, if that is known without a host sync; else False."""
     return free_to_read(tensor) and math.isfinite(tensor.sum(dtype=factor_dtype(tensor)))
 
 

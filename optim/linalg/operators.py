@@ -1,4 +1,4 @@
-"""What `preconditioner()` returns: linear maps with `.shape` and `@`, views of the live state."""
+"""Linear operators returned by `preconditioner()` and `curvature()`, with `.shape` and `@`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

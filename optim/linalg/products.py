@@ -1,4 +1,4 @@
-"""Products of matrices: symmetric ones by halves, large ones on a CPU by the faster library.
+"""Matrix products: symmetric ones by halves, large ones on a CPU by the faster library.
 
 PyTorch has two libraries for float32 products on a CPU. The usual one, MKL, leaves AVX-512 unused
 on processors that are not Intel's; the other, oneDNN, takes less than half the time there (EPYC,

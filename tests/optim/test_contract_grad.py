@@ -129,7 +129,7 @@ def test_a_second_backward_after_clearing_is_refused(kind):
         loss.backward()
         return loss.detach()
 
-    words = "two backwards through one forward|second backward through one forward|no label was"
+    words = "two backwards through one forward|back-propagated twice|no label was"
     with pytest.raises(ValueError, match=words):
         steps(kind, twice)
 

@@ -1,4 +1,4 @@
-"""EKFAC: KFAC's eigenvectors with the Fisher block's own diagonal between them.
+"""EKFAC: KFAC's eigenvectors with corrected eigenvalues.
 
 Source: George et al. 2018, arXiv:1806.03884.
 """

@@ -1,4 +1,4 @@
-"""The formulas of EKFAC: eigenvectors, squares of turned gradients, values carried over.
+"""The formulas of EKFAC: eigenvectors, squared gradients in the eigenbasis, change of basis.
 
 Source: George et al. 2018, arXiv:1806.03884.
 """
@@ -75,7 +75,7 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
 
 
 def carry_rows_(S: Tensor, old: Tensor, new: Tensor, place: slice = slice(None)) -> None:
-    """S [b, out, in+1] <- diagonal of the same map in the basis that has new for old U_G.
+    """S [b, out, in+1] <- diagonal of U diag(S) Uᵀ in the basis with the new U_G for the old.
 
     place: which of the b the old and new are of.
     """

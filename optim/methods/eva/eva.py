@@ -1,4 +1,4 @@
-"""Eva: curvature of rank one for each layer, from the means of its inputs and gradients.
+"""Eva: rank-one curvature of each layer from the means of its inputs and gradients.
 
 Source: Zhang, Shi, Wang, Li 2023, arXiv:2308.02123, in the form of its published code.
 """

@@ -1,4 +1,4 @@
-"""Formulas of Eva: the means, the solve of rank one, the clip. Stacks as first axis."""
+"""The formulas of Eva: means, rank-one solve and clip, batched over a stack."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""ExactFisher: the Fisher block of each layer, exact for its batch, inverted among its examples.
+"""ExactFisher: each layer's exact Fisher block of the batch, inverted in example space.
 
 Source: the per-layer natural gradient by Sherman-Morrison-Woodbury of TENGraD, Soori et al. 2022,
 arXiv:2106.03947; the block itself is the "Fisher-BD" of the published code of arXiv:2106.02925.

@@ -1,4 +1,4 @@
-"""The rows that ExactFisher holds of a batch: room for them, L of their Gram matrix, its use."""
+"""Rows of a batch held by ExactFisher, the Cholesky factor of their Gram matrix, the solve."""
 
 import torch
 from torch import Tensor

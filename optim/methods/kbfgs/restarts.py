@@ -1,9 +1,9 @@
-"""What becomes of a BFGS factor that is no longer positive definite: it begins anew.
+"""Restart of BFGS factors that are no longer positive definite.
 
 H_g and H_a learn from themselves, so that nothing mends one that rounding has made indefinite or
 that holds a NaN: every pair would be refused from then on. What is seen of it, yᵀH_g y or x̄ᵀH_a x̄
 negative or not finite, is noted in the step; the next one that updates starts that factor again. On
-a GPU nobody waits for the note: it is read once it has reached the host.
+a GPU the note is copied in the background and read once it has reached the host.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ FACTORS = ("H_g", "H_a")
 
 
 class Restarts:
-    """The notes of one optimizer: state "broken" [size, 2] bool, "restarts" [size, 2] in a row."""
+    """Broken factors: state "broken" [size, 2] bool, "restarts" [size, 2] in a row."""
 
     def __init__(self, harness: Harness) -> None:
         self._harness = harness
@@ -34,7 +34,7 @@ class Restarts:
         self._on_its_way: tuple[list[Stack], Tensor, torch.cuda.Event] | None = None
 
     def moved(self) -> None:
-        """The state has come to other stacks, or is another: what it says is under way."""
+        """Follow stacks made anew or a loaded state: send their flags to the host."""
         self._read, self._on_its_way = {}, None
         self.send(stack for stack in self._harness.stacks if "broken" in stack)
 
@@ -53,15 +53,13 @@ class Restarts:
         stack["broken"].logical_and_(unseen).logical_or_(now)
 
     def send(self, stacks: Iterable[Stack]) -> None:
-        """Let the host know what was noted, without waiting for it."""
+        """Copy the flags to the host without waiting."""
         noted = [stack for stack in stacks if not free_to_read(stack["broken"])]
         if noted and self._on_its_way is None:
             host, event = to_host(torch.cat([stack["broken"] for stack in noted]))
             self._on_its_way = noted, host, event
 
-    def begin_anew(
-        self, stack: Stack, totals: dict[Block, Totals], lambda_a: float
-    ) -> None:
+    def begin_anew(self, stack: Stack, totals: dict[Block, Totals], lambda_a: float) -> None:
         """Restart the factors of these blocks that are known to be broken, and count them.
 
         totals: of the coming update, λ_A its damping. A convolution's H_a waits for a batch whose
@@ -107,7 +105,7 @@ class Restarts:
             self._read[stack][place, i] = False
 
     def _known(self, stack: Stack) -> Tensor | None:
-        """The flags as the host knows them, [size, 2]; None where the news is under way."""
+        """The flags as known on the host, [size, 2]; None while the copy is under way."""
         if free_to_read(stack["broken"]):
             return stack["broken"]
         if self._on_its_way is not None:

@@ -1,4 +1,4 @@
-"""What K-BFGS learns from a pass over a batch: moments of inputs, means of z, g and x̃."""
+"""Batch statistics of K-BFGS: second moments of inputs, means of z, g and x̃."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""Shorten a step along which the loss curves more than its preconditioner was made for. Ours.
+"""Shorten steps along which the loss has more curvature than the preconditioner assumes. Ours.
 
 A step d = −lr P M plans with a curvature of P⁻¹: along itself, ⟨M, −d⟩ = d·P⁻¹d / lr. A second
-evaluation on the same batch tells what it met, d·H d = 2 (ℓ(θ + d) − ℓ(θ) − ∇·d), for nothing.
+evaluation on the same batch, which is made anyway, gives d·H d = 2 (ℓ(θ + d) − ℓ(θ) − ∇·d).
 Their ratio κ is lr times a Rayleigh quotient of P H (its greatest value is the sharpness of
 `spectra.sharpness`). Where P has missed a direction of much curvature and momentum carries the step
 along it, κ goes from about 1 to hundreds within one or two steps.

@@ -16,7 +16,7 @@ from ...linalg.basics import all_finite, factor_dtype, known_true, per
 
 @dataclass(eq=False)
 class Moving:
-    """A parameter in the step, all tensors of one shape (a layer's with an axis of groups first).
+    """A parameter with its gradient and last step, of one shape (layers: an axis of groups first).
 
     gradient: with the L2 term, zero where `ok` is not. held: its last step, a view of the state.
     """
@@ -37,7 +37,7 @@ class Moving:
 
 @dataclass(eq=False)
 class Movings:
-    """All parts: of the live layers, with ∇ [size, out, in+1] of each stack, and the others."""
+    """All moving parameters: of live layers, with ∇ [size, out, in+1] of each stack, and others."""
 
     live: Live
     gradients: dict[Stack, Tensor]

@@ -40,7 +40,7 @@ OTHER_LOSS = (
 
 @dataclass(eq=False)
 class Batch:
-    """The closure and what is known from its first call: the loss, generators before it."""
+    """The closure, the random state before its first call, and the loss of that call."""
 
     closure: Callable[[], Tensor]
     start: RandomState
@@ -197,7 +197,7 @@ class RescaledStep:
         return Quadratic(slope, pull, fisher, l2, damping)
 
     def _count(self, live: Live, ok: Tensor) -> None:
-        """A step left out, because the model was not finite, counts for every layer."""
+        """Count a step that was skipped because the model was not finite, for every layer."""
         if not known_true(ok):
             for stack, blocks in live.items():
                 self._harness.count(stack, {"not finite": ~ok & stack.mask(blocks)})
