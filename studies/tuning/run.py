@@ -38,6 +38,7 @@ HEARTBEAT, GRACE = 10, 60  # seconds
 DEATHS = 3  # of worker processes in one search: then it is not bad luck, but memory
 PATIENCE = 60.0  # seconds that a worker waits for the database while others write
 POLL = 0.5  # seconds between looks at trainings of other commands
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 class SurplusError(RuntimeError):
@@ -76,7 +77,6 @@ def _refuse_earlier_version(folder: Path) -> None:
 
 def open_study(search: Search, folder: Path) -> optuna.Study:
     """The study in the folder, a new one if there is none."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.RandomSampler()  # never asked: all points are enqueued
     return optuna.create_study(
         storage=_storage(folder),
@@ -153,8 +153,9 @@ def work(search: Search, folder: Path) -> None:
         return
     try:
         study.optimize(partial(train, search, folder), n_trials=1, catch=(SurplusError,))
-    except ValueError as error:
-        if str(error) != "Cannot tell a FAIL trial.":  # its heartbeat was missed: others retry it
+    except (ValueError, AssertionError) as error:
+        # its heartbeat was missed, perhaps while the machine slept: others retry the trial
+        if "Cannot tell a FAIL trial." not in (str(error), str(error.__context__)):
             raise
 
 
