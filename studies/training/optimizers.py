@@ -44,7 +44,8 @@ def _factory(kind: Callable[..., torch.optim.Optimizer], **own: Any) -> Factory:
 
 def _parameters(kind: Callable[..., Any]) -> list[str]:
     """Names of what a class is built from, whatever its __new__ takes."""
-    return list(inspect.signature(kind.__init__ if isinstance(kind, type) else kind).parameters)
+    made_by = kind.__init__ if isinstance(kind, type) else kind  # type: ignore[misc]
+    return list(inspect.signature(made_by).parameters)
 
 
 def kinds() -> dict[str, type[torch.optim.Optimizer]]:

@@ -60,5 +60,5 @@ def test_settings_that_are_gone_are_refused_by_name(kind, name):
 def test_the_state_of_another_optimizer_is_refused(kind):
     case, opt = trained(kind)
     sgd = torch.optim.SGD(case.model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="the state is of another optimizer than .*'damping'"):
+    with pytest.raises(ValueError, match=r"the state is of another optimizer than .*'damping'"):
         opt.load_state_dict(sgd.state_dict())
