@@ -23,6 +23,10 @@ class Searching:
         return tuning.open_study(search, folder).get_trials()
 
     @staticmethod
+    def finished(trials):
+        return {t.number: t.datetime_complete for t in trials if t.state.is_finished()}
+
+    @staticmethod
     def age_heartbeats(folder):
         """As if the heartbeats of running trials had been missing for an hour."""
         with closing(sqlite3.connect(folder / tuning.DATABASE, timeout=60)) as database, database:
