@@ -31,22 +31,15 @@ Closure = Callable[[], Tensor]
 class CurvatureOptimizer(Optimizer, ABC):
     """Preconditioned gradient descent, W_bar <- W_bar - lr P M for the W_bar = [W, b] of a layer.
 
-    Public methods are final; a subclass fills in the hooks: what backward gathers
-    (`_accumulate`), how statistics are learned (`_learn`, `_warm_up`), what is inverted
-    (`_inversions`), and P M (`_direction`, `_operator`).
-
     The training loop is the usual one: zero_grad, forward, backward of a mean over examples,
-    step. Where labels are sampled, this happens inside the forward of `model` on update steps,
-    from a generator of the optimizer's own (seeded from torch.initial_seed()): call the model
-    itself, not its parts. For micro-batches of m_i out of M examples scale each loss by m_i / M.
-
-    Settings, for the subclasses that have them:
+    step. Sampled labels are drawn inside the forward of `model` on update steps, from a generator
+    seeded by torch.initial_seed(): call the model itself, not its parts. For micro-batches of m_i
+    out of M examples scale each loss by m_i / M.
 
     model: dimension 0 of every layer's input is the batch; it returns a tensor.
     lr: step size, >= 0.  damping: > 0.
-    momentum: of M, in [0, 1). M <- momentum M + (1 - momentum) (∇ + weight_decay W_bar) is an
-        average, or, with `heavy_ball`, M <- momentum M + ∇ + ...: at momentum 0.9 the learning
-        rates of the two differ by a factor of ten.
+    momentum: of M, in [0, 1). M <- momentum M + (1 - momentum) (∇ + weight_decay W_bar), an
+        average, or, where `heavy_ball`, M <- momentum M + ∇ + ...: lr is ten times smaller at 0.9.
     decay: of the running averages of statistics, in [0, 1).
     weight_decay: L2, for biases too; with decoupled_weight_decay=True W_bar shrinks by
         lr * weight_decay instead.
@@ -58,10 +51,11 @@ class CurvatureOptimizer(Optimizer, ABC):
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
-    Parameters outside the layers take lr M; `summary()` says which are which. Tensors of the state
-    are float32, or float64 for float64 parameters; a grouped convolution's have an axis of groups
-    first; counts are in the order of the class attribute `counts`. The number of steps is
-    param_groups[0]["step"].
+    Parameters outside the layers take lr M; `summary()` says which are which. State tensors are
+    float32, or float64 for float64 parameters, with an axis of groups first in a grouped
+    convolution; "counts" are in the order of `counts`. param_groups[0]["step"] counts the steps.
+
+    Public methods are final. A subclass owes `_learn`, `_warm_up`, `_direction` and `_operator`.
     """
 
     __reduce_ex__ = checks.no_copy

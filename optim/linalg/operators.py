@@ -133,38 +133,6 @@ def by_group(maps: Sequence[Operator]) -> Operator:
 
 
 @dataclass(frozen=True, eq=False)
-class ColumnBlocks:
-    """Each column of W_bar multiplied by a matrix of its own: blocks on the column-major vec.
-
-    matrices [in+1, out, out]; shape (d, d) on the row-major vec, d = out * (in+1).
-
-    The second column doubled:
-        >>> double = torch.tensor([1.0, 2.0])[:, None, None] * torch.eye(2)
-        >>> (ColumnBlocks(double) @ torch.ones(4)).tolist()
-        [1.0, 2.0, 1.0, 2.0]
-    """
-
-    matrices: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """(d, d), d = out * (in+1)."""
-        d = self.matrices.shape[0] * self.matrices.shape[1]
-        return torch.Size((d, d))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the matrices."""
-        return self.matrices.dtype
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        """Apply to a vector [d] or to the columns of a matrix [d, k]."""
-        columns, out, _ = self.matrices.shape
-        parts = other.reshape(out, columns, -1).movedim(1, 0)
-        return (self.matrices @ parts).movedim(0, 1).reshape(other.shape)
-
-
-@dataclass(frozen=True, eq=False)
 class CompactInverse:
     """H_g of K-BFGS(L): BFGS on its last p pairs from H = I, never formed.
 
