@@ -139,15 +139,15 @@ def _explain(run: LoadedRun) -> None:
     status = str(run.header.get("status", "unknown"))
     if not run.header:
         st.warning(
-            "This run has no readable header.json: its status, its configuration and the "
+            "This run's header.json is missing or damaged: its status, its settings and the "
             "definitions of its metrics are unknown. `kronscope demo` writes a complete run."
         )
     elif status == "running" and time.time() - max(stamp(run.folder)) / 1e9 > QUIET:
-        st.warning("This run has written nothing for a while; it may have been killed.")
+        st.warning("This run has written nothing for 15 minutes; it may have been killed.")
     elif status == "running":
-        st.info("This run is still going; the page follows it.")
+        st.info("This run is still going; the page refreshes itself.")
     elif status != "finished":
-        st.warning(f"This run is not complete ({status}). What it has measured is shown.")
+        st.warning(f"This run did not finish ({status}). What it measured until then is shown.")
     if damaged := run.frame.attrs["damaged"]:
         lines = "\n".join(f"- `{text}`" for text in damaged)
         st.warning(

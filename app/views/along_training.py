@@ -6,6 +6,7 @@ from kronscope.app import common
 from kronscope.studies.reports import figures, summaries
 
 st.title("Along training")
+st.markdown("How far each approximation is from a layer's exact curvature, at each measured step.")
 run = common.open_run()
 rows = run.frame[run.frame["approximation"] != ""]
 if rows.empty:
@@ -38,8 +39,9 @@ if dampings:
 
 common.draw(figures.error_along_training(run.frame, metric, truth, optimizer, damping))
 st.caption(
-    run.about(metric) + ". Bands are the intervals of the estimates. Black is the best Kronecker "
-    "product; dashed grey is the sampling noise of the exact block, where it has the same unit."
+    run.about(metric) + ". One panel per layer; bands are 95 % intervals over the sample. Black: "
+    "the best possible Kronecker product. Dashed grey: sampling noise of the exact block itself; "
+    "errors below it cannot be told apart from it."
 )
 st.download_button(
     f"Download these {len(rows):,} records (CSV)",

@@ -8,6 +8,7 @@ from kronscope.studies.reports import figures, summaries
 from kronscope.studies.results import records
 
 st.title("Block inspector")
+st.markdown("One layer's exact curvature, an approximation of it and their difference.")
 run = common.open_run()
 compared = run.frame[run.frame["approximation"] != ""]
 stored = common.matrices(run.folder)
@@ -49,11 +50,12 @@ if pictured:
 else:
     where = f"; of {optimizer} at {', '.join(map(str, drawn))}" if drawn else ""
     st.info(
-        f"No matrices are stored for this choice; studies store them at a few steps only{where}."
+        f"No matrices are stored for this choice: studies keep them at the first and last step"
+        f"{where}."
     )
 
-st.subheader(f"All approximations of the exact {summaries.label(truth)} here, with intervals")
+st.subheader(f"All approximations of this layer's {summaries.label(truth)}: value [interval]")
 if rows.empty:
-    st.info("No records of this block at this step.")
+    st.info("Nothing was measured of this layer at this step.")
 else:
     common.show_table(run, common.with_intervals(rows))

@@ -15,6 +15,7 @@ for folder in common.run_folders():
     created = header.get("created", "unknown")
     rows.append({"run": folder.name, **facts, "created": created, "records": common.count(folder)})
 if rows:
+    st.caption("All runs in this folder, newest first. The one chosen on the left is shown below.")
     st.dataframe(pd.DataFrame(rows), hide_index=True)
 
 run = common.open_run()
@@ -30,7 +31,7 @@ if verdicts:
     st.subheader("Verdict")
     st.markdown("\n".join(f"- **{place}**: {verdict}" for place, verdict in verdicts.items()))
 elif not tables:
-    st.info("No verdict yet: it needs records of the metric `relative_error`.")
+    st.info("No verdict yet: it needs measured errors (metric `relative_error`).")
 for title, table in tables.items():
     st.subheader(title)
     content = pd.DataFrame(table["rows"], columns=table["columns"])
@@ -54,7 +55,11 @@ medians = {
 }
 truths = [truth for truth, table in medians.items() if not table.empty]
 if truths:
-    st.subheader("Each approximation at the last step, median over the layers")
+    st.subheader("Error of each approximation at the last step")
+    st.caption(
+        "Medians over the layers. A column's tooltip has its formula, range and best value; "
+        "best_kronecker is the least error that any Kronecker product can have."
+    )
     truth = common.choose("Compared with the exact", truths, "truth", show=summaries.label)
     common.show_table(run, medians[truth].map(summaries.number))
 
@@ -63,7 +68,7 @@ pictures = {"Loss": figures.loss_curves, "Accuracy": figures.accuracy_curves}
 for title, draw in pictures.items():
     if shown["metric"].str.endswith(f"_{title.lower()}").any():
         st.subheader(title)
-        x = common.choose("Against", ["step", "epoch", "seconds"], f"{title.lower()}-against")
+        x = common.choose("Along", ["step", "epoch", "seconds"], f"{title.lower()}-against")
         common.draw(draw(shown, x))
     elif title == "Loss":
-        st.info("No loss curves: this run has no records of a loss.")
+        st.info("No loss curves: this run has recorded no loss.")

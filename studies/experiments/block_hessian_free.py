@@ -70,10 +70,9 @@ TINY = Grid(seeds=1, epochs=1, lr_factors=(1.0,), damping_factors=(1.0,), adam_l
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
-    """Run the study and return the run's folder; every training is written when it has ended.
+    """Run the study and return the run's folder; each training is written when it has ended.
 
-    resume: the folder of an earlier run on the same problem; what it has trained is kept.
-    Raises: ValueError for a folder of another study or problem.
+    resume: as in `runs.running`; trainings that are there are kept.
     """
     with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)

@@ -85,11 +85,10 @@ TINY = Grid(
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
-    """Run the study and return the run's folder; every training is written when it has ended.
+    """Run the study and return the run's folder; each training is written when it has ended.
 
-    resume: the folder of an earlier run on the same problem; what it has trained is kept.
+    resume: as in `runs.running`; trainings that are there are kept.
     A training that diverges, or whose factors cannot be inverted, counts as infinitely bad.
-    Raises: ValueError for a folder of another study or problem.
     """
     with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         tuned = tune(grid, folder, progress)

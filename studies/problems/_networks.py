@@ -21,14 +21,14 @@ def shortcut(x: Tensor, stride: int, extra: int) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch norm, beside a shortcut without parameters."""
+    """Two 3x3 convolutions and a shortcut without parameters; batch norm, or biases without it."""
 
-    def __init__(self, inward: int, outward: int, stride: int) -> None:
+    def __init__(self, inward: int, outward: int, stride: int, norm: bool = True) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inward, outward, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outward)
-        self.conv2 = nn.Conv2d(outward, outward, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outward)
+        self.conv1 = nn.Conv2d(inward, outward, 3, stride=stride, padding=1, bias=not norm)
+        self.norm1 = nn.BatchNorm2d(outward) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(outward, outward, 3, padding=1, bias=not norm)
+        self.norm2 = nn.BatchNorm2d(outward) if norm else nn.Identity()
         self.relu = nn.ReLU()
         self.stride, self.extra = stride, outward - inward
 
@@ -36,22 +36,6 @@ class BasicBlock(nn.Module):
         """Pictures [n, inward, h, w] -> [n, outward, h / stride, w / stride]."""
         h = self.relu(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
-        return self.relu(h + shortcut(x, self.stride, self.extra))
-
-
-class NormFreeBlock(nn.Module):
-    """Two 3x3 convolutions with biases and without norm, beside a shortcut without parameters."""
-
-    def __init__(self, inward: int, outward: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inward, outward, 3, stride=stride, padding=1)
-        self.conv2 = nn.Conv2d(outward, outward, 3, padding=1)
-        self.relu = nn.ReLU()
-        self.stride, self.extra = stride, outward - inward
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pictures [n, inward, h, w] -> [n, outward, h / stride, w / stride]."""
-        h = self.conv2(self.relu(self.conv1(x)))
         return self.relu(h + shortcut(x, self.stride, self.extra))
 
 
@@ -105,7 +89,7 @@ def norm_free_resnet(channels: Sequence[int], classes: int = 10) -> nn.Sequentia
     layers["stem"] = nn.Conv2d(3, channels[0], 3, padding=1)
     layers["relu"] = nn.ReLU()
     for place, (inward, outward) in enumerate(pairwise((channels[0], *channels))):
-        layers[f"block{place + 1}"] = NormFreeBlock(inward, outward, stride=2 if place else 1)
+        layers[f"block{place + 1}"] = BasicBlock(inward, outward, 2 if place else 1, norm=False)
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
     layers["head"] = nn.Linear(channels[-1], classes)
     model = nn.Sequential(layers)

@@ -319,7 +319,7 @@ def _finish(
     if np.isinf(rows["value"]).any():
         shown = {**shown, "infinite": INFINITE_LOOK}
     if figure.axes[0].get_yscale() == "log" and (rows["value"].abs() <= ROUNDING).any():
-        shown = {**shown, "zero but for rounding": ZERO_LOOK}
+        shown = {**shown, "zero up to rounding": ZERO_LOOK}
     handles = [Line2D([], [], label=name, **look) for name, look in shown.items()]
     inches = 0.6 + 0.08 * max((len(name) for name in shown), default=0)  # of the longest entry
     lines = math.ceil(len(handles) / max(1, figure.get_figwidth() // inches))

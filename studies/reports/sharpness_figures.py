@@ -11,9 +11,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from . import prediction
-from .figures import natural, select
+from .figures import PlainLogFormatter, natural, select
 
 WRONG, FINE = (sns.color_palette("colorblind")[i] for i in (3, 0))
 PANELS = {  # title: (metric, truth)
@@ -52,6 +53,9 @@ def run_curves(frame: pd.DataFrame, optimizer: str, limit: float) -> Figure:
         _traces(axes, _of(own, *key), found)
         axes.set_title(title, fontsize="medium")
         axes.set(xlabel="step", yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(PlainLogFormatter())
         if key[0] == "sharpness":
             axes.axhline(limit, color="0.3", linestyle="--", linewidth=1.2)
     for axes in panels[len(kept) :]:

@@ -102,7 +102,7 @@ def _verdict(own: pd.DataFrame, errors: pd.Series) -> str:
         where = "within" if error <= floor else f"{error / floor:.1f} times"
         said += f" and {where} the sampling noise of the exact block itself ({number(floor)})"
     for name in errors.index[errors.index.str.endswith("_live") & (errors > error)]:
-        said += f"; what the optimizer itself applies ({name}, its damping inside) is at "
+        said += f"; what the optimizer itself applies ({name}, damping included) is at "
         said += number(errors[name])
     cosines = own.get("step_cosine", pd.Series(dtype=float)).drop(BOUND, errors="ignore").dropna()
     if not cosines.empty:

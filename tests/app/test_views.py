@@ -23,7 +23,7 @@ STATES = {  # state -> what every view says in it, number of figures
     "running": ("still going", 1),
     "diverged": ("diverged: the loss is not finite at step 60", 1),
     "damaged": ("part-00001.parquet", 1),
-    "no_header": ("no readable header.json", 1),
+    "no_header": ("header.json is missing or damaged", 1),
 }
 
 

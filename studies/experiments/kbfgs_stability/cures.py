@@ -63,10 +63,10 @@ TINY = Grid("digits-autoencoder-small", ("limit 10", "undoing", "ramp"), seeds=2
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
-    """Run the study and return the run's folder; every training is written when it has ended.
+    """Run the study and return the run's folder; each training is written when it has ended.
 
-    resume: the folder of an earlier run on the same problem; what it has trained is kept.
-    Raises: ValueError for a folder of another study or problem, or an unknown cure.
+    resume: as in `runs.running`; trainings that are there are kept.
+    Raises: ValueError as `runs.running`, or an unknown cure.
     """
     if unknown := set(grid.cures) - set(CANDIDATES):
         raise ValueError(f"no cure {sorted(unknown)}; known: {list(CANDIDATES)}")

@@ -48,10 +48,10 @@ TINY = Grid("digits-autoencoder-small", ("kbfgs", "sgd"), seeds=2, lr_factors=(1
 
 
 def run(grid: Grid, results: Path, progress: Progress, resume: Path | None = None) -> Path:
-    """Run the study and return the run's folder; every training is written when it has ended.
+    """Run the study and return the run's folder; each training is written when it has ended.
 
-    resume: the folder of an earlier run on the same problem; what it has trained is kept.
-    Raises: ValueError for a folder of another study or problem, or an unknown optimizer.
+    resume: as in `runs.running`; trainings that are there are kept.
+    Raises: ValueError as `runs.running`, or an unknown optimizer.
     """
     with running(NAME, vars(grid), __doc__, results, resume) as (folder, header):
         points = {name: _points(grid, name) for name in grid.optimizers}

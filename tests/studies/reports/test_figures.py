@@ -193,7 +193,7 @@ def test_what_a_logarithm_cannot_show_is_marked_and_does_not_stretch_the_axis(sm
         rendered(figures.error_along_training(rows, "relative_error", "ggn", "adam")),
         rendered(figures.error_by_block(rows, "relative_error", "ggn")),
     ):
-        assert "zero but for rounding" in legend(figure)
+        assert "zero up to rounding" in legend(figure)
         assert figure.axes[0].get_ylim()[0] > 1e-3
         marked = [line for line in figure.axes[0].lines if line.get_marker() == "$0$"]
         assert len(marked) == 1
@@ -288,7 +288,7 @@ def test_verdicts_are_computed_from_the_numbers():
         "Exact GGN, kbfgs at step 7": "kfac is closest, with a relative error of 0.600 (median "
         "over the layers), 1.20 times that of the best possible Kronecker product and 2.0 times "
         "the sampling noise of the exact block itself (0.300); what the optimizer itself applies "
-        "(kbfgs_live, its damping inside) is at 2.00; the step nearest to the exact one is kfac's "
+        "(kbfgs_live, damping included) is at 2.00; the step nearest to the exact one is kfac's "
         "(median cosine 0.850)."
     }
 
