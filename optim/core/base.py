@@ -51,9 +51,16 @@ class CurvatureOptimizer(Optimizer, ABC):
     stagger: share a period's inversions out over its steps, so that none is much slower.
     groups: torch's parameter groups, for other lr, damping, momentum, decay, weight_decay.
 
-    Parameters outside the layers take lr M; `summary()` says which are which. State tensors are
-    float32, or float64 for float64 parameters, with an axis of groups first in a grouped
-    convolution; "counts" are in the order of `counts`. param_groups[0]["step"] counts the steps.
+    Parameters outside the layers take lr M; `summary()` says which are which.
+
+    State of each weight: momentum [out, in+1], "counts" in the order of `counts`, failures in a
+    row of each inversion, and the tensors that the class names; float32, or float64 for float64
+    parameters, with an axis of groups first in a grouped convolution. param_groups[0]["step"]
+    counts the steps.
+
+    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
+    NumericalError if an inversion fails three times in a row; RuntimeError from preconditioner()
+    and curvature() before there is a state.
 
     Public methods are final. A subclass owes `_learn`, `_warm_up`, `_direction` and `_operator`.
     """

@@ -13,8 +13,8 @@ from .stacks import Stack
 class FisherOptimizer(CurvatureOptimizer):
     """Abstract parent of methods that invert running averages of Kronecker factors of the Fisher.
 
-    Defaults are those of KFAC in the published code of arXiv:2006.08877 (MNIST autoencoder, loss
-    summed over 784 pixels).
+    Defaults: KFAC's in the published code of arXiv:2006.08877 (MNIST autoencoder, loss summed over
+    784 pixels).
     """
 
     def __init__(

@@ -1,7 +1,4 @@
-"""EKFAC: KFAC's eigenvectors with corrected eigenvalues.
-
-Source: George et al. 2018, arXiv:1806.03884.
-"""
+"""EKFAC: KFAC's eigenvectors with corrected eigenvalues."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -43,15 +40,9 @@ class EKFAC(FisherOptimizer):
     acts at once. On update steps layer inputs and their gradients, of all micro-batches, are kept
     until the step. `EKFACra` has cheaper, noisier eigenvalues.
 
-    Settings: see `CurvatureOptimizer` and, for the defaults, `FisherOptimizer`.
-
-    State of each weight: A, U_A [in+1, in+1]; G, U_G [out, out]; S, momentum [out, in+1]; counts;
-    failures in a row.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    NumericalError if the eigenvectors of a factor are not found three times in a row.
-    Source: arXiv:1806.03884, section 3, with the scalings as running averages; convolutions as in
-    arXiv:1602.01407. Carrying S over is ours; so are lr and damping, which are KFAC's.
+    State of each weight: A, U_A [in+1, in+1]; G, U_G [out, out]; S [out, in+1].
+    Source: George et al. 2018, arXiv:1806.03884, section 3, with the scalings as running averages;
+    convolutions as in arXiv:1602.01407. Carrying S over is ours; so are lr and damping, KFAC's.
     """
 
     _former: ClassVar[dict[str, tuple[Any, str]]] = {
@@ -60,10 +51,7 @@ class EKFAC(FisherOptimizer):
     }
 
     def curvature(self) -> dict[str, Operator]:
-        """{module name: U diag(S) Uᵀ}, the undamped Fisher blocks, live views.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{module name: U diag(S) Uᵀ}, the undamped Fisher blocks, live views."""
         return self._operators(lambda stack, block: _between(stack, block, stack["S"]))
 
     def _accumulate(self) -> Accumulate:
@@ -122,7 +110,6 @@ class EKFACra(EKFAC):
     is as in `EKFAC`.
 
     scalings_decay: of S, in [0, 1); the paper's by default.
-
     Source: arXiv:1806.03884, section 4.
 
         >>> EKFACra(nn.Linear(3, 2)).param_groups[0]["scalings_decay"]

@@ -1,7 +1,4 @@
-"""The formulas of EKFAC: eigenvectors, squared gradients in the eigenbasis, change of basis.
-
-Source: George et al. 2018, arXiv:1806.03884.
-"""
+"""The formulas of EKFAC: eigenvectors, squared gradients in the eigenbasis, change of basis."""
 
 import torch
 from torch import Tensor

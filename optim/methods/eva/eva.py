@@ -1,7 +1,4 @@
-"""Eva: rank-one curvature of each layer from the means of its inputs and gradients.
-
-Source: Zhang, Shi, Wang, Li 2023, arXiv:2308.02123, in the form of its published code.
-"""
+"""Eva: rank-one curvature of each layer from the means of its inputs and gradients."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -33,14 +30,12 @@ class Eva(CurvatureOptimizer):
     layers. `preconditioner()` is without ν: a step without momentum and weight decay changes a
     layer by -lr ν P ∇ with ν = `nu`, that of the last step.
 
-    Settings: see `CurvatureOptimizer`, with
     decay: of x̄ and ḡ; the published weight of the new is 0.95.
     kl_clip: bound on Σ (lr ν)² ⟨Δ, ∇⟩, > 0; None for no clip.
 
-    State of each weight: x [in+1], g [out], the averages; momentum [out, in+1]; counts.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it.
-    Source: arXiv:2308.02123; defaults of its published code (CIFAR-10, batch 128).
+    State of each weight: x [in+1], g [out], the averages.
+    Source: Zhang, Shi, Wang, Li 2023, arXiv:2308.02123, form and defaults of its published code
+    (CIFAR-10, batch 128).
     """
 
     counts = ("updates", "not finite")
@@ -63,10 +58,7 @@ class Eva(CurvatureOptimizer):
         super().__init__(model, groups, locals())
 
     def curvature(self) -> dict[str, Operator]:
-        """{module name: ḡ ḡᵀ ⊗ x̄ x̄ᵀ}, live views, ḡ of the mean loss as published.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{module name: ḡ ḡᵀ ⊗ x̄ x̄ᵀ}, live views, ḡ of the mean loss as published."""
 
         def outer(stack: Stack, block: Block) -> Operator:
             rows = zip(*(stack.of(block, k)[:, None, None, None] for k in "gx"), strict=True)

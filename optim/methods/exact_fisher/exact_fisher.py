@@ -1,8 +1,4 @@
-"""ExactFisher: each layer's exact Fisher block of the batch, inverted in example space.
-
-Source: the per-layer natural gradient by Sherman-Morrison-Woodbury of TENGraD, Soori et al. 2022,
-arXiv:2106.03947; the block itself is the "Fisher-BD" of the published code of arXiv:2106.02925.
-"""
+"""ExactFisher: each layer's exact Fisher block of the batch, inverted in example space."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -34,21 +30,17 @@ class ExactFisher(CurvatureOptimizer):
     There is no running average of F, hence no decay. Between updates the batch of the last one
     serves on, with the damping of then; `warm_up` takes the last of its batches. M is an average.
 
-    Settings: see `CurvatureOptimizer`, with
     damping: of F + damping I. In float32 directions of the batch are resolved to about 1e-7 of
         the largest eigenvalue of F: damping much below that fails.
     update_every: steps between batches whose rows are taken.
 
     State of each weight: g [m, T, out] (divided by √m), x [m, T, in+1], the rows of the last
     update: memory of m T (out + in + 1) floats a layer, T at most min(out, in+1), since more
-    positions are summed into V_n; L [m, m], of K + damping I; the damping in it; momentum
-    [out, in+1]; counts; failures in a row. m is that of the largest batch so far, smaller ones end
-    in zero rows.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    NumericalError if K + damping I cannot be factored three times in a row.
-    Source: arXiv:2106.03947; defaults lr and damping as for the MNIST autoencoder in its published
-    code (batch 100, loss summed over 784 pixels).
+    positions are summed into V_n; L [m, m], of K + damping I; the damping in it. m is that of the
+    largest batch so far, smaller ones end in zero rows.
+    Source: TENGraD, Soori et al. 2022, arXiv:2106.03947, lr and damping as for the MNIST
+    autoencoder in its published code (batch 100, loss summed over 784 pixels); F is "Fisher-BD" in
+    the published code of arXiv:2106.02925.
     """
 
     counts = ("updates", "failed inverses", "not finite")
@@ -69,10 +61,7 @@ class ExactFisher(CurvatureOptimizer):
         super().__init__(model, groups, locals())
 
     def curvature(self) -> dict[str, Operator]:
-        """{module name: F}, the undamped Fisher blocks of the batch of the last update.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{module name: F}, the undamped Fisher blocks of the batch of the last update."""
         return self._operators(_fisher)
 
     def _accumulate(self) -> Accumulate:

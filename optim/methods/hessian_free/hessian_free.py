@@ -1,8 +1,4 @@
-"""Hessian-free optimization: Gauss-Newton steps by conjugate gradients, whole or by blocks.
-
-Source: Martens 2010, Deep learning via Hessian-free optimization (plain); Zhang, Xiong, Bradbury,
-Socher 2017, arXiv:1712.07296 (block-diagonal).
-"""
+"""Hessian-free optimization: Gauss-Newton steps by conjugate gradients, whole or by blocks."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -76,20 +72,8 @@ class HessianFree(Optimizer):
 
     Raises: ValueError for a bad setting, a batch smaller than the curvature batch, or a model that
     cannot be differentiated for it; NumericalError after three skipped steps in a row.
-    Source: as above; defaults are ours, the paper's are not known.
-
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = HessianFree(model, lr=1.0, damping=1e-3, likelihood="gaussian", curvature_batch=8)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     return loss
-        >>> first, second = opt.step(closure), opt.step(closure)  # a quadratic: one step suffices
-        >>> bool(second < first)
-        True
+    Source: Martens 2010, Deep learning via Hessian-free optimization (plain); Zhang, Xiong,
+    Bradbury, Socher 2017, arXiv:1712.07296 (by blocks). Defaults are ours, theirs are not known.
     """
 
     __reduce_ex__ = checks.no_copy

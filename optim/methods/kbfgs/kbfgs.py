@@ -1,8 +1,4 @@
-"""K-BFGS and K-BFGS(L): inverse Hessian blocks H_g ⊗ H_a, both factors by BFGS.
-
-Source: Goldfarb, Ren, Bahamou 2020, arXiv:2006.08877, and its published code; convolutions: Ren,
-Bahamou, Goldfarb 2021, arXiv:2102.06737.
-"""
+"""K-BFGS and K-BFGS(L): inverse Hessian blocks H_g ⊗ H_a, both factors by BFGS."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -63,7 +59,6 @@ class KBFGS(CurvatureOptimizer):
     average. `warm_up` starts A, as the paper does; a forward is enough there, under no_grad too.
     `KBFGSLimited` keeps from diverging where this does.
 
-    Settings: see `CurvatureOptimizer`, with
     damping: λ > 0; λ_A = mu_2 = √λ.
     decay: of A and of the pair (s, y).
     history: None for dense H_g [out, out]; p for K-BFGS(L), the last p pairs.
@@ -71,26 +66,12 @@ class KBFGS(CurvatureOptimizer):
     pair_decay: of (s, y) alone; the paper takes 0 for full batches. None: decay.
 
     State of each weight: A (Linear), H_a [in+1, in+1]; H_g [out, out], or S, Y [p, out] with R, YY
-    [p, p]; averaged s, y [out]; momentum [out, in+1]; counts; broken, restarts [2] of H_g and H_a.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    RuntimeError where A + λ_A I of a layer that begins has no inverse, or its first step does
-    not update.
-    Source: arXiv:2006.08877, algorithm and defaults of its published code (MNIST autoencoder,
-    loss summed over 784 pixels).
-
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x = torch.randn(8, 3)
-        >>> opt = KBFGS(model, lr=0.1)
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = model(x).square().sum(1).mean()
-        ...     loss.backward()
-        ...     return loss
-        >>> losses = [opt.step(closure).item() for _ in range(20)]
-        >>> losses[-1] < losses[0]
-        True
+    [p, p]; averaged s, y [out]; broken, restarts [2] of H_g and H_a.
+    Raises: RuntimeError where A + λ_A I of a layer that begins has no inverse, or its first step
+    does not update.
+    Source: Goldfarb, Ren, Bahamou 2020, arXiv:2006.08877, algorithm and defaults of its published
+    code (MNIST autoencoder, loss summed over 784 pixels); convolutions: Ren, Bahamou, Goldfarb
+    2021, arXiv:2102.06737.
     """
 
     counts = COUNTS

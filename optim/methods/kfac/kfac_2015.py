@@ -1,7 +1,4 @@
-"""KFAC2015: KFAC with exact rescaling and momentum, and damping adapted by Levenberg-Marquardt.
-
-Source: Martens, Grosse 2015, arXiv:1503.05671.
-"""
+"""KFAC2015: KFAC with exact rescaling and momentum, and damping adapted by Levenberg-Marquardt."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -52,28 +49,14 @@ class KFAC2015(KFAC):
     Each step takes step(closure) and evaluates it twice on one batch, every few steps three or four
     times. The loss must be that of `likelihood`, summed over outputs.
 
-    Settings: see `CurvatureOptimizer`, with lr the same in all groups, and
+    lr: the same in all groups.
     momentum: 0 leaves δ out; any other value has the same effect, since μ is computed.
     adaptive: the constants of the Levenberg-Marquardt rules, None for its defaults.
 
     State of each weight: as of KFAC, momentum being δ; seen, the number of updates. The attribute
     `rescaling` holds α, μ, ρ and the adapted factors of λ and γ.
-
-    Raises: as KFAC, and ValueError for a likelihood without an exact Fisher matrix.
+    Raises: ValueError for a likelihood without an exact Fisher matrix.
     Source: arXiv:1503.05671; defaults of its MNIST autoencoder, constants as we recall them.
-
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = KFAC2015(model, damping=0.1, likelihood="gaussian")
-        >>> def closure():
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     return loss
-        >>> losses = [opt.step(closure).item() for _ in range(20)]
-        >>> losses[-1] < losses[0]
-        True
     """
 
     _former: ClassVar[dict[str, tuple[Any, str]]] = {

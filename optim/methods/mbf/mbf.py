@@ -1,7 +1,4 @@
-"""MBF: mini-block Fisher, a block-diagonal empirical Fisher of many small blocks per layer.
-
-Source: Bahamou, Goldfarb, Ren 2023, arXiv:2202.04124.
-"""
+"""MBF: mini-block Fisher, a block-diagonal empirical Fisher of many small blocks per layer."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -30,32 +27,15 @@ class MBF(CurvatureOptimizer):
     M <- decay M + (1 - decay) ĝ_s ĝ_sᵀ from zero or from `warm_up`; ĝ is the gradient of the
     mini-batch mean as it stands in .grad when step() begins, without weight decay. No hooks.
 
-    Settings: see `CurvatureOptimizer`. Momentum is a heavy ball. Inverses are refreshed at steps
+    Momentum is a heavy ball. Inverses are refreshed at steps
     0, refresh_every, 2 refresh_every, ... The paper's periods are not known to us; 1 and 20 (10
     and 100 for CNNs) are TNT's. weight_decay is decoupled unless decoupled_weight_decay=False.
 
     State of each weight: M, M_inv [in+1, in+1]; in a convolution M, M_inv [O, I, kh*kw, kh*kw] and
-    M_bias, M_bias_inv [O, 1, 1]; momentum [out, in+1]; counts; failures in a row.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    NumericalError if a mini-block cannot be inverted three times in a row.
-    Source: arXiv:2202.04124, section 3. The paper leaves open whether gradients are of the
-    mini-batch or of examples; its cost claim favours the former. The defaults of lr and damping
-    are ours, from small trials: lr / damping is what matters most.
-
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = MBF(model, lr=0.01, damping=0.1)
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
+    M_bias, M_bias_inv [O, 1, 1].
+    Source: Bahamou, Goldfarb, Ren 2023, arXiv:2202.04124, section 3. The paper leaves open whether
+    gradients are of the mini-batch or of examples; its cost claim favours the former. The defaults
+    of lr and damping are ours, from small trials: lr / damping is what matters most.
     """
 
     heavy_ball = True
@@ -85,10 +65,7 @@ class MBF(CurvatureOptimizer):
         super().__init__(model, groups, locals())
 
     def curvature(self) -> dict[str, Operator]:
-        """{module name: block-diagonal matrix of the undamped mini-blocks}, live views.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{module name: block-diagonal matrix of the undamped mini-blocks}, live views."""
         return self._operators(mini_blocks.operator)
 
     def _learn(self, live: Live) -> dict[Stack, Tensor]:

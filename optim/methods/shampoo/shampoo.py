@@ -1,8 +1,4 @@
-"""Shampoo: each axis of a parameter preconditioned by a root of its gradient covariance.
-
-Source: Gupta, Koren, Singer 2018, arXiv:1802.09568, in the form that the published code of
-arXiv:2106.02925 compares with.
-"""
+"""Shampoo: each axis of a parameter preconditioned by a root of its gradient covariance."""
 
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -36,35 +32,17 @@ class Shampoo(CurvatureOptimizer):
     matrix have one. Axes longer than 8192 get no matrix and do not count in k; a parameter with
     such axes only takes lr M; `summary()` says which.
 
-    Settings: see `CurvatureOptimizer`. Momentum is a heavy ball, weight_decay decoupled unless
+    Momentum is a heavy ball, weight_decay decoupled unless
     decoupled_weight_decay=False. Roots are refreshed at each multiple of refresh_every, step 0
     included.
 
     refresh_early: new roots at each update of H_i before step `refresh_every` too, as the
         published code has them for CNNs.
 
-    State of each parameter: H_1, H_2, ... and root_1, root_2, ... [n_i, n_i]; momentum, of the
-    parameter's entries; counts; failures in a row.
-
-    Raises: ValueError for a bad setting or a sparse gradient; NumericalError if a root fails three
-    times in a row.
-    Source: arXiv:1802.09568; averages, flattening and defaults as in the published code of
-    arXiv:2106.02925 (MNIST autoencoder, loss summed over 784 pixels).
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = Shampoo(model, lr=0.03)
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
+    State of each parameter: H_1, H_2, ... and root_1, root_2, ... [n_i, n_i].
+    Raises: ValueError for a sparse gradient.
+    Source: Gupta, Koren, Singer 2018, arXiv:1802.09568; averages, flattening and
+    defaults as in the published code of arXiv:2106.02925 (MNIST autoencoder, loss summed over 784 pixels).
     """
 
     heavy_ball = True
@@ -97,8 +75,6 @@ class Shampoo(CurvatureOptimizer):
 
         Made by eigenvalues at each call. Its square, not itself, bounds the second moment of the
         mini-batch gradient.
-
-        Raises: RuntimeError before there is a state.
         """
         return self._operators(
             lambda s, b: axes.operator(s, lambda i: root(s.of(b, f"H_{i + 1}"), _power(s))[0])

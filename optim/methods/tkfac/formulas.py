@@ -1,7 +1,4 @@
-"""The formulas of TKFAC: moments of single gradients, and their balanced, damped inverses.
-
-Source: Gao et al. 2020, arXiv:2011.10741.
-"""
+"""The formulas of TKFAC: moments of single gradients, and their balanced, damped inverses."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,4 @@
-"""TKFAC: one Kronecker product per Fisher block, with the block's own trace.
-
-Source: Gao et al. 2020, arXiv:2011.10741.
-"""
+"""TKFAC: one Kronecker product per Fisher block, with the block's own trace."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -32,22 +29,13 @@ class TKFAC(FisherOptimizer):
     L and R are running averages; M is an average. On update steps layer inputs and their
     gradients, of all micro-batches, are kept until the step.
 
-    Settings: see `CurvatureOptimizer` and, for the defaults, `FisherOptimizer`.
-
-    State of each weight: L, L_inv [out, out]; R, R_inv [in+1, in+1]; momentum [out, in+1]; counts;
-    failures in a row.
-
-    Raises: ValueError for a bad setting or a layer used in an unsupported way, naming it;
-    NumericalError if a factor cannot be inverted three times in a row.
-    Source: arXiv:2011.10741 for the idea; how δ and the damping are shared out, several positions,
-    lr and damping (KFAC's) are our choice.
+    State of each weight: L, L_inv [out, out]; R, R_inv [in+1, in+1].
+    Source: Gao et al. 2020, arXiv:2011.10741, for the idea; how δ and the damping are shared out,
+    several positions, lr and damping (KFAC's) are our choice.
     """
 
     def curvature(self) -> dict[str, Operator]:
-        """{module name: L ⊗ (R / δ)}, the undamped Fisher blocks.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{module name: L ⊗ (R / δ)}, the undamped Fisher blocks."""
         return self._operators(
             lambda stack, block: kronecker(stack, block, stack["L"], stack["R"] / trace(stack["R"]))
         )

@@ -1,7 +1,4 @@
-"""TNT: tensor-normal training, the Fisher block of a parameter as a Kronecker product over axes.
-
-Source: Ren, Goldfarb 2021, arXiv:2106.02925, and its published code.
-"""
+"""TNT: tensor-normal training, the Fisher block of a parameter as a Kronecker product over axes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -32,32 +29,14 @@ class TNT(CurvatureOptimizer):
     kh*kw); biases, norms and whatever is no matrix have one. Axes longer than 8192 get no matrix,
     U_i = I without damping; a parameter with such axes only takes lr M; `summary()` says which.
 
-    Settings: see `CurvatureOptimizer`. Momentum is a heavy ball, weight_decay decoupled unless
+    Momentum is a heavy ball, weight_decay decoupled unless
     decoupled_weight_decay=False, and never part of the sampled gradients. Inverses are refreshed
     at every one of the first refresh_every steps and then at each multiple of it.
 
-    State of each parameter: H_1, H_2, ... and inverse_1, inverse_2, ... [n_i, n_i]; momentum, of
-    the parameter's entries; counts; failures in a row.
-
-    Raises: ValueError for a bad setting, a sparse gradient, or a gradient that did not come from
-    a call of the model; NumericalError if an inverse fails three times in a row.
-    Source: arXiv:2106.02925; defaults as in its published code (MNIST autoencoder, loss summed
-    over 784 pixels, batches of 1000).
-
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> model = nn.Linear(3, 2)
-        >>> x, t = torch.randn(8, 3), torch.randn(8, 2)
-        >>> opt = TNT(model, lr=1e-3, likelihood="gaussian")
-        >>> losses = []
-        >>> for _ in range(20):
-        ...     opt.zero_grad()
-        ...     loss = 0.5 * (model(x) - t).square().sum(1).mean()
-        ...     loss.backward()
-        ...     opt.step()
-        ...     losses.append(loss.item())
-        >>> losses[-1] < losses[0]
-        True
+    State of each parameter: H_1, H_2, ... and inverse_1, inverse_2, ... [n_i, n_i].
+    Raises: ValueError for a sparse gradient, or one that did not come from a call of the model.
+    Source: Ren, Goldfarb 2021, arXiv:2106.02925; defaults as in its published code (MNIST
+    autoencoder, loss summed over 784 pixels, batches of 1000).
     """
 
     heavy_ball = True
@@ -82,10 +61,7 @@ class TNT(CurvatureOptimizer):
         super().__init__(model, groups, locals(), axes.variables)
 
     def curvature(self) -> dict[str, Operator]:
-        """{parameter name: U_1 ⊗ U_2}, undamped: the Fisher divided by the batch size; copies.
-
-        Raises: RuntimeError before there is a state.
-        """
+        """{parameter name: U_1 ⊗ U_2}, undamped: the Fisher divided by the batch size; copies."""
         return self._operators(
             lambda s, b: axes.operator(s, lambda i: covariance(s, i)[s.places[b]][0])
         )
