@@ -106,7 +106,7 @@ def block_rows(place, truth, level, live, rng):
     return rows
 
 
-def rows(steps=STEPS, optimizers=tuple(LIVE)):
+def rows(steps=STEPS, optimizers=tuple(LIVE), sizes=SIZES):
     """All rows of a run."""
     rng, found = np.random.default_rng(0), []
     for number, optimizer in enumerate(optimizers):
@@ -115,7 +115,7 @@ def rows(steps=STEPS, optimizers=tuple(LIVE)):
             loss = 4 + 40 * np.exp(-step / (20 + 10 * number))
             found.append(row(**place, metric="train_loss", value=loss))
             found.append(row(**place, metric="test_loss", value=loss * 1.08))
-            for depth, (block, size) in enumerate(SIZES.items()):
+            for depth, (block, size) in enumerate(sizes.items()):
                 for truth in ("ggn", "hessian"):
                     level = (0.5 + depth / 8) * (1.25 if truth == "hessian" else 1)
                     level *= 1 - 0.4 * np.exp(-step / 40)
@@ -140,17 +140,19 @@ def matrices(size, live, rng):
     return {name: records.reduce_matrix(m, min(size, 240)) for name, m in whole.items()}
 
 
-def write_run(results: Path, name="made-up", optimizers=tuple(LIVE), steps=STEPS, **header) -> Path:
+def write_run(
+    results: Path, name="made-up", optimizers=tuple(LIVE), steps=STEPS, sizes=SIZES, **header
+) -> Path:
     """Write a whole run (header, two parts, matrices at its ends) and return its folder."""
     run = Path(results) / name
     records.write_header(run, HEADER | header)
-    whole = rows(steps, optimizers)
+    whole = rows(steps, optimizers, sizes)
     records.append(run, whole[: len(whole) // 2])
     records.append(run, whole[len(whole) // 2 :])
     rng = np.random.default_rng(1)
     for optimizer in optimizers:
         for step in (steps[0], steps[-1]):
-            for (block, size), truth in product(SIZES.items(), ("ggn", "hessian")):
+            for (block, size), truth in product(sizes.items(), ("ggn", "hessian")):
                 values = (optimizer, 0, step, block, truth, size)
                 key = dict(zip(records.MATRIX_KEY, values, strict=True))
                 records.save_matrices(run, key, matrices(size, LIVE[optimizer], rng))

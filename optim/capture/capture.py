@@ -1,9 +1,6 @@
-"""Capture of layer inputs and pre-activation gradients during training.
+"""Capture of layer inputs and pre-activation gradients: what backward adds to .grad counts.
 
-Statistics follow .grad: what a training forward stored counts only once backward adds to the
-weight's .grad (torch.autograd.grad does not), several micro-batches add up, and zero_grad clears
-them. A forward hook, a tensor hook on the layer's output and one on its weight, after .grad was
-added to, do the work; full backward hooks would forbid an in-place ReLU after the layer.
+Full backward hooks would forbid an in-place ReLU after the layer, hence hooks on its tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -275,15 +272,7 @@ class Capture:
                     f"has {len(output)}; dimension 0 must be the batch in both"
                 )
         edges = [edge for _, edge in opened if edge is not None]
-        with full_precision(output.device):
-            score = self.sample(output.detach()).to(output.dtype)
-        Capture.sampling = True
-        try:
-            gradients = torch.autograd.grad(
-                output, edges, score, retain_graph=True, allow_unused=True
-            )
-        finally:
-            Capture.sampling = False
+        gradients = score_gradients(output, self.sample, edges, allow_unused=True)
         for (call, _), g in zip(opened, gradients, strict=True):
             call.g = None if g is None else g.detach().to(call.x.dtype)
             if self.eager and g is not None:
@@ -337,6 +326,19 @@ class Capture:
             total.rows += call.rows
         # the graph may outlive the step (a kept loss), the batch should not
         call.counted, call.x, call.g, call.version = True, call.x.new_empty(0), None, None
+
+
+def score_gradients(
+    output: Tensor, sample: Callable[[Tensor], Tensor], wanted: Any, **options: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of a sampled score with respect to what is wanted; the graph stays."""
+    with full_precision(output.device):
+        score = sample(output.detach()).to(output.dtype)
+    Capture.sampling = True
+    try:
+        return torch.autograd.grad(output, wanted, score, retain_graph=True, **options)
+    finally:
+        Capture.sampling = False
 
 
 BOTH_AT_ONCE = (

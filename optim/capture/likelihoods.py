@@ -1,7 +1,4 @@
-"""Likelihoods of the labels given the model outputs: sampling, score and Fisher matrix.
-
-The score is d(-log p(label | output)) / d output for each example, not divided by the batch.
-"""
+"""Likelihoods of the labels given the model outputs: sampling, score and Fisher matrix."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +8,10 @@ from torch import Generator, Tensor
 
 
 class Likelihood(NamedTuple):
-    """sample(output, generator) -> labels; score(output, labels) -> like output."""
+    """sample(output, generator) -> labels; score(output, labels) -> like output.
+
+    The score is d(-log p(label | output)) / d output for each example, not divided by the batch.
+    """
 
     sample: Callable[[Tensor, Generator], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]

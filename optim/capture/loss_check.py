@@ -1,8 +1,4 @@
-"""Check that the training loss is that of the likelihood whose labels are sampled.
-
-The gradient of the loss with respect to the model's output tells cross-entropy over classes from
-other losses: softmax and labels both sum to one, so that each example's gradient sums to zero.
-"""
+"""Check that the training loss is that of the likelihood whose labels are sampled."""
 
 import warnings
 from collections.abc import Callable
@@ -19,10 +15,9 @@ NOT_ZERO = 0.05  # far above what half precision leaves of a sum that is none
 class LossWatch:
     """Warns before the first step where loss and likelihood do not fit, then takes itself away.
 
-    Told apart are cross-entropy over dimension 1 of the output and everything else; of a gaussian
-    nothing is said, since its outputs may be probabilities.
-
-    state() -> (steps taken, likelihood), as they are now.
+    Each example's gradient of a cross-entropy over classes sums to zero, since softmax and labels
+    both sum to one; that tells it from other losses. Of a gaussian nothing is said, since its
+    outputs may be probabilities. state() -> (steps taken, likelihood), as they are now.
     """
 
     def __init__(self, model: nn.Module, state: Callable[[], tuple[int, str]]) -> None:

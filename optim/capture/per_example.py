@@ -1,8 +1,6 @@
 """Layer inputs and output gradients of single examples, kept until the step.
 
-V_n = Σ_t g_nt ã_ntᵀ [out, in+1] is what example n gives for W_bar. It is squared as a whole, so
-nothing can be summed before every position is there: calls of a layer in one forward of the model
-are further positions of the same examples, calls in other forwards are further examples.
+Calls of a layer in one forward are further positions of its examples; other forwards have others.
 """
 
 from collections.abc import Iterator

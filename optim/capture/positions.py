@@ -1,9 +1,9 @@
-"""Layer inputs (patches) and gradients by example and position, one matrix per group.
+"""Layer inputs (patches) a [groups, m, T, in] and gradients g [groups, m, T, out] by position.
 
-A Linear layer acts at every position of [batch, ..., in], a convolution at every place of its
-output; a [groups, m, T, in] holds what the weights of each group are multiplied with (patches for a
-convolution), g [groups, m, T, out] the gradients there.
+T positions per example: those of [batch, ..., in] for a Linear layer, places of the output else.
 """
+
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def row_mean(block: Block, x: Tensor) -> Tensor:
         mean = x.reshape(-1, x.shape[-1]).mean(0)[None]
     else:
         ones = x.new_ones(len(x), block.groups, 1, 1)
-        mean = _weighted_patches(block, x, ones) / (len(x) * _places(block, x))
+        mean = _weighted_patches(block, x, ones) / (len(x) * prod(_output_size(block, x)))
     return mean if block.bias is None else torch.cat([mean, mean.new_ones(len(mean), 1)], 1)
 
 
@@ -99,8 +99,3 @@ def _output_size(block: Block, x: Tensor) -> tuple[int, int]:
         for n, span, stride in zip(sizes, spans, module.stride, strict=True)
     )
     return height, width
-
-
-def _places(block: Block, x: Tensor) -> int:
-    height, width = _output_size(block, x)
-    return height * width

@@ -1,9 +1,4 @@
-"""Capture of the gradients of sampled labels w.r.t. every parameter during training.
-
-They are drawn inside the forward of the model and, like the statistics of layers, follow .grad:
-they count once backward, past the model's output, adds to a parameter's .grad, micro-batches add
-up, zero_grad clears them.
-"""
+"""Capture of the gradients of sampled labels w.r.t. every parameter; they follow .grad."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks.blocks import Variable
 from ..linalg.basics import factor_dtype, running_mean
-from .capture import Accumulate, Capture, Totals, one_tensor
-from .closures import full_precision
+from .capture import Accumulate, Capture, Totals, one_tensor, score_gradients
 from .hooks import GradWatch, WeakHook
 
 UNSEEN = (
@@ -106,15 +100,8 @@ class SampledGradients:
         live = [v for v in self._variables if v.weight.requires_grad]
         if not live:
             return _Draw({}, len(output))
-        with full_precision(output.device):
-            score = self.sample(output.detach()).to(output.dtype)
-        Capture.sampling = True
-        try:
-            gradients = torch.autograd.grad(
-                output, [v.weight for v in live], score, retain_graph=True, materialize_grads=True
-            )
-        finally:
-            Capture.sampling = False
+        weights = [v.weight for v in live]
+        gradients = score_gradients(output, self.sample, weights, materialize_grads=True)
         for v, g in zip(live, gradients, strict=True):
             if g.is_sparse:
                 raise ValueError(

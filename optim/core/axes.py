@@ -1,7 +1,6 @@
-"""Tensors with one matrix per axis: contractions, products and their Kronecker operator.
+"""Tensors with one matrix per axis, which Shampoo and TNT share.
 
-What Shampoo and TNT share: both average the contractions of a gradient with itself over all axes
-but one, H_i [n_i, n_i], and multiply the momentum by a function of H_i along axis i.
+H_i [n_i, n_i] averages the contractions of a gradient with itself over all axes but i.
 """
 
 from collections.abc import Callable, Iterable

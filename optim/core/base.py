@@ -86,11 +86,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         arguments: dict[str, Any],
         variables: Callable[[nn.Module], list[Any]] | None = None,
     ) -> None:
-        """Check the settings and hook the model.
-
-        arguments: of the subclass's constructor, as its locals() are. variables: finds single
-        parameters to take the place of layers.
-        """
+        # arguments: the subclass's locals(); variables: finds parameters in place of layers
         settings = {k: v for k, v in arguments.items() if k not in NOT_SETTINGS}
         checks.common(settings)
         checks.periods(settings)
@@ -191,10 +187,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _learn(self, live: Live) -> Any:
-        """Update the statistics of these layers if it is time, and the inverses that are due.
-
-        Returns: whatever `_move` needs of it.
-        """
+        """Update the statistics of these layers, and the inverses that are due, for `_move`."""
 
     @abstractmethod
     def _warm_up(self, closures: Iterable[Callable[[], Any]]) -> None:
@@ -240,10 +233,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         return loss
 
     def _move(self, live: Live, learned: Any) -> None:  # noqa: ARG002
-        """Momentum and step of these layers, and of the parameters outside layers.
-
-        learned: what `_learn` returned.
-        """
+        """Momentum and step of all parameters; learned: what `_learn` returned."""
         for stack, blocks in live.items():
             ok = self._harness.absorb(stack, blocks)
             self._harness.move(stack, blocks, self._direction(stack), ok)
@@ -322,11 +312,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     @final
     def _readable(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Saved parameter groups without settings that are gone.
-
-        Raises: ValueError if one of those selected an algorithm that is elsewhere now, or a
-        setting is missing or bad.
-        """
+        """Saved groups without former settings. Raises: ValueError for one that meant something."""
         who, kept = type(self).__name__, []
         for group in groups:
             for name, (usual, instead) in self._former.items():

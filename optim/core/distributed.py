@@ -1,10 +1,6 @@
 """Data-parallel training: statistics and inverses joined over torch.distributed processes.
 
-DistributedDataParallel averages .grad over the processes. Statistics are joined here before anyone
-learns from them, so that every process holds the state that one process on the joint batch would:
-whatever is made of statistics and .grad alone then needs no further exchange. Inverses, dear to
-make, are each made by one process, which tells the others. Without torch.distributed, or with one
-process, nothing here does anything.
+Every process holds the state of one process on the joint batch; inverses are shared out.
 """
 
 from collections.abc import Callable, Iterable

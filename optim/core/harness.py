@@ -104,10 +104,7 @@ class Harness:
             seed = torch.initial_seed() + distributed.rank()
             self.labels = torch.Generator(self.first.device).manual_seed(seed)
             self.capture.sample = self.score
-            self.loss_watch = LossWatch(self.model, self._claimed)
-
-    def _claimed(self) -> tuple[int, str]:
-        return self.step, self.setting("likelihood")
+            self.loss_watch = LossWatch(self.model, lambda: (self.step, self.setting("likelihood")))
 
     def schedule(self, accumulate: Accumulate | None) -> None:
         """Capture for the coming step, if it is one that updates; None captures nothing."""
@@ -171,10 +168,7 @@ class Harness:
         return found
 
     def _heed_moves(self) -> None:
-        """Follow a model that went to another dtype or device before there was a state.
-
-        Raises: ValueError if there is one.
-        """
+        """Follow a model to another dtype or device. Raises: ValueError if there is a state."""
         for block, stack in self.stack_of.items():
             W = block.weight
             if factor_dtype(W) == stack.dtype and W.device == stack.device:

@@ -1,8 +1,6 @@
-"""Kronecker factors A and G: accumulation in backward and running averages.
+"""Kronecker factors A = E_n[Σ_t ã ãᵀ] and G = E_n[(1/T) Σ_t g gᵀ], g of the per-example loss.
 
-A = E_n[Σ_t ã ãᵀ] is a SUM over the positions that share the weights, G = E_n[(1/T) Σ_t g gᵀ] a MEAN
-(KFC, arXiv:1602.01407); with one row per example both are plain means. g is the gradient of the
-per-example loss, of labels drawn from the model or of the data's own.
+A is a SUM over the positions that share the weights, G a MEAN (KFC, arXiv:1602.01407).
 """
 
 from torch import Tensor
@@ -80,23 +78,41 @@ def learn_factors(
 
     Returns: which matrices learned, [size] bool.
     """
-    A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
-    G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
-    if "A" not in stack:
-        stack.hold(A=stack.zeros(*A.shape[1:]), G=stack.zeros(*G.shape[1:]))
-    ok = finite_moments(stack.mask(totals), A, G)
     weight = 1 - stack.group["decay"] if weight is None else weight
-    learn_(stack["A"], A, weight, ok)
-    learn_(stack["G"], G, weight, ok)
-    return ok
+    return learn_moments(stack, stack.mask(totals), weight, **_factors(stack, totals, scale))
 
 
 def warm_factors(stack: Stack, totals: dict[Block, Totals], batch: int, scale: float = 1.0) -> None:
     """A and G as running means over the batches of warm_up; this is number `batch`, from 1."""
+    warm_moments(stack, batch, **_factors(stack, totals, scale))
+
+
+def _factors(stack: Stack, totals: dict[Block, Totals], scale: float) -> dict[str, Tensor]:
     A = stack.gathered({block: input_factor(t) for block, t in totals.items()})
     G = stack.gathered({block: output_factor(t, scale) for block, t in totals.items()})
-    if batch == 1:
-        stack.hold(A=A.clone(), G=G.clone())
-    else:
-        stack["A"].lerp_(A, 1 / batch)
-        stack["G"].lerp_(G, 1 / batch)
+    return {"A": A, "G": G}
+
+
+def learn_moments(stack: Stack, mask: Tensor, weight: float | Tensor, **moments: Tensor) -> Tensor:
+    """Each average <- (1 - weight) average + weight moment, unless one of them is not finite.
+
+    moments: [size, ..., n, n] by name; averages begin at zero. weight: a number or [size].
+
+    Returns: which of the mask learned, [size] bool.
+    """
+    for name, M in moments.items():
+        if name not in stack:
+            stack.hold(**{name: stack.zeros(*M.shape[1:])})
+    ok = finite_moments(mask, *moments.values())
+    for name, M in moments.items():
+        learn_(stack[name], M, weight, ok)
+    return ok
+
+
+def warm_moments(stack: Stack, batch: int, **moments: Tensor) -> None:
+    """Means over the batches of warm_up; these moments are of number `batch`, from 1."""
+    for name, M in moments.items():
+        if batch == 1:
+            stack.hold(**{name: M.clone()})
+        else:
+            stack[name].lerp_(M, 1 / batch)

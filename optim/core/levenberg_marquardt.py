@@ -1,7 +1,4 @@
-"""Levenberg-Marquardt rules: damping adapted by the quality of the quadratic model.
-
-Source: arXiv:1503.05671, sections 6.5 and 6.6; the constants are its defaults as we recall them.
-"""
+"""Levenberg-Marquardt rules: damping adapted by the quality of the quadratic model."""
 
 from dataclasses import dataclass
 
@@ -24,6 +21,7 @@ class LevenbergMarquardt:
     damped model; inverses follow as they are refreshed. Both first after step 0.
 
     Raises: ValueError for a bad setting.
+    Source: arXiv:1503.05671, sections 6.5 and 6.6; its defaults as we recall them.
     """
 
     period: int = 5

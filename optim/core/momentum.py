@@ -1,7 +1,6 @@
-"""Momentum, weight decay and parameter updates, for stacks of layers and for other parameters.
+"""Momentum, weight decay and parameter updates; a gradient that is not finite changes nothing.
 
-A gradient that is not finite changes nothing. On a CPU, where values can be read without a host
-sync, the masks for this are left out when all is finite; the numbers are the same.
+On a CPU, where values can be read at once, masks are left out when all is finite.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,6 @@
 """Batched inversion of factors, with a second try in float64 and a count of failures.
 
-A result that fails is tried again in float64; if that fails too, the last good one stays, the
-failure is counted, and training stops with the remedies after several in a row. On a GPU nobody
-waits for the verdict: flags are copied to the host in the background, and the second try comes with
-a later step. Several processes share the work out by its cost and tell each other the results.
+On a GPU nobody waits for the verdict: it is copied in the background, the second try comes later.
 """
 
 from collections.abc import Iterable

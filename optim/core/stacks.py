@@ -1,8 +1,4 @@
-"""Batched state of layers of equal shape: one batched product serves them all.
-
-A stack's tensors have a leading axis over its matrices: one for each layer, and one for each group
-of a grouped convolution. What `optimizer.state` shows of a layer are views into them.
-"""
+"""Batched state of layers of equal shape: one batched product serves them all."""
 
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
@@ -17,8 +13,9 @@ from ..linalg.basics import factor_dtype
 class Stack:
     """Blocks of one shape, dtype, device, kind of layer and parameter group.
 
-    shape: (out, in+1) of each of the `size` matrices. group: the parameter group of the weights.
-    states: optimizer.state, where each started block's views appear under its weight.
+    shape: (out, in+1) of each of the `size` matrices: one for each layer, and for each group of a
+    grouped convolution. group: the parameter group of the weights. states: optimizer.state, where
+    each started block's views appear under its weight.
     """
 
     def __init__(self, blocks: list[Block], group: dict[str, Any], states: MutableMapping) -> None:

@@ -20,30 +20,26 @@ def table(
     counts: names of the entries of each weight's state["counts"].
     """
     blocks = list(blocks)
-    treatment = _treatments(model, blocks)
+    treatment = {p: f"plain rule: {why}" for p, why in plain_reasons(model, blocks).items()}
+    for block in blocks:
+        treatment |= block.treatments
     rows = [("parameter", "shape", "treatment", "memory", "counters")]
     total = 0
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {})
         size = memory(state)
         total += size
-        rows.append(
-            (
-                name,
-                str(list(parameter.shape)),
-                treatment.get(parameter, "frozen"),
-                readable(size),
-                _counters(state, counts),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+        trained, shape = treatment.get(parameter, "frozen"), str(list(parameter.shape))
+        rows.append((name, shape, trained, readable(size), _counters(state, counts)))
     step = optimizer.param_groups[0]["step"]
     head = f"{type(optimizer).__name__} after {step} steps, {len(blocks)} blocks"
-    return "\n".join([head, *lines, f"total memory of the state: {readable(total)}"])
+    return "\n".join([head, *aligned(rows), f"total memory of the state: {readable(total)}"])
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table, its columns padded to one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def memory(state: dict[str, Tensor]) -> int:
@@ -64,13 +60,6 @@ def readable(size: int) -> str:
             return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} GB"
-
-
-def _treatments(model: nn.Module, blocks: list[Block | Part]) -> dict[Tensor, str]:
-    treatment = {p: f"plain rule: {why}" for p, why in plain_reasons(model, blocks).items()}
-    for block in blocks:
-        treatment |= block.treatments
-    return treatment
 
 
 def _counters(state: dict[str, Tensor], names: Sequence[str]) -> str:

@@ -1,10 +1,6 @@
 """Matrix products: symmetric ones by halves, large ones on a CPU by the faster library.
 
-PyTorch has two libraries for float32 products on a CPU. The usual one, MKL, leaves AVX-512 unused
-on processors that are not Intel's; the other, oneDNN, takes less than half the time there (EPYC,
-two cores, side 1,000: 217 and 480 GFLOP/s). PyTorch turns to it if products may be made in
-bfloat16. May: without units for it (AMX) oneDNN makes them in float32 all the same, which is tried
-once before it is believed.
+oneDNN takes half of MKL's time where that leaves AVX-512 unused (EPYC, 480 and 217 GFLOP/s).
 """
 
 from collections.abc import Callable, Iterator
@@ -105,7 +101,11 @@ def allowed(operations: Any, precision: str) -> Iterator[None]:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether this processor has AVX-512, is not Intel's, and float32 is kept by oneDNN."""
+    """Whether this processor has AVX-512, is not Intel's, and float32 is kept by oneDNN.
+
+    PyTorch turns to oneDNN where products may be made in bfloat16. Without units for it (AMX)
+    they are made in float32 all the same, which is tried before it is believed.
+    """
     has = torch.cpu.get_capabilities()
     wide = has.get("avx512_f", False) and "intel" not in has.get("cpu_name", "").lower()
     if not wide or not torch.backends.mkldnn.is_available():

@@ -1,7 +1,6 @@
 """Algebra of F = Σ_n vec V_n (vec V_n)ᵀ by its Gram matrix over examples, F never formed.
 
-V_n = Σ_t g_nt x̃_ntᵀ [out, in+1] is what example n gives, kept as its rows g [s, m, T, out] and
-x [s, m, T, in+1]; a first axis of s goes over the matrices of a stack. Scaled by 1/√m, F is a mean.
+V_n = Σ_t g_nt x̃_ntᵀ [out, in+1], kept as its rows g [s, m, T, out], x [s, m, T, in+1].
 """
 
 import torch

@@ -11,9 +11,10 @@ from tests import synthetic
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """A results folder with one finished run of all three optimizers."""
+    """A results folder with one finished run of all three optimizers, two layers each."""
     folder = tmp_path_factory.mktemp("results")
-    synthetic.write_run(folder, steps=(0, 50, 100))
+    sizes = {name: synthetic.SIZES[name] for name in ("0", "10")}
+    synthetic.write_run(folder, steps=(0, 50, 100), sizes=sizes)
     return folder
 
 

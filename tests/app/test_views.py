@@ -241,7 +241,7 @@ def test_blocks_shows_matrices_without_records(in_state):
     app = open_view("blocks")
     assert not app.exception
     assert figures_shown(app) == 1
-    assert "No records of this block" in said(app)
+    assert "Nothing was measured of this layer" in said(app)
 
 
 def test_new_records_appear_on_the_next_run_of_the_page(in_state, results):

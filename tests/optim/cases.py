@@ -4,6 +4,7 @@ import inspect
 from itertools import pairwise
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -43,7 +44,7 @@ RECIPES = {
     ),
 }
 # of other optimizers, and of no layers: with suites of their own
-APART = {"LayerwiseStep", "Damping", "HessianFree", "MartensHessianFree"}
+APART = {"CurvatureOptimizer", "LayerwiseStep", "Damping", "HessianFree", "MartensHessianFree"}
 
 
 def _maker(recipe):
@@ -65,6 +66,19 @@ RESCALED, ONE_RATE = {"kbfgs-limited", "kfac-2015"}, {"kfac-2015"}
 # made of .grad alone: no layer is watched
 OF_GRADIENTS = {"mbf", "shampoo", "tnt-empirical"} & set(MAKE)
 OF_PARAMETERS = {kind for kind in MAKE if RECIPES[kind].method in ("Shampoo", "TNT")}
+
+
+# one for each kind of code: labels sampled, rows of examples delivered, two passes, .grad alone,
+# single parameters, sums delivered, rows of the last batch, sampled gradients
+QUICK = {"kfac", "ekfac-empirical", "kbfgs", "mbf", "shampoo", "eva", "exact-fisher", "tnt"}
+
+
+def each(kinds):
+    """Parameters of a test: all of these kinds, those not in `QUICK` marked slow."""
+    return [
+        pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow)
+        for kind in sorted(kinds)
+    ]
 
 
 def takes(kind, *names):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -103,3 +104,5 @@ def shared(count=10, m=8):
 
 
 CASES = {"mlp": mlp, "cnn": cnn, "shared": shared}
+# what a test over all cases takes: "shared" has Linear layers with one row per example too
+NAMES = ["cnn", "shared", pytest.param("mlp", marks=pytest.mark.slow)]

@@ -16,6 +16,7 @@ from tests.optim.cases import (
     closure_of,
     count,
     dense,
+    each,
     make_for,
     owned,
     state_of,
@@ -25,9 +26,9 @@ from tests.optim.cases import (
 )
 from tests.optim.models import CASES
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
-refreshing = pytest.mark.parametrize("kind", [k for k in sorted(MAKE) if takes(k, "refresh_every")])
+every = pytest.mark.parametrize("kind", each(MAKE))
+one_each = pytest.mark.parametrize("kind", each(ONE_EACH))
+refreshing = pytest.mark.parametrize("kind", each(k for k in MAKE if takes(k, "refresh_every")))
 BAD = {"nan": float("nan"), "inf": float("inf")}
 
 
@@ -108,7 +109,7 @@ def test_an_overflow_of_statistics_alone(kind):
     assert torch.isfinite(weights(case.model)).all()
 
 
-@pytest.mark.parametrize("kind", sorted(CLOSURE))
+@pytest.mark.parametrize("kind", each(CLOSURE))
 @pytest.mark.parametrize("value", sorted(BAD))
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_bad_second_pass_spoils_no_pair(kind, value, where):
@@ -236,7 +237,7 @@ def test_float64_solves_what_float32_cannot(late, monkeypatch):
 HEAVY = [k for k in sorted(MAKE) if RECIPES[k].method in ("MBF", "Shampoo", "TNT", "Eva")]
 
 
-@pytest.mark.parametrize("kind", HEAVY)
+@pytest.mark.parametrize("kind", each(HEAVY))
 def test_a_heavy_ball_that_overflows_begins_anew(kind):
     """Gradients of which each is finite, but not their sum."""
     case = CASES["mlp"]()
@@ -263,7 +264,7 @@ def test_a_heavy_ball_that_overflows_begins_anew(kind):
     assert not any(torch.equal(p, q) for p, q in zip(case.model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("kind", sorted(MAKE))
+@pytest.mark.parametrize("kind", each(MAKE))
 def test_a_plain_parameter_whose_momentum_overflows(kind):
     if kind in OF_PARAMETERS:
         pytest.skip("every parameter has a block")

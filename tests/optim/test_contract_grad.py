@@ -11,15 +11,16 @@ from tests.optim.cases import (
     MAKE,
     OF_GRADIENTS,
     OF_PARAMETERS,
+    each,
     is_sampled,
     make_for,
     weights,
 )
 from tests.optim.models import CASES
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_pass = pytest.mark.parametrize("kind", sorted(set(MAKE) - CLOSURE))
-watching = pytest.mark.parametrize("kind", sorted(set(MAKE) - OF_GRADIENTS))
+every = pytest.mark.parametrize("kind", each(MAKE))
+one_pass = pytest.mark.parametrize("kind", each(set(MAKE) - CLOSURE))
+watching = pytest.mark.parametrize("kind", each(set(MAKE) - OF_GRADIENTS))
 
 
 def steps(kind, backwards, case_name="mlp", *, set_to_none=True):
@@ -247,7 +248,7 @@ def test_a_call_that_does_not_lead_to_the_loss(kind):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("kind", sorted(set(MAKE) - OF_PARAMETERS - OF_GRADIENTS))
+@pytest.mark.parametrize("kind", each(set(MAKE) - OF_PARAMETERS - OF_GRADIENTS))
 def test_an_empty_batch_is_refused(kind):
     case = CASES["mlp"]()
     opt = make_for(kind, case)

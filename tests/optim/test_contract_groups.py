@@ -11,6 +11,7 @@ from tests.optim.cases import (
     MAKE,
     ONE_RATE,
     dense,
+    each,
     make_for,
     owned,
     same,
@@ -23,8 +24,8 @@ from tests.optim.cases import (
 )
 from tests.optim.models import CASES
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-each_its_rate = pytest.mark.parametrize("kind", sorted(set(MAKE) - ONE_RATE))
+every = pytest.mark.parametrize("kind", each(MAKE))
+each_its_rate = pytest.mark.parametrize("kind", each(set(MAKE) - ONE_RATE))
 
 
 def setting(opt, name):

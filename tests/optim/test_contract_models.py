@@ -13,6 +13,7 @@ from tests.optim.cases import (
     autoencoder,
     batches,
     closure_of,
+    each,
     make_for,
     owned,
     same,
@@ -24,8 +25,8 @@ from tests.optim.cases import (
 )
 from tests.optim.models import CASES
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
+every = pytest.mark.parametrize("kind", each(MAKE))
+one_each = pytest.mark.parametrize("kind", each(ONE_EACH))
 
 
 def copies(model):
@@ -168,7 +169,7 @@ def test_bias_at_rest():
         assert "PReLU" in opt.summary() or kind in OF_PARAMETERS
 
 
-@pytest.mark.parametrize("kind", sorted(ONE_EACH - OF_PARAMETERS - RESCALED))
+@pytest.mark.parametrize("kind", each(ONE_EACH - OF_PARAMETERS - RESCALED))
 @pytest.mark.parametrize(("momentum", "decoupled"), [(0.0, False), (0.8, True)])
 def test_plain_parameters_follow_the_rule_of_the_method(kind, momentum, decoupled):
     torch.manual_seed(0)

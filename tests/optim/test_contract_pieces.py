@@ -10,6 +10,7 @@ from tests.optim.cases import (
     CLOSURE,
     MAKE,
     count,
+    each,
     is_sampled,
     make_for,
     same,
@@ -22,8 +23,8 @@ from tests.optim.models import CASES
 # eigenvectors of equal eigenvalues are any; what they make of a step is compared by the weights
 IN_A_BASIS = {"U_A", "U_G", "S"}
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_pass = pytest.mark.parametrize("kind", sorted(set(MAKE) - CLOSURE))
+every = pytest.mark.parametrize("kind", each(MAKE))
+one_pass = pytest.mark.parametrize("kind", each(set(MAKE) - CLOSURE))
 
 
 def same_labels(opt):
@@ -183,7 +184,7 @@ def test_an_overflow_changes_nothing(kind, clip):
     assert not torch.equal(case.model[0].weight, model["0.weight"])
 
 
-@pytest.mark.parametrize("kind", sorted(CLOSURE))
+@pytest.mark.parametrize("kind", each(CLOSURE))
 def test_methods_of_two_passes_refuse_a_scaler(kind):
     case = CASES["mlp"]()
     opt, scaler = make_for(kind, case), new_scaler()

@@ -13,18 +13,18 @@ from tests.optim.cases import (
     batches,
     closure_of,
     dense,
+    each,
     make_for,
     same,
     state_of,
-    takes,
     train,
     train_on,
     weights,
 )
 from tests.optim.models import CASES
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
-one_each = pytest.mark.parametrize("kind", sorted(ONE_EACH))
+every = pytest.mark.parametrize("kind", each(MAKE))
+one_each = pytest.mark.parametrize("kind", each(ONE_EACH))
 SETTINGS = {"update_every": 2, "refresh_every": 3, "weight_decay": 1e-3}
 
 
@@ -62,25 +62,19 @@ def check_resume(kind, name, settings, phases):
 
 
 @every
-def test_resume_at_every_phase(kind):
-    check_resume(kind, "mlp", SETTINGS, range(7))
-
-
-@every
-def test_resume_with_shared_out_refreshes(kind):
-    if not takes(kind, "stagger"):
-        pytest.skip("it has nothing to share out")
-    check_resume(kind, "mlp", {**SETTINGS, "stagger": True}, range(7))
+@pytest.mark.parametrize("stagger", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_resume_at_every_phase(kind, stagger):
+    check_resume(kind, "mlp", {**SETTINGS, "stagger": stagger}, range(7))
 
 
 @one_each
-@pytest.mark.parametrize("name", ["cnn", "shared"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("shared", marks=pytest.mark.slow)])
 def test_resume_on_other_layers(kind, name):
     check_resume(kind, name, {**SETTINGS, "stagger": name == "cnn"}, [1, 2, 5])
 
 
 @one_each
-@pytest.mark.parametrize("phase", [0, 1, 4])
+@pytest.mark.parametrize("phase", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_resume_after_warm_up(kind, phase):
     data, model = batches(7), autoencoder()
     opt = MAKE[kind](model)

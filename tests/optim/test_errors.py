@@ -13,14 +13,15 @@ from tests.optim.cases import (
     autoencoder,
     batches,
     closure_of,
+    each,
     loss_of,
     takes,
     train,
 )
 
-every = pytest.mark.parametrize("kind", sorted(MAKE))
+every = pytest.mark.parametrize("kind", each(MAKE))
 OF_LAYERS = set(MAKE) - OF_GRADIENTS - OF_PARAMETERS
-watching = pytest.mark.parametrize("kind", sorted(OF_LAYERS))
+watching = pytest.mark.parametrize("kind", each(OF_LAYERS))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,4 @@
-"""Conjugate gradients on several damped linear systems at once, one per parameter block.
-
-System b is (G_bb + Λ) x = -g, the minimum of φ(x) = ½ xᵀ(G_bb + Λ)x + gᵀx. Each has its own end;
-products are asked for those that are still active. The host waits for a device only in distributed
-runs, where all processes must agree on the active systems; a late notice changes no result.
+"""Conjugate gradients on several systems (G_bb + Λ) x = -g at once, one per parameter block.
 
 Source: Martens 2010, Deep learning via Hessian-free optimization, section 4.
 """

@@ -1,8 +1,4 @@
-"""Products with diagonal blocks of the Gauss-Newton matrix of a batch, matrix-free.
-
-G = (1/m) Σ_n J_nᵀ H_n J_n, H_n the Hessian of example n's loss with respect to the model outputs.
-G_bb v is the b-part of G times v placed in block b.
-"""
+"""Products with diagonal blocks of the Gauss-Newton matrix of a batch, matrix-free."""
 
 from collections.abc import Sequence
 
@@ -15,10 +11,11 @@ from .jacobians import Piece, Route, choose_route
 
 
 class GaussNewton:
-    """Gauss-Newton matrix of a curvature batch at the current parameters.
+    """G = (1/m) Σ_n J_nᵀ H_n J_n of a curvature batch, H_n the loss Hessian at example n's outputs.
 
-    pieces: the model calls that make up the batch. parts: the parameters of each block.
-    likelihood: the loss is its negative logarithm. route: how J v is computed; None tries.
+    pieces: the model calls that make up the batch. parts: the parameters of each block b; G_bb v
+    is the b-part of G times v placed in b. likelihood: the loss is its negative logarithm. route:
+    how J v is computed; None tries.
     """
 
     def __init__(

@@ -35,6 +35,7 @@ COUNTS = (
     "line search failed",
 )
 REMEDY = "raise the damping or max_cg, lower lr, or look for inputs that are not finite"
+NOT_SETTINGS = ("self", "__class__", "model", "blocks", "groups")
 FORMER = ("stop", "preconditioner", "backtracking", "line_search", "adaptive")
 Step = tuple[list[Tensor], float]  # solutions x of all systems, and the share of them to take
 
@@ -103,16 +104,7 @@ class HessianFree(Optimizer):
         decoupled_weight_decay: bool = False,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
-        settings = {
-            "lr": lr,
-            "damping": damping,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "likelihood": likelihood,
-            "curvature_batch": curvature_batch,
-            "max_cg": max_cg,
-        }
+        settings = {k: v for k, v in locals().items() if k not in NOT_SETTINGS}
         checks.common(settings)
         checks.choice("likelihood", likelihood, FISHER)
         checks.at_least_one("max_cg", max_cg)
@@ -277,17 +269,11 @@ class HessianFree(Optimizer):
         return True
 
     def _iterate(self, systems: list[System], G: GaussNewton, *_: Any, **__: Any) -> None:
-        """Run conjugate gradients on the systems.
-
-        Further arguments: pieces of the curvature batch, number of examples in the whole batch.
-        """
+        """Conjugate gradients; *_: pieces of the curvature batch, examples in the whole batch."""
         solve(systems, G.products, self._setting("max_cg"))
 
     def _chosen(self, systems: list[System], *_: Any, **__: Any) -> Step:
-        """Solutions to take and the share of them: the last iterates, whole.
-
-        Further arguments: closure, state of the generators before it, its loss.
-        """
+        """The last iterates, whole; *_: closure, state of the generators before it, its loss."""
         return [system.x for system in systems], 1.0
 
     def _move(self, systems: list[System], found: Step | None) -> None:

@@ -1,8 +1,4 @@
-"""Repeated products with the Jacobian of a model's outputs at fixed parameters.
-
-The outputs are differentiated once per step; each product J v or Jᵀw then costs the arithmetic of
-the linear map alone, and only that of the layers between a block and the outputs.
-"""
+"""Repeated products with the Jacobian of a model's outputs, differentiated once per step."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -176,10 +172,7 @@ def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
 
 @contextmanager
 def _uninitialized_is_nan() -> Iterator[None]:
-    """Fill uninitialized memory with NaN inside the context.
-
-    Where tracing has lost an in-place write, that memory may still hold the right values.
-    """
+    # where tracing has lost an in-place write, such memory may still hold the right values
     settings: Any = deterministic  # a module whose attribute is a property
     mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("warn")

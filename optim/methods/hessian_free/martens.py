@@ -1,8 +1,4 @@
-"""Hessian-free optimization with Martens' rules for damping, stopping and step length.
-
-Source: Martens 2010, Deep learning via Hessian-free optimization, section 4; the constants as we
-recall them.
-"""
+"""Hessian-free optimization with Martens' rules for damping, stopping and step length."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,6 +42,7 @@ class MartensHessianFree(HessianFree):
     as in HessianFree; `damping` is where λ starts.
 
     Raises: as HessianFree; RuntimeError for a layer that torch.func.vmap cannot batch.
+    Source: Martens 2010, section 4; the constants as we recall them.
     """
 
     def __init__(

@@ -1,8 +1,5 @@
-"""The BFGS formulas of K-BFGS: dampings, the skip rule, the dense and the stored update.
+"""The BFGS formulas of K-BFGS for H [..., out, out], s, y [..., out]; nothing waits for a GPU.
 
-For one layer or a stack of b at once: s, y [..., out] are the averaged changes of pre-activation
-and of its gradient, H [..., out, out] the inverse Hessians held. Pure tensor code without a branch
-on values: nothing here waits for a GPU.
 Source: arXiv:2006.08877, sections 3-4, constants as in its published code.
 """
 

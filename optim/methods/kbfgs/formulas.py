@@ -93,26 +93,16 @@ def update_h_g_(
 
 
 def input_action_(
-    stack: Stack, x: Tensor, lambda_a: float, _: dict[Block, Totals]
+    stack: Stack, x: Tensor, lambda_a: float, totals: dict[Block, Totals]
 ) -> tuple[Tensor, Tensor]:
     """BFGS on H_a with the exact pair s = H_a x̄, y = (A + λ_A I) s; no damping is needed.
+
+    A convolution's A is the minibatch's own, which is never formed (arXiv:2102.06737).
 
     Returns: where it was accepted, and where H_a was found broken; [size] bool.
     """
     s = times(stack["H_a"], x)
-    y = times(stack["A"], s).add_(s, alpha=lambda_a)
-    bad = broken(s, x)
-    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad), bad
-
-
-def patch_action_(
-    stack: Stack, x: Tensor, lambda_a: float, totals: dict[Block, Totals]
-) -> tuple[Tensor, Tensor]:
-    """As `input_action_` with the minibatch's own A, which is never formed.
-
-    Source: arXiv:2102.06737.
-    """
-    s = times(stack["H_a"], x)
-    y = patch_moments(stack, totals, s).add_(s, alpha=lambda_a)
-    bad = broken(s, x)
-    return bfgs_(stack["H_a"], s, y, acceptable(s, y, x) & ~bad & stack.mask(totals)), bad
+    As = patch_moments(stack, totals, s) if stack.convolutional else times(stack["A"], s)
+    y, bad = As.add_(s, alpha=lambda_a), broken(s, x)
+    accept = acceptable(s, y, x) & ~bad & stack.mask(totals)
+    return bfgs_(stack["H_a"], s, y, accept), bad

@@ -23,7 +23,6 @@ from .formulas import (
     applied,
     held_h_g,
     input_action_,
-    patch_action_,
     start_h_a,
     start_h_g,
     update_h_g_,
@@ -169,10 +168,7 @@ class KBFGS(CurvatureOptimizer):
             start_h_a(stack, new, A, self._dampings(stack)[0])
 
     def _learn_a(self, stack: Stack, totals: dict[Block, Totals]) -> None:
-        """A <- decay A + (1 - decay) A_k; layers seen for the first time begin.
-
-        Skipped at step 0 after warm_up: that A is of the whole data set already.
-        """
+        # not at step 0 after warm_up: that A is of the whole data set already
         weight = 1 - stack.group["decay"]
         new = [block for block in totals if block not in stack.started]
         if new or not stack.convolutional:
@@ -227,8 +223,7 @@ class KBFGS(CurvatureOptimizer):
         gradient = g if known_true(ok) else torch.where(ok[:, None], g, float("nan"))
         accepted, powell, shifted, bad_g = update_h_g_(stack, gradient, mu_2)
         x = stack.gathered({block: total.means["x"] for block, total in first.items()})
-        act = patch_action_ if stack.convolutional else input_action_
-        acted, bad_a = act(stack, x, lambda_a, first)
+        acted, bad_a = input_action_(stack, x, lambda_a, first)
         seen = {"H_g": ok, "H_a": finite(x) & live}
         self._restarts.note(stack, {"H_g": bad_g, "H_a": bad_a}, seen)
         flags = {

@@ -1,10 +1,4 @@
-"""Restart of BFGS factors that are no longer positive definite.
-
-H_g and H_a learn from themselves, so that nothing mends one that rounding has made indefinite or
-that holds a NaN: every pair would be refused from then on. What is seen of it, yᵀH_g y or x̄ᵀH_a x̄
-negative or not finite, is noted in the step; the next one that updates starts that factor again. On
-a GPU the note is copied in the background and read once it has reached the host.
-"""
+"""Restart of BFGS factors that are no longer positive definite: every pair would be refused."""
 
 from collections.abc import Iterable
 
@@ -26,7 +20,11 @@ FACTORS = ("H_g", "H_a")
 
 
 class Restarts:
-    """Broken factors: state "broken" [size, 2] bool, "restarts" [size, 2] in a row."""
+    """Broken factors: state "broken" [size, 2] bool, "restarts" [size, 2] in a row.
+
+    Broken: yᵀH_g y or x̄ᵀH_a x̄ is negative or not finite. The next step that updates starts that
+    factor again; on a GPU, once the note has reached the host.
+    """
 
     def __init__(self, harness: Harness) -> None:
         self._harness = harness

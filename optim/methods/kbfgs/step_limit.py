@@ -1,10 +1,7 @@
 """Shorten steps along which the loss has more curvature than the preconditioner assumes. Ours.
 
-A step d = −lr P M plans with a curvature of P⁻¹: along itself, ⟨M, −d⟩ = d·P⁻¹d / lr. A second
-evaluation on the same batch, which is made anyway, gives d·H d = 2 (ℓ(θ + d) − ℓ(θ) − ∇·d).
-Their ratio κ is lr times a Rayleigh quotient of P H (its greatest value is the sharpness of
-`spectra.sharpness`). Where P has missed a direction of much curvature and momentum carries the step
-along it, κ goes from about 1 to hundreds within one or two steps.
+κ = d·H d / ⟨M, −d⟩ of d = −lr P M is lr times a Rayleigh quotient of P H, found by the second
+evaluation; where P has missed a direction, κ goes from 1 to hundreds within one or two steps.
 """
 
 from collections.abc import Iterable, Mapping

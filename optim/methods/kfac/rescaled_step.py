@@ -1,8 +1,5 @@
 """The step of KFAC2015, with exact rescaling: θ <- θ + lr (α Δ + μ δ), Δ = -P ∇, δ the last step.
 
-(α, μ) minimise ½ vᵀ(F + (λ + τ)I)v + ∇ᵀv over v = α Δ + μ δ, with the exact Fisher matrix of the
-minibatch; λ and γ by Levenberg-Marquardt.
-
 Source: arXiv:1503.05671, sections 6.4 to 7.
 """
 

@@ -1,9 +1,6 @@
-"""The quadratic model of a step along a few directions, and the best step in the plane of two.
+"""The quadratic model M(v) = ∇ᵀv + ½ vᵀ(F + L2 + λI)v of a step, and its minimum in a plane.
 
-M(v) = ∇ᵀv + ½ vᵀ(F + L2 + λI)v, F the exact Fisher matrix of the minibatch at the model's outputs:
-F = (1/m) Σ_n J_nᵀ H_n J_n. No F is formed: J v comes from one more evaluation of the closure.
-
-Source: arXiv:1503.05671, sections 6.4 and 7.
+F = (1/m) Σ_n J_nᵀ H_n J_n is the batch's exact Fisher (arXiv:1503.05671, sections 6.4 and 7).
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,4 @@
-"""LayerwiseStep: a measured step size for every layer, in place of the learning rate.
-
-Source: Bahamou, Goldfarb 2023, arXiv:2305.13664, abstract: one step size per layer, from its
-Hessian block along the direction of any first-order optimizer, for about one extra gradient a
-step. Averages, turns, bounds and the treatment of bad measurements are ours.
-"""
+"""LayerwiseStep: a measured step size for every layer, in place of the learning rate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +14,7 @@ from ...capture.closures import random_state, replayed, run, untouched
 from ...core import distributed, settings
 from ...core.checkpoint import exact_state
 from ...core.grad_scaler import refuse_scaler
-from ...core.summary import memory, readable
+from ...core.summary import aligned, memory, readable
 from ...linalg.basics import all_finite, factor_dtype
 from .hessian_products import Directions, ProductsOfBackward
 
@@ -203,12 +198,10 @@ class LayerwiseStep(Optimizer):
                     ", ".join(f"{name} {n}" for name, n in zip(COUNTS, counts, strict=True) if n),
                 )
             )
-        widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
         name = type(self.optimizer).__name__
         own, theirs = (sum(map(memory, o.state.values())) for o in (self, self.optimizer))
         total = f"total memory of the state: {readable(own)}, of {name}'s {readable(theirs)}"
-        return "\n".join([f"LayerwiseStep of {name}", *lines, total])
+        return "\n".join([f"LayerwiseStep of {name}", *aligned(rows), total])
 
     def state_dict(self) -> dict[str, Any]:
         """State as in PyTorch, with the "wrapped" optimizer, settings and whose turn is next."""

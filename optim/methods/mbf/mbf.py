@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...blocks.blocks import Block
 from ...core.base import CurvatureOptimizer, Live
 from ...core.inversions import Job
+from ...core.kronecker_factors import learn_moments
 from ...core.momentum import gradient_of
 from ...core.stacks import Stack
 from ...core.warm_up import warm_gradients
-from ...linalg.basics import finite, free_to_read, known_true, learn_
+from ...linalg.basics import free_to_read, known_true
 from ...linalg.operators import Operator
 from . import mini_blocks
 
@@ -102,7 +102,8 @@ class MBF(CurvatureOptimizer):
             with harness.exact():
                 for stack, G in gradients.items():
                     harness.start(stack, stack.blocks)
-                    ok = self._take(stack, G, 1 / batch, stack.blocks)
+                    new = mini_blocks.moments(stack.blocks[0], G)
+                    ok = learn_moments(stack, stack.mask(stack.blocks), 1 / batch, **new)
                     harness.count(stack, {"not finite": ~ok})
         self._refresh()
 
@@ -115,18 +116,8 @@ class MBF(CurvatureOptimizer):
                 mini_blocks.learn_rows_(stack.of(block, "M")[0], W, b[0] if b else None, decay)
             return stack.mask(blocks)
         G = self._harness.gradient(stack, blocks, decay=False)
-        return self._take(stack, G, 1 - decay, blocks)
-
-    def _take(self, stack: Stack, G: Tensor, weight: float, blocks: list[Block]) -> Tensor:
-        """M <- (1 - weight) M + weight ĝ ĝᵀ where that is finite; whose M did, [size] bool."""
-        ok, new = stack.mask(blocks), mini_blocks.moments(stack.blocks[0], G)
-        for name, M in new.items():
-            if name not in stack:
-                stack.hold(**{name: torch.zeros_like(M)})
-            ok = ok & finite(M.diagonal(dim1=-2, dim2=-1))
-        for name, M in new.items():
-            learn_(stack[name], M, weight, ok)
-        return ok
+        new = mini_blocks.moments(stack.blocks[0], G)
+        return learn_moments(stack, stack.mask(blocks), 1 - decay, **new)
 
     def _is_one_product(self, stack: Stack, blocks: list[Block]) -> bool:
         """Whether M can take ∇ᵀ ∇ straight in: rows of all layers, known to be finite."""

@@ -1,8 +1,6 @@
 """Mini-blocks of a layer's weight: statistics, inverses and products of MBF.
 
-A mini-block serves slices of W_bar [out, in+1]: in a Linear layer one mini-block for all rows; in a
-convolution one for each kernel of kh * kw weights, and one for each bias.
-Source: arXiv:2202.04124, section 3.
+Of a Linear layer one for all rows; of a convolution one per kernel and per bias (arXiv:2202.04124).
 """
 
 from collections.abc import Iterable

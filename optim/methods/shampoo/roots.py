@@ -91,10 +91,6 @@ def _eigh(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _enough(n: int, p: int, dtype: torch.dtype) -> int:
-    """Number of iterations for any condition number that the precision can hold.
-
-    The smallest eigenvalue of N, no less than 1 / (√n condition), grows by ((p+1)/p)ᵖ each time;
-    near 1 the number of digits doubles.
-    """
+    # the least eigenvalue, >= 1 / (√n condition), grows by ((p+1)/p)ᵖ; near 1 the digits double
     start = torch.finfo(dtype).eps / n**0.5
     return min(LIMIT, ceil(-log(start) / (p * log(1 + 1 / p))) + 10)

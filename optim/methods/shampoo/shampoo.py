@@ -42,7 +42,8 @@ class Shampoo(CurvatureOptimizer):
     State of each parameter: H_1, H_2, ... and root_1, root_2, ... [n_i, n_i].
     Raises: ValueError for a sparse gradient.
     Source: Gupta, Koren, Singer 2018, arXiv:1802.09568; averages, flattening and
-    defaults as in the published code of arXiv:2106.02925 (MNIST autoencoder, loss summed over 784 pixels).
+    defaults as in the published code of arXiv:2106.02925 (MNIST autoencoder, loss summed over 784
+    pixels).
     """
 
     heavy_ball = True

@@ -8,7 +8,7 @@ from ...capture.capture import Totals
 from ...capture.per_example import mean_weight, pieces
 from ...core import distributed
 from ...core.stacks import Stack
-from ...linalg.basics import damped_inverse, finite_moments, learn_
+from ...linalg.basics import damped_inverse
 from ...linalg.products import gram_, product
 
 TINY = 1e-30  # a trace below it counts as this
@@ -54,9 +54,7 @@ def balanced_inverse(M: Tensor, damping: Tensor, ratio: float) -> tuple[Tensor, 
     return damped_inverse(M * (ratio / trace(M)).sqrt_(), damping)
 
 
-def moments(
-    stack: Stack, totals: dict[Block, Totals], scale: float | None
-) -> tuple[Tensor, Tensor]:
+def moments(stack: Stack, totals: dict[Block, Totals], scale: float | None) -> dict[str, Tensor]:
     """L = E_n[V_n V_nᵀ] [size, out, out] and R = E_n[V_nᵀ V_n] [size, in+1, in+1] of the batch."""
     lefts, rights = {}, {}
     for block, total in totals.items():
@@ -68,30 +66,4 @@ def moments(
         weight = mean_weight(total, scale)
         lefts[block], rights[block] = L.mul_(weight), R.mul_(weight)
         distributed.add_up_(L, R)
-    return stack.gathered(lefts), stack.gathered(rights)
-
-
-def learn_moments(stack: Stack, totals: dict[Block, Totals], scale: float | None) -> Tensor:
-    """L <- decay L + (1 - decay) L_k and R likewise, unless one of the two is not finite.
-
-    Returns: which matrices learned, [size] bool.
-    """
-    L, R = moments(stack, totals, scale)
-    if "L" not in stack:
-        stack.hold(L=torch.zeros_like(L), R=torch.zeros_like(R))
-    ok = finite_moments(stack.mask(totals), L, R)
-    learn_(stack["L"], L, 1 - stack.group["decay"], ok)
-    learn_(stack["R"], R, 1 - stack.group["decay"], ok)
-    return ok
-
-
-def warm_moments(
-    stack: Stack, totals: dict[Block, Totals], batch: int, scale: float | None
-) -> None:
-    """L and R as running means over the batches of warm_up; this is number `batch`, from 1."""
-    L, R = moments(stack, totals, scale)
-    if batch == 1:
-        stack.hold(L=L, R=R)
-    else:
-        stack["L"].lerp_(L, 1 / batch)
-        stack["R"].lerp_(R, 1 / batch)
+    return {"L": stack.gathered(lefts), "R": stack.gathered(rights)}

@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from ...blocks.blocks import Block
-from ...capture.capture import Accumulate
+from ...capture.capture import Accumulate, Totals
 from ...capture.per_example import examples_of
 from ...core.base import Live
 from ...core.fisher import FisherOptimizer, kronecker
 from ...core.inversions import Job
+from ...core.kronecker_factors import learn_moments, warm_moments
 from ...core.stacks import Stack
 from ...linalg.operators import Operator
 from ...linalg.products import sandwich
-from .formulas import balanced_inverse, learn_moments, trace, warm_moments
+from .formulas import balanced_inverse, moments, trace
 
 
 class TKFAC(FisherOptimizer):
@@ -44,11 +45,17 @@ class TKFAC(FisherOptimizer):
         return examples_of(self._harness.setting("likelihood"))
 
     def _learn(self, live: Live) -> None:
+        def learn(stack: Stack, totals: dict[Block, Totals]) -> Tensor:
+            new, weight = moments(stack, totals, scale), 1 - stack.group["decay"]
+            return learn_moments(stack, stack.mask(totals), weight, **new)
+
         scale = self._harness.sum_scale
-        self._learn_by(live, lambda stack, totals: learn_moments(stack, totals, scale))
+        self._learn_by(live, learn)
 
     def _warm_up(self, closures: Iterable[Callable[[], Any]]) -> None:
-        average = partial(warm_moments, scale=self._harness.sum_scale)
+        def average(stack: Stack, totals: dict[Block, Totals], batch: int) -> None:
+            warm_moments(stack, batch, **moments(stack, totals, self._harness.sum_scale))
+
         self._average_by(closures, self._accumulate(), average)
 
     def _inversions(self, stack: Stack) -> tuple[Job, ...]:

@@ -1,9 +1,4 @@
-"""Covariance factors U_i of TNT from averaged contractions H_i, and their damped inverses.
-
-U_i = H_i / (c^(k-1) Π_{j≠i} n_j), c = (T/N)^(1/k), T = tr H_i (the same for every i), N = Π n_j,
-for k axes with a matrix: every U_i has the mean eigenvalue c, and U_1 ⊗ ... ⊗ U_k the trace T.
-Source: arXiv:2106.02925, as its published code scales.
-"""
+"""Covariance factors U_i of TNT from averaged contractions H_i, and their damped inverses."""
 
 from dataclasses import dataclass
 from math import prod
@@ -19,6 +14,9 @@ TINY = 1e-30  # a mean eigenvalue below it stands for no gradient at all
 
 def scale(H: Tensor, shape: tuple[int, ...], k: int, i: int) -> Tensor:
     """Ratio H_i / U_i = c^(k-1) Π_{j≠i} n_j, [b]; H [b, n, n] is any one of the H_j.
+
+    c = (tr H_i / Π n_j)^(1/k) for k axes with a matrix: every U_i has the mean eigenvalue c, and
+    U_1 ⊗ ... ⊗ U_k the trace tr H_i. Source: arXiv:2106.02925, as its published code scales.
 
     By hand, H_1 = H_2 = 2 I of a 2 x 2 parameter, c = 1:
         >>> import torch

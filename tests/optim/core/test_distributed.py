@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 from torch import distributed as dist
 
+from tests.optim.cases import QUICK, each
 from tests.optim.core.worker import INSIDE, KINDS, OF_LAYERS, alone, inverted, whole
 from tests.optim.models import CASES
 from tests.paths import ROOT
@@ -15,18 +17,25 @@ from tests.paths import ROOT
 WORLD = 2
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch without gloo")
-every = pytest.mark.parametrize("kind", KINDS)
+every = pytest.mark.parametrize("kind", each(KINDS))
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+@cache
+def found_by_processes(kinds, tmp_path_factory):
     """What each of the processes found."""
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "tests.optim.core.worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(folder / "meeting"), str(folder)],
+            [
+                *command,
+                str(rank),
+                str(WORLD),
+                str(folder / "meeting"),
+                str(folder),
+                ",".join(kinds),
+            ],
             env=environment,
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -37,6 +46,15 @@ def processes(tmp_path_factory):
     said = [process.communicate(timeout=300)[1] for process in started]
     assert [process.returncode for process in started] == [0] * WORLD, "\n".join(said)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture
+def processes(request, tmp_path_factory):
+    """Of the quick kinds, or of the others."""
+    quick = (
+        request.node.callspec.params["kind"] in QUICK if "callspec" in dir(request.node) else True
+    )
+    return found_by_processes(tuple(k for k in KINDS if (k in QUICK) == quick), tmp_path_factory)
 
 
 def check_equal(found, expected):
@@ -71,7 +89,7 @@ def test_micro_batches_in_every_process(processes, kind):
     check_equal(found[0], alone(kind, "shared"))
 
 
-@pytest.mark.parametrize("kind", OF_LAYERS)
+@pytest.mark.parametrize("kind", each(OF_LAYERS))
 def test_parts_of_other_sizes(processes, kind):
     """Statistics are means over all examples, whichever process has more of them."""
     found = [process[kind, "uneven"] for process in processes]

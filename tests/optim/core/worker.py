@@ -1,6 +1,6 @@
 """One of several processes that train on parts of one batch: test_distributed.py starts them.
 
-Arguments: rank, world size, a file to meet at, a folder for the results.
+Arguments: rank, world size, a file to meet at, a folder for the results, optimizers.
 """
 
 import datetime
@@ -162,7 +162,7 @@ def inverted(model, case, batch):
     return sum(many)
 
 
-def main(rank, world, meeting, folder):
+def main(rank, world, meeting, folder, kinds):
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     dist.init_process_group(
@@ -173,12 +173,12 @@ def main(rank, world, meeting, folder):
         timeout=datetime.timedelta(seconds=60),
     )
     found = {}
-    for kind in INSIDE:
+    for kind in set(INSIDE) & set(kinds):
         found[kind, "inner"] = together(kind, "cnn", rank, world, inner=True)
-    for kind in KINDS:
+    for kind in kinds:
         found[kind, "cnn"] = together(kind, "cnn", rank, world)
         found[kind, "pieces"] = together(kind, "shared", rank, world, pieces=2)
-    for kind in OF_LAYERS:
+    for kind in sorted(set(OF_LAYERS) & set(kinds)):
         found[kind, "uneven"] = uneven(kind, rank)
     case = CASES["mlp"]()
     parts = tuple(values.chunk(world)[rank] for values in case.batches[0])
@@ -190,4 +190,4 @@ def main(rank, world, meeting, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5].split(","))

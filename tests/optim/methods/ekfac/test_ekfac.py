@@ -15,11 +15,11 @@ from kronscope.optim.methods.ekfac.formulas import (
     eigenvectors,
     squares,
 )
-from tests.optim.models import CASES
+from tests.optim.models import CASES, NAMES
 from tests.optim.oracles import ORACLES
 from tests.optim.oracles_base import Seen, assembled, copy_without_hooks, example_gradients
 
-every_case = pytest.mark.parametrize("name", sorted(CASES))
+every_case = pytest.mark.parametrize("name", NAMES)
 either_label = pytest.mark.parametrize("empirical", [False, True])
 
 

@@ -8,11 +8,11 @@ import torch
 from kronscope.optim.capture.likelihoods import sampled_score
 from kronscope.optim.methods.tkfac.formulas import add_moments_, balanced_inverse
 from kronscope.optim.methods.tkfac.tkfac import TKFAC
-from tests.optim.models import CASES
+from tests.optim.models import CASES, NAMES
 from tests.optim.oracles import ORACLES
 from tests.optim.oracles_base import Seen, copy_without_hooks, example_gradients
 
-every_case = pytest.mark.parametrize("name", sorted(CASES))
+every_case = pytest.mark.parametrize("name", NAMES)
 either_label = pytest.mark.parametrize("empirical", [False, True])
 
 
