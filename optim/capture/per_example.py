@@ -1,4 +1,4 @@
-"""Layer inputs and output gradients of single examples, kept until the step.
+"""Layer inputs and output gradients of single examples, whose V_n = Σ_t g_nt ã_ntᵀ are squared.
 
 Calls of a layer in one forward are further positions of its examples; other forwards have others.
 """

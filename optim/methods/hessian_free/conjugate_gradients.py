@@ -1,4 +1,4 @@
-"""Conjugate gradients on several systems (G_bb + Λ) x = -g at once, one per parameter block.
+"""Conjugate gradients on several damped linear systems at once, one per parameter block.
 
 Source: Martens 2010, Deep learning via Hessian-free optimization, section 4.
 """
@@ -21,7 +21,9 @@ StopRule = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(eq=False)
 class System:
-    """State of conjugate gradients on one block; vectors are [d], parameters concatenated.
+    """Conjugate gradients on (G_bb + Λ) x = -g, the minimum of φ(x) = ½ xᵀ(G_bb + Λ)x + gᵀx.
+
+    Vectors are [d], the parameters of block b concatenated.
 
     parameters: of the block, those with a gradient. g: the gradient, minus the right-hand side.
     damping: per parameter, numbers or 0-d tensors. x: the start, then the solution so far.
@@ -51,7 +53,7 @@ class System:
 
     @property
     def done(self) -> bool:
-        """Whether the host knows that the system has ended."""
+        """Whether the host knows that the system has ended; a late notice changes no result."""
         if free_to_read(self.active) or distributed.size() > 1:
             return not bool(self.active)
         if self._flag is not None and self._flag[1].query():
