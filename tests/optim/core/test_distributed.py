@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from functools import cache
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="PyTorch wi
 every = pytest.mark.parametrize("kind", each(KINDS))
 
 
-@cache
 def found_by_processes(kinds, tmp_path_factory):
     """What each of the processes found."""
     folder = tmp_path_factory.mktemp("distributed")
@@ -48,13 +46,22 @@ def found_by_processes(kinds, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.fixture(scope="module")
+def quick_kinds(tmp_path_factory):
+    return found_by_processes([kind for kind in KINDS if kind in QUICK], tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def slow_kinds(tmp_path_factory):
+    return found_by_processes([kind for kind in KINDS if kind not in QUICK], tmp_path_factory)
+
+
 @pytest.fixture
-def processes(request, tmp_path_factory):
-    """Of the quick kinds, or of the others."""
-    quick = (
-        request.node.callspec.params["kind"] in QUICK if "callspec" in dir(request.node) else True
-    )
-    return found_by_processes(tuple(k for k in KINDS if (k in QUICK) == quick), tmp_path_factory)
+def processes(request):
+    """One set of processes for the quick tests, another for the rest."""
+    kind = getattr(request.node, "callspec", None)
+    quick = kind is None or kind.params["kind"] in QUICK
+    return request.getfixturevalue("quick_kinds" if quick else "slow_kinds")
 
 
 def check_equal(found, expected):

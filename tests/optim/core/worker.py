@@ -173,7 +173,7 @@ def main(rank, world, meeting, folder, kinds):
         timeout=datetime.timedelta(seconds=60),
     )
     found = {}
-    for kind in set(INSIDE) & set(kinds):
+    for kind in [kind for kind in INSIDE if kind in kinds]:
         found[kind, "inner"] = together(kind, "cnn", rank, world, inner=True)
     for kind in kinds:
         found[kind, "cnn"] = together(kind, "cnn", rank, world)
