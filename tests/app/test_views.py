@@ -99,7 +99,7 @@ def test_overview_shows_the_figures_that_a_study_alone_has(in_state):
 def test_overview_gives_runs_verdicts_and_definitions(in_state):
     in_state("full")
     app = open_view("overview")
-    assert list(app.dataframe[0].value["records"]) == [3150]
+    assert list(app.dataframe[0].value["records"]) == [1062]
     text = "\n".join(block.value for block in app.markdown)
     assert "Exact GGN, kbfgs at step 100" in text
     assert "Exact Hessian, adam at step 100" in text
@@ -139,8 +139,8 @@ def test_many_runs_are_counted_not_read(in_state, monkeypatch):
     assert len(read) == 1
     shown = app.dataframe[0].value.set_index("run")["records"]
     assert len(shown) == 26
-    assert shown["run-3"] == 1575
-    assert set(shown.drop("run-3")) == {3150}
+    assert shown["run-3"] == 531
+    assert set(shown.drop("run-3")) == {1062}
 
 
 def test_overview_shows_what_a_study_put_into_the_header(in_state, monkeypatch):
