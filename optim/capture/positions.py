@@ -62,8 +62,7 @@ def row_mean(block: Block, x: Tensor) -> Tensor:
 def patch_action(block: Block, x: Tensor, s: Tensor) -> Tensor:
     """Σ_n Σ_t ã (ã · s) [groups, in+1] for s of that shape: E[ã ãᵀ] s times m, never formed.
 
-    A convolution with s as its filter and the gradient of one: O(m T in), no patches are made.
-    Source: arXiv:2102.06737 (Hessian action from the minibatch).
+    A convolution with s as its filter and the gradient of one: O(m T in) (arXiv:2102.06737).
     """
     module, size = block.module, block.inputs
     assert isinstance(module, nn.Conv2d)

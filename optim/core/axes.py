@@ -66,10 +66,9 @@ def along(X: Tensor, i: int, A: Tensor) -> Tensor:
 def learn_contractions(
     stack: Stack, G: Tensor, keep: float, new: float, live: Iterable[Block]
 ) -> Tensor:
-    """H_i <- keep H_i + new (G contracted with itself over all axes but i).
+    """H_i <- keep H_i + new (G contracted with itself over all axes but i), G [size, *shape].
 
-    G [size, *shape]; a matrix G has G Gᵀ and Gᵀ G, a vector g gᵀ. One that is not finite, or
-    whose squares are not, is left out.
+    A matrix G has G Gᵀ and Gᵀ G, a vector g gᵀ. One whose squares are not finite is left out.
 
     Returns: which of the stack learned, [size] bool.
     """

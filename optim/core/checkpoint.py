@@ -8,11 +8,10 @@ from torch.optim import Optimizer
 
 
 def exact_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the saved tensors into optimizer.state as they are, after torch's own loading.
+    """Put copies of the saved tensors into optimizer.state as they are, after torch's own loading.
 
-    torch casts what it loads to each parameter's dtype, which would round the float32 factors
-    of a bfloat16 model and turn integer counters into floats. Copies, so that training on does
-    not change the dictionary loaded from.
+    torch casts to each parameter's dtype, which would round the float32 factors of a bfloat16
+    model and turn integer counters into floats.
     """
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, parameter in zip(saved["params"], group["params"], strict=True):

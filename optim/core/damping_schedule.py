@@ -9,11 +9,9 @@ from torch.optim import Optimizer
 class DampingGroup(MutableMapping[str, Any]):
     """One parameter group in which what is called lr is the damping.
 
-    "lr" is the optimizer's "damping" and "initial_lr" its "initial_damping"; likewise "max_lr",
-    "min_lr" and "swa_lr", so that schedulers keep their notes beside, not on top of, those of a
-    scheduler of the true learning rate, and state_dict holds both. All else is the group's own.
-
-    It asks the optimizer at each access, for load_state_dict gives that new groups.
+    "initial_lr" is its "initial_damping", likewise "max_lr", "min_lr" and "swa_lr", so that the
+    notes of a scheduler of the true learning rate stay apart. All else is the group's own. The
+    optimizer is asked at each access, for load_state_dict gives that new groups.
     """
 
     def __init__(self, optimizer: Optimizer, index: int) -> None:
@@ -56,11 +54,9 @@ def _rate_name(key: str) -> str:
 class Damping(Optimizer):
     """View of an optimizer for torch.optim.lr_scheduler: its groups' "lr" is the damping.
 
-    Any scheduler will do, beside others on the optimizer itself; momentum is not for it to
-    cycle (cycle_momentum=False). The damping travels in the optimizer's state_dict and the
-    scheduler's place in its own, so a checkpoint needs nothing of this view. Groups are those
-    the optimizer has when the view is made. The optimizer refuses to step while the damping of
-    a group is not positive.
+    Any scheduler will do that leaves momentum alone (cycle_momentum=False). The damping travels in
+    the optimizer's state_dict, the scheduler's place in its own. Groups are those the optimizer has
+    when the view is made; it refuses to step while the damping of one is not positive.
 
     Raises: ValueError for an optimizer without damping.
 
@@ -94,10 +90,7 @@ class Damping(Optimizer):
         """Do nothing: called after each step of the optimizer, for schedulers that watch it."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refused: a view has nothing to load.
-
-        Raises: TypeError always.
-        """
+        """Raise TypeError: a view has nothing to load."""
         raise TypeError(
             f"Damping has no state to load (got {sorted(state_dict)}); load the optimizer's and "
             "the scheduler's"

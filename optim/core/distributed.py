@@ -38,10 +38,7 @@ def alone(who: str, instead: str) -> None:
 
 
 def wrapped(model: nn.Module, who: str) -> None:
-    """Raise ValueError if there are several processes and the model is not one made for them.
-
-    A second pass through the wrapper makes no parameter gradients, for which it would wait.
-    """
+    """Raise ValueError if there are several processes and the model is not wrapped for them."""
     if size() > 1 and not hasattr(model, "no_sync"):
         raise ValueError(
             f"{who} runs the model twice a step; with several processes give it the "
@@ -84,9 +81,7 @@ def gathered(rows: Tensor) -> Tensor:
 def shares(many: int, cost: float, loads: list[float]) -> list[int]:
     """How many of so many equal tasks each process gets; adds what they cost to its load.
 
-    What does not go round goes to those with least to do.
-
-    Three tasks where the first process has done some already:
+    The rest of a division goes to those with least to do:
         >>> shares(3, 1.0, [2.0, 0.0])
         [1, 2]
     """
@@ -118,10 +113,9 @@ def solved(solver: Solver, M: Tensor, damping: Tensor, loads: list[float]) -> tu
 def join_(blocks: Iterable[Block], totals: dict[Block, Totals]) -> None:
     """Make totals of this process those of the joint batch; what they keep stays its own part.
 
-    blocks: all of the optimizer's, in the same order everywhere. Weights of the parts: with m of M
-    examples here, backward under a mean loss has delivered g / m where it would have g / M.
-
-    Waits for the device: the numbers of examples are needed in Python.
+    blocks: all of the optimizer's, in the same order everywhere. With m of M examples here,
+    backward under a mean loss has delivered g / m where it would have g / M. Waits for the device:
+    the numbers of examples are needed in Python.
 
     Raises: ValueError naming a layer that not all processes have used, or a statistic unheard of.
     """

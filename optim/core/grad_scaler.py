@@ -13,11 +13,10 @@ def take_scale(optimizer: Optimizer, *, needed: bool) -> float | None:
     """The scale that captured gradients carry; .grad is rid of it. None: overflow, do not step.
 
     GradScaler.step leaves `found_inf` and, unless unscale_ was called before, `grad_scale` on an
-    optimizer that asks for them. It waits for the device to read `found_inf`, as GradScaler does.
+    optimizer that asks for them; after an unscale_ optimizer.scaler, set by the user, tells it.
+    Reading `found_inf` waits for the device, as GradScaler does.
 
-    needed: whether the method uses captured gradients. optimizer.scaler, if the user has set it,
-    tells the scale after an unscale_.
-
+    needed: whether the method uses captured gradients.
     Raises: ValueError where it is needed, unscale_ was called and the scaler is not known.
     """
     found_inf = getattr(optimizer, "found_inf", None)

@@ -72,11 +72,9 @@ def output_factor(totals: Totals, scale: float) -> Tensor:
 def learn_factors(
     stack: Stack, totals: dict[Block, Totals], scale: float, weight: float | Tensor | None = None
 ) -> Tensor:
-    """A <- (1 - weight) A + weight A_k and G likewise, unless one of the two is not finite.
+    """A <- (1 - weight) A + weight A_k and G likewise, as `learn_moments`.
 
     weight: of the new, a number or [size]; 1 - decay unless given.
-
-    Returns: which matrices learned, [size] bool.
     """
     weight = 1 - stack.group["decay"] if weight is None else weight
     return learn_moments(stack, stack.mask(totals), weight, **_factors(stack, totals, scale))

@@ -50,9 +50,8 @@ def memory(state: dict[str, Tensor]) -> int:
 def readable(size: int) -> str:
     """Bytes in decimal units.
 
-    Examples:
-        >>> readable(512), readable(8_000_000)
-        ('512 B', '8.0 MB')
+    >>> readable(512), readable(8_000_000)
+    ('512 B', '8.0 MB')
     """
     value = float(size)
     for unit in ("B", "kB", "MB"):

@@ -27,11 +27,7 @@ def known_finite(tensor: Tensor) -> bool:
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """Whether no entry is NaN or infinite, as a 0-d bool tensor, in one pass.
-
-    A sum is finite only if its terms are; one that overflows counts as not finite. It is made in
-    float32 at least, where sums of finite half-precision numbers do not overflow.
-    """
+    """Whether the sum of all entries, in float32 or better, and so each is finite; 0-d bool."""
     return is_finite(tensor.sum(dtype=factor_dtype(tensor)))
 
 
@@ -107,7 +103,6 @@ def damped_inverse(M: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
 
     damping: a number, or one for each matrix, [b].
 
-    Known by hand:
         >>> inverse, ok = damped_inverse(torch.eye(2)[None], 3.0)
         >>> inverse[0].diagonal().tolist(), bool(ok)
         ([0.25, 0.25], True)

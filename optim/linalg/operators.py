@@ -56,9 +56,8 @@ class Kronecker:
 class Identity:
     """The map that changes nothing, of size n.
 
-    By hand:
-        >>> (Identity(2) @ torch.ones(2)).tolist()
-        [1.0, 1.0]
+    >>> (Identity(2) @ torch.ones(2)).tolist()
+    [1.0, 1.0]
     """
 
     n: int
@@ -80,7 +79,6 @@ class KroneckerEigen:
     Orthogonal left [out, out], right [in+1, in+1] hold eigenvectors as columns, values
     [out, in+1] the eigenvalues; shape (d, d) on the row-major vec of W_bar, d = out * (in+1).
 
-    In the basis of the entries themselves:
         >>> eigen = KroneckerEigen(torch.eye(1), torch.eye(2), torch.tensor([[2.0, 3.0]]))
         >>> (eigen @ torch.ones(2)).tolist()
         [2.0, 3.0]

@@ -25,9 +25,8 @@ CPU: Any = torch.backends.mkldnn
 def product(A: Tensor, B: Tensor) -> Tensor:
     """A B [..., m, n] of stacks A [..., m, k] and B [..., k, n] of the same length.
 
-    By hand:
-        >>> product(torch.ones(1, 1, 2), torch.tensor([[[1.0], [2.0]]])).tolist()
-        [[[3.0]]]
+    >>> product(torch.ones(1, 1, 2), torch.tensor([[[1.0], [2.0]]])).tolist()
+    [[[3.0]]]
     """
     with faster_library(A, A.numel() * B.shape[-1]):
         return torch.bmm(A, B) if A.ndim == 3 else torch.matmul(A, B)

@@ -125,10 +125,9 @@ def learn_from_gradient(
 ) -> Tensor:
     """S <- decay S + (1 - decay) m (U_Gᵀ ∇ U_A)² for ∇ of m examples, where ok and finite.
 
-    G: ∇ [size, out, in+1], of the mean loss. Where examples are independent and their mean is near
-    zero this is E_n[(U_Gᵀ V_n U_A)²] in expectation.
+    G: ∇ [size, out, in+1], of the mean loss. In expectation E_n[(U_Gᵀ V_n U_A)²] where examples
+    are independent and their mean is near zero ("EKFAC-ra", arXiv:1806.03884).
     Returns: where that was, [size] bool.
-    Source: arXiv:1806.03884, "EKFAC-ra".
     """
     m = stack.zeros()
     for block, total in totals.items():

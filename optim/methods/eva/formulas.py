@@ -29,10 +29,9 @@ def rank_one_solve_(G: Tensor, g: Tensor, x: Tensor, damping: float) -> tuple[Te
     ⟨Δ, G⟩ = damping ‖Δ‖² + c², whose terms are positive: nothing cancels.
     Source: arXiv:2308.02123.
 
-    By hand, one eigenvalue 1 + 3:
         >>> one = torch.ones(1, 1)
         >>> Delta, inner = rank_one_solve_(torch.ones(1, 1, 1), one, one * 3**0.5, 1.0)
-        >>> round(Delta.item(), 6), round(inner.item(), 6)
+        >>> round(Delta.item(), 6), round(inner.item(), 6)  # one eigenvalue 1 + 3
         (0.25, 0.25)
     """
     p = (g[:, None] @ (G @ x[:, :, None]))[:, 0, 0]

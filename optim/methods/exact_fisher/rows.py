@@ -51,10 +51,9 @@ def make_room(stack: Stack, m: int, T: int) -> None:
 
 
 def factorization(stack: Stack, rows: dict[Block, tuple[Tensor, Tensor]]) -> tuple[Job, Tensor]:
-    """The work of finding L for these rows, which are kept if it succeeds.
+    """Job that finds L for these rows, kept if it succeeds; and whose rows are finite, [size] bool.
 
-    Returns: the job, and whose rows are finite, [size] bool. Others keep what they have, or begin
-    without curvature.
+    Others keep what they have, or begin without curvature.
     """
     m, T = room(stack, rows)
     g = stack.gathered({block: padded(g, m, T) for block, (g, _) in rows.items()})
@@ -74,7 +73,6 @@ def example_rows(block: Block, totals: Totals, scale: float | None) -> tuple[Ten
     """g, x of all examples, g scaled so that F = Σ_n vec V_n (vec V_n)ᵀ is the mean over them.
 
     scale: what the loss of the data's labels was multiplied with; None for sampled ones.
-
     Raises: ValueError if calls in one forward saw batches of different sizes.
     """
     weight = mean_weight(totals, scale) ** 0.5

@@ -97,10 +97,8 @@ def recorded(model: nn.Module) -> Iterator[ModelCalls]:
 def subset(batch: int, wanted: int | None, generator: torch.Generator) -> Tensor | None:
     """Rows of the curvature batch in ascending order, drawn without repetition; None for all.
 
-    On the CPU, since the host must know how many rows fall to which call.
-    wanted: how many; None is a quarter of the batch, rounded up.
-
-    Raises: ValueError if the batch has fewer examples.
+    On the CPU, since the host must know how many rows fall to which call. wanted: how many; None
+    is a quarter of the batch, rounded up. Raises: ValueError if the batch has fewer examples.
     """
     count = -(-batch // 4) if wanted is None else wanted
     if count > batch:

@@ -151,10 +151,7 @@ class HessianFree(Optimizer):
         return loss
 
     def directions(self) -> dict[str, dict[str, Tensor]]:
-        """Last solutions d, {block: {parameter: its part of d}}, live views.
-
-        Raises: RuntimeError before the first step.
-        """
+        """{block: {parameter: its part of the last d}}. Raises: RuntimeError before a step."""
         names: dict[Tensor, str] = {p: n for n, p in self._model.named_parameters()}
         found = {
             part.name: {
@@ -176,10 +173,7 @@ class HessianFree(Optimizer):
         return f"{lines}\ncurvature products by {self.route.route}"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in PyTorch, and partition the parameters anew.
-
-        Raises: ValueError for a bad setting or another model's parameter; then nothing is added.
-        """
+        """As in PyTorch. Raises: ValueError, and nothing is added, for a bad group."""
         super().add_param_group(param_group)
         if hasattr(self, "parts"):
             checks.joined(self.param_groups, self.defaults, self._model)
@@ -195,10 +189,7 @@ class HessianFree(Optimizer):
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from `state_dict()` bit for bit.
-
-        Raises: ValueError for the state of an adaptive damping.
-        """
+        """Resume from `state_dict()` bit for bit. Raises: ValueError for an adaptive damping."""
         self._take_factor(state_dict.get("factor"))
         super().load_state_dict(state_dict)
         exact_state(self, state_dict)

@@ -149,12 +149,10 @@ REFUSED = (
 
 
 def choose_route(piece: Piece, parts: Sequence[Sequence[Tensor]]) -> Route:
-    """Choose the first way of computing J v that is right for this model, tried on one call.
+    """The first way of computing J v that is right for this model, tried on one call.
 
     Right: ⟨w, J v⟩ = ⟨Jᵀw, v⟩ for random v, w; a layer whose derivative cannot be differentiated
-    again may break it without an error. Random generators end as they were.
-
-    Raises: ValueError with the reason of each route.
+    again may break it without an error. Raises: ValueError with the reason of each route.
     """
     reasons = []
     for route in ROUTES:

@@ -136,13 +136,12 @@ def bfgs_(H: Tensor, s: Tensor, y: Tensor, accept: Tensor) -> Tensor:
 def append_(H: CompactInverse, s: Tensor, y: Tensor, accept: Tensor) -> Tensor:
     """Store the pair as the newest row of H and drop the oldest, in place where accept.
 
-    R (upper triangle of S Yᵀ) and Y Yᵀ shift up-left and gain one row and column.
-
     Returns: where the pair was stored, [...] bool.
     """
     accept = accept & is_finite(s).all(-1) & is_finite(y).all(-1)
     S = torch.cat([H.S[..., 1:, :], s[..., None, :]], -2)
     Y = torch.cat([H.Y[..., 1:, :], y[..., None, :]], -2)
+    # R (upper triangle of S Yᵀ) and Y Yᵀ shift up-left and gain one row and column
     R, YY = torch.zeros_like(H.R), torch.zeros_like(H.YY)
     R[..., :-1, :-1], YY[..., :-1, :-1] = H.R[..., 1:, 1:], H.YY[..., 1:, 1:]
     R[..., -1] = times(S, y)

@@ -43,9 +43,7 @@ def start_h_g(stack: Stack, blocks: Iterable[Block], history: int | None) -> Non
 
 
 def start_h_a(stack: Stack, blocks: list[Block], A: Tensor, lambda_a: float) -> None:
-    """H_a = (A + λ_A I)⁻¹ of blocks that begin.
-
-    A convolution keeps no A.
+    """H_a = (A + λ_A I)⁻¹ of blocks that begin; a convolution keeps no A.
 
     Raises: NumericalError naming a layer for which that is not possible.
     """
@@ -76,9 +74,7 @@ def _begin(stack: Stack, blocks: Iterable[Block], start: dict[str, Tensor]) -> N
 def update_h_g_(
     stack: Stack, gradient: Tensor, mu_2: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One damped BFGS update of H_g by the averaged pair.
-
-    gradient: raw mean gradient ḡ [size, out] of the skip rule.
+    """One damped BFGS update of H_g by the averaged pair; gradient: ḡ [size, out] of the skip rule.
 
     Returns: where it was accepted, where Powell's damping fired, where the second, and where H_g
     was found broken; [size] bool.

@@ -60,9 +60,7 @@ class Restarts:
     def begin_anew(self, stack: Stack, totals: dict[Block, Totals], lambda_a: float) -> None:
         """Restart the factors of these blocks that are known to be broken, and count them.
 
-        totals: of the coming update, λ_A its damping. A convolution's H_a waits for a batch whose
-        inputs are finite.
-
+        totals: of the coming update, λ_A its damping; a convolution's H_a waits for finite inputs.
         Raises: NumericalError at the third time in a row.
         """
         due = self._due(stack, totals)

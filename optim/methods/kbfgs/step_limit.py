@@ -35,10 +35,9 @@ def remember(parameters: Iterable[Tensor]) -> dict[Tensor, Tensor]:
 
 
 def undecayed_(before: dict[Tensor, Tensor], groups: Groups) -> dict[Tensor, Tensor]:
-    """Take decoupled weight decay back out of a move from `before`; what is to go in again.
+    """Take decoupled weight decay, no part of the plan, out of a move; what is to go in again.
 
-    It is no part of what the preconditioner planned. A parameter that did not move at all (its
-    gradient was not finite) did not decay either.
+    A parameter that did not move at all (its gradient was not finite) did not decay either.
     """
     decay = {}
     for p, start in before.items():

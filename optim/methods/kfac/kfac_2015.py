@@ -88,10 +88,9 @@ class KFAC2015(KFAC):
 
     @property
     def rescaling(self) -> dict[str, Tensor]:
-        """What the last step found, live 0-d tensors.
+        """Live 0-d tensors: "alpha", "mu", "rho" of the last step, NaN before; "lambda", "gamma".
 
-        "alpha", "mu" of the last step, "rho" (NaN before the first); "lambda" and "gamma", by
-        which the two dampings are multiplied now.
+        The two dampings are multiplied by "lambda" and "gamma" now.
         """
         return self._rescaled.state
 

@@ -66,14 +66,12 @@ class LayerwiseStep(Optimizer):
     the layer's parameters, exact, by double backward.
 
     A layer is a module that owns parameters directly, weight and bias together. Each is measured
-    in its first step with a gradient, then `layers_per_step` of them in turn. Measurements enter
-    running averages of ⟨∇_l, d_l⟩ and |d_lᵀ H_ll d_l|, whose ratio is α_l until the next. One that
-    is no descent or not finite is counted, and the last α_l stays (0 before the first good one).
-    A layer whose gradient is not finite does not move, which is counted; the wrapped optimizer
-    sees zero. The loss is measured without weight decay.
-
-    Layers move at once and α_l may be some steps old. Where there is more than one layer,
-    ‖α_l d_l‖ is therefore cut to max_move ‖θ_l‖ (unless θ_l = 0), and the cut is counted.
+    in its first step with a gradient, then `layers_per_step` of them in turn. Measurements, without
+    weight decay, enter running averages of ⟨∇_l, d_l⟩ and |d_lᵀ H_ll d_l|, whose ratio is α_l until
+    the next. Counted are: one that is no descent or not finite, where the last α_l stays (0 at
+    first); a gradient that is not finite, where the layer stays and the wrapped optimizer sees
+    zero; and ‖α_l d_l‖ cut to max_move ‖θ_l‖ (unless θ_l = 0), where there are several layers,
+    since they move at once and α_l may be some steps old.
 
     Each step evaluates the closure twice on one batch, with the same dropout masks. In the second
     pass loss.backward() stands for the products and .grad is None; buffers, .grad and statistics
@@ -89,7 +87,8 @@ class LayerwiseStep(Optimizer):
     order of `COUNTS`. The wrapped optimizer is `.optimizer`.
 
     Raises: TypeError or ValueError for a bad setting or a closure without loss.backward().
-    Source: arXiv:2305.13664, as far as its abstract goes.
+    Source: Bahamou, Goldfarb 2023, arXiv:2305.13664, as far as its abstract goes; averages, turns,
+    bounds and the treatment of bad measurements are ours.
 
     On a quadratic one step finds the minimum along the gradient, whatever lr:
         >>> model = nn.Linear(2, 1, bias=False)
