@@ -125,8 +125,7 @@ class Capture:
 
     accumulate(totals, call, delivered): adds one backward; delivered, of the output's shape, is
         the gradient of the loss as the user scaled it (g_n / m under a mean). None: no capturing.
-    sample(output) -> score: if set, the score is back-propagated from the model's output to the
-        pre-activations and arrives as call.g.
+    sample(output) -> score: if set, it is back-propagated to the pre-activations, call.g.
     eager: count a call when the forward is done, without waiting for backward (warm_up).
     outputs_only: parameters need no gradient now (second pass); only pre-activations get one.
     wants_outputs: call.z is wanted.
@@ -179,11 +178,7 @@ class Capture:
             self.accumulate, self.eager, self.outputs_only = before
 
     def collect(self, blocks: list[Block], missing: str = UNSEEN) -> dict[Block, Totals]:
-        """The totals of these blocks.
-
-        Raises: ValueError naming a block without statistics (and saying what is `missing`), or
-        the blocks, if they saw different numbers of examples.
-        """
+        """The totals of these blocks. Raises: ValueError for none, or unequal example counts."""
         for block in blocks:
             if block.name not in self.totals:
                 raise ValueError(f"layer '{block.name}' {missing}")
@@ -290,13 +285,10 @@ class Capture:
         backward, block = torch._C._current_graph_task_id(), call.block
         own = self._delivered.setdefault(block.name, [])
         own[:] = [one for one in own if one.backward == backward]
-        own.append(_Delivered(backward, call, gradient, self._is_cleared(block, backward)))
-
-    def _is_cleared(self, block: Block, backward: int) -> bool:
-        """Whether what is there belongs to a gradient that is gone."""
         total = self.totals.get(block.name)
         earlier = total is not None and total.backward != backward
-        return earlier and self._grads.is_cleared(block.weight)
+        cleared = earlier and self._grads.is_cleared(block.weight)
+        own.append(_Delivered(backward, call, gradient, cleared))
 
     def _added(self, weight: Tensor, backward: int) -> None:
         """Backward has added to a weight's .grad."""
@@ -341,13 +333,10 @@ def score_gradients(
         Capture.sampling = False
 
 
-BOTH_AT_ONCE = (
-    "two backwards through one forward; gradients of the data's labels are needed whole for each "
-    "example, so add the losses first"
-)
-
-
 def once(call: Call) -> None:
     """Raise ValueError at a second backward through the same forward."""
     if call.counted:
-        raise ValueError(f"layer '{call.block.name}': {BOTH_AT_ONCE}")
+        raise ValueError(
+            f"layer '{call.block.name}': two backwards through one forward; gradients of the "
+            "data's labels are needed whole for each example, so add the losses first"
+        )

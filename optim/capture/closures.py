@@ -31,10 +31,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             with _full_precision_on_cpu():
                 yield
             return
-        products, convolutions = (
-            torch.get_float32_matmul_precision(),
-            torch.backends.cudnn.allow_tf32,
-        )
+        products = torch.get_float32_matmul_precision()
+        convolutions = torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         try:
@@ -95,18 +93,14 @@ def replayed(model: nn.Module, states: RandomState) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave every .grad and every buffer of the model (BatchNorm's statistics) as found.
-
-    Inside, all .grad are None, so that a closure's zero_grad(set_to_none=False) has nothing
-    to overwrite.
-    """
+    """Leave every .grad and every buffer of the model as found; inside, all .grad are None."""
     grads = [(p, p.grad) for p in model.parameters()]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    for parameter, _ in grads:
+    for parameter, _ in grads:  # zero_grad(set_to_none=False) would overwrite them
         parameter.grad = None
     try:
         yield

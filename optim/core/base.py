@@ -19,6 +19,7 @@ from . import settings as checks
 from .harness import Harness
 from .inversions import Job
 from .stacks import Stack
+from .summary import table
 from .warm_up import warming
 
 NOT_SETTINGS = ("self", "__class__", "model", "groups")
@@ -147,7 +148,7 @@ class CurvatureOptimizer(Optimizer, ABC):
     @final
     def summary(self) -> str:
         """A table: each parameter, how it is trained, the memory of its state, its counters."""
-        return self._harness.summary()
+        return table(self, self._harness.model, self._harness.stack_of, self.counts)
 
     @final
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -19,11 +19,10 @@ from ..linalg.basics import factor_dtype, free_to_read, known_true
 from . import distributed, momentum, settings
 from .checkpoint import exact_state
 from .grad_scaler import take_scale
-from .inversions import Job, is_due, offsets
+from .inversions import Job, offsets
 from .momentum import Form, plain_step_
 from .refresher import Refresher
 from .stacks import Stack, make_stacks
-from .summary import table
 
 
 class Harness:
@@ -137,10 +136,7 @@ class Harness:
         return sampled_score(self.setting("likelihood"), output, self.labels)
 
     def begin(self) -> bool:
-        """Undo a GradScaler's scale; False after an overflow, when the step must be skipped.
-
-        Raises: NumericalError about an inverse that keeps failing; ValueError as `take_scale`.
-        """
+        """Undo a GradScaler's scale; False after an overflow, when the step must be skipped."""
         self.refresher.settle()
         scale = take_scale(self.optimizer, needed=self.delivers)
         if scale is None:
@@ -238,11 +234,7 @@ class Harness:
         return momentum.gradient(stack, live, self.groups, decay=decay)
 
     def move(self, stack: Stack, live: list[Block], P: Tensor, ok: Tensor) -> None:
-        """W_bar <- W_bar - lr P; spoils P.
-
-        Where a finite gradient led to no finite P the momentum, which may have overflowed, starts
-        anew.
-        """
+        """W_bar <- W_bar - lr P; spoils P. Momentum that led to no finite P starts anew."""
         moved = momentum.move_(stack, live, P, ok, self.groups)
         if moved is ok:
             return
@@ -270,9 +262,8 @@ class Harness:
     def due(self, jobs: list[Job], *, all_until: int) -> list[Job]:
         """The jobs that come at this step: all in the first steps, then each once per period.
 
-        In the first steps only those whose factor or damping may have changed since the step
-        before; a block without a result is always due. With stagger=True the work of a period is
-        shared out over its steps by its cost, layer by layer.
+        In the first steps only those whose factor or damping may have changed; a block without a
+        result is always due. With stagger=True a period's work is shared out by its cost.
         """
         every = self.setting("refresh_every")
         shared = self.setting("stagger")
@@ -285,7 +276,7 @@ class Harness:
         chosen = []
         for job, offset in zip(jobs, self._offsets[key], strict=True):
             early = self.step < all_until and (self.updating or job.damping_changed)
-            due = early or is_due(self.step, every, offset)
+            due = early or (self.step - offset) % every == 0
             job.blocks = job.started if due else job.new
             if job.blocks:
                 chosen.append(job)
@@ -310,10 +301,6 @@ class Harness:
         if not found:
             raise RuntimeError("no state yet: take a step or call warm_up first")
         return found
-
-    def summary(self) -> str:
-        """A table: each parameter, how it is trained, the memory of its state, its counters."""
-        return table(self.optimizer, self.model, list(self.stack_of), self.counts)
 
     def extra_state(self) -> dict[str, Any]:
         """What state_dict holds beside torch's own: the label generator."""

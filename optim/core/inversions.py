@@ -21,13 +21,12 @@ class Job:
     that are several tensors, one may give them side by side in one. A factor [size, ..., n, n] is
     many small matrices for each one of the stack, which are kept or refused together.
 
-    matrix: the factor itself, if the stack does not hold one under that name. beside: by name,
-    what a result was made with and goes with: stack[name] takes it where the result is kept.
-    damping: may be a function that makes it, called for jobs that are due. setting: of the
-        optimizer, what the damping was made from together with the factor; itself unless given.
+    damping: may be a function that makes it, called for jobs that are due.
+    matrix: the factor itself, if the stack does not hold one under that name.
+    beside: by name, what goes with a result: stack[name] takes it where the result is kept.
     only: matrices of the stack to solve for, [size] bool; None is all of the blocks'.
-    replacing: called with the results held, those about to take their place and where in the
-    stack they are, so that what is expressed in them can follow.
+    setting: of the optimizer, from which the damping was made; itself unless given.
+    replacing: called with the results held, the new ones and their place in the stack.
     block: the only one to solve for, so that a stack's work can be shared out over steps.
     """
 
@@ -152,19 +151,11 @@ class Job:
         )
 
 
-def is_due(step: int, every: int, offset: int = 0) -> bool:
-    """Whether something done every so many steps comes at this one."""
-    return (step - offset) % every == 0
-
-
 def offsets(costs: Sequence[float], every: int) -> list[int]:
-    """Steps of a period at which jobs come, so that no step has much more to do than another.
+    """Steps of a period at which jobs come: the dearest first, each to the step with least to do.
 
-    The dearest first, each to the step with least to do.
-
-    Two dear jobs and two cheap ones over two steps:
-        >>> offsets([8, 1, 8, 1], 2)
-        [0, 0, 1, 1]
+    >>> offsets([8, 1, 8, 1], 2)
+    [0, 0, 1, 1]
     """
     loads, chosen = [0.0] * every, [0] * len(costs)
     for j in sorted(range(len(costs)), key=lambda j: -costs[j]):

@@ -73,11 +73,11 @@ def gradient(stack: Stack, live: Iterable[Block], groups: Groups, *, decay: bool
 def absorb_(
     stack: Stack, live: list[Block], groups: Groups, form: Form, ok: Tensor | None = None
 ) -> Tensor:
-    """stack["momentum"] <- keep M + new (∇ + τ W_bar), coupled weight decay only.
+    """stack["momentum"] <- keep M + new (∇ + τ W_bar), τ of `coupled`, where ∇ is finite.
 
     ok: whose gradient is finite, [size] bool, if somebody has looked.
 
-    Returns: whose gradient was finite, [size] bool; the others' momentum is as it was.
+    Returns: whose gradient was finite, [size] bool.
     """
     if "momentum" not in stack:
         stack.hold(momentum=stack.zeros(*stack.shape))
@@ -91,20 +91,16 @@ def absorb_(
                 g = gradient_of(p).reshape(part.shape).to(M.dtype)
                 if tau := coupled(groups[p]):
                     g = torch.add(g, p.reshape(part.shape), alpha=tau)
-                _one_pass_(part, g, keep, new)
+                # by either form memory is read and written once
+                if new == 1.0:
+                    torch.add(g, part, alpha=keep, out=part)
+                else:
+                    part.lerp_(g, new)  # keep + new = 1
         return ok
     G = gradient(stack, live, groups).nan_to_num_(0.0, 0.0, 0.0)
     weight = per(ok, M)
     M.mul_(1 + weight * (keep - 1)).add_(G.mul_(weight), alpha=new)
     return ok
-
-
-def _one_pass_(M: Tensor, g: Tensor, keep: float, new: float) -> None:
-    """M <- keep M + new g by either form, memory read and written once."""
-    if new == 1.0:
-        torch.add(g, M, alpha=keep, out=M)
-    else:
-        M.lerp_(g, new)  # keep + new = 1
 
 
 def move_(stack: Stack, live: Iterable[Block], P: Tensor, ok: Tensor, groups: Groups) -> Tensor:

@@ -58,11 +58,10 @@ class Refresher:
     def settle(self, *, wait: bool = False) -> None:
         """Look at the flags that have arrived: try failures again in float64, count what fails.
 
-        wait: for all of them; needed before a stack's tensors change their shapes. Several
-        processes always do, or one might try again a step earlier than another.
+        wait: for all of them, before a stack's tensors change their shapes; several processes
+        always do, or one might try again a step earlier than another.
 
-        Raises: NumericalError naming a layer that failed several times in a row, or had no result
-        to fall back on.
+        Raises: NumericalError naming a layer that failed several times in a row or never succeeded.
         """
         for verdict in self.pending:
             if (wait or distributed.size() > 1) and verdict.event is not None:
@@ -101,14 +100,10 @@ class Refresher:
         had_none = job.stack[job.result][job.place].flatten(1).abs().sum(1) == 0
         stop = (failures >= PATIENCE) | (lost & had_none)
         if bool(stop.any()):
-            self._give_up(job, stop)
-
-    def _give_up(self, job: Job, stop: Tensor) -> None:
-        name, times = job.name_of(stop), int(job.failures.max())
-        raise NumericalError(
-            f"layer '{name}': {job.factor} could not be inverted, {times} times in a row; "
-            f"{self.hint}"
-        )
+            raise NumericalError(
+                f"layer '{job.name_of(stop)}': {job.factor} could not be inverted, "
+                f"{int(failures.max())} times in a row; {self.hint}"
+            )
 
 
 def _keep(job: Job, result: Tensor, ok: Tensor) -> None:

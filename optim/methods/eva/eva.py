@@ -98,11 +98,8 @@ class Eva(CurvatureOptimizer):
 
     def _operator(self, stack: Stack, block: Block) -> Operator:
         """(damping I + ḡ ḡᵀ ⊗ x̄ x̄ᵀ)⁻¹."""
-        pairs, damping = (
-            zip(stack.of(block, "g"), stack.of(block, "x"), strict=True),
-            stack.group["damping"],
-        )
-        return by_group([RankOneInverse(g, x, damping) for g, x in pairs])
+        pairs = zip(stack.of(block, "g"), stack.of(block, "x"), strict=True)
+        return by_group([RankOneInverse(g, x, stack.group["damping"]) for g, x in pairs])
 
     def _move(self, live: Live, learned: Any) -> None:  # noqa: ARG002
         directions = {stack: self._solve(stack, blocks) for stack, blocks in live.items()}

@@ -45,7 +45,9 @@ class FisherProducts:
         jacobian = OutputJacobian(output, [self._parameters])
         if not jacobian.reaches:
             raise ValueError(NO_OUTPUT)
-        us = [jacobian.forward(0, self._cast(v)) for v in self._directions]
+        dtypes = [p.dtype for p in self._parameters]
+        casts = [[one.to(t) for one, t in zip(v, dtypes, strict=True)] for v in self._directions]
+        us = [jacobian.forward(0, v) for v in casts]
         with torch.no_grad(), full_precision(output.device):
             wide = torch.promote_types(output.dtype, torch.float32)
             at = output.detach().to(wide)
@@ -56,9 +58,6 @@ class FisherProducts:
         number = self._forward
         # a forward without a backward does not count, two backwards through one count once
         return closures.cut(output, lambda _: self._seen.__setitem__(number, total))
-
-    def _cast(self, v: Sequence[Tensor]) -> list[Tensor]:
-        return [one.to(p.dtype) for one, p in zip(v, self._parameters, strict=True)]
 
     @property
     def result(self) -> Tensor:
