@@ -136,7 +136,7 @@ class Harness:
         return sampled_score(self.setting("likelihood"), output, self.labels)
 
     def begin(self) -> bool:
-        """Undo a GradScaler's scale; False after an overflow, when the step must be skipped."""
+        """Undo a GradScaler's scale; False: skip the step. Raises: as `settle` and `take_scale`."""
         self.refresher.settle()
         scale = take_scale(self.optimizer, needed=self.delivers)
         if scale is None:
