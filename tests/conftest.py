@@ -1,4 +1,6 @@
-"""A real, tiny demo run, shared by all tests that read results."""
+"""A real, tiny run of the demo's study, shared by all tests that read results."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from rich.progress import Progress
 
 from kronscope.studies.experiments import error_along_training
 from kronscope.studies.reports.report import write_report
-from tests.pools import in_process
+from tests.pools import FOUR_LAYERS, in_process
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +21,11 @@ def threads():
 
 @pytest.fixture(scope="session")
 def demo_results(tmp_path_factory):
-    """Results folder of `kronscope demo --tiny --no-dashboard`."""
+    """Results folder as of `kronscope demo --tiny --no-dashboard`, on a smaller network."""
     folder = tmp_path_factory.mktemp("demo")
+    grid = dataclasses.replace(error_along_training.TINY, problem=FOUR_LAYERS.name)
     with in_process(), torch.random.fork_rng(), Progress(disable=True) as progress:
-        run = error_along_training.run(error_along_training.TINY, folder, progress)
+        run = error_along_training.run(grid, folder, progress)
     write_report(run)
     return folder
 

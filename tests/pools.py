@@ -1,5 +1,6 @@
-"""Studies without worker processes: what they submit is done at once, as a worker would do it."""
+"""Studies without worker processes, on a problem small enough for dense matrices of it all."""
 
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -7,7 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from kronscope.studies import problems
+from kronscope.studies.problems.autoencoders import autoencoder
 from kronscope.studies.training import workers
+
+FOUR_LAYERS = dataclasses.replace(
+    problems.get("digits-autoencoder-small"),
+    name="four-layers",
+    model=lambda: autoencoder((64, 8, 5, 8, 64), torch.nn.Tanh),
+)
 
 
 class AtOnce(Executor):
@@ -28,7 +37,8 @@ class AtOnce(Executor):
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """Inside, no study starts a process: each start costs seconds of imports."""
+    """Inside, no study starts a process (seconds of imports), and FOUR_LAYERS is registered."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(problems.PROBLEMS, FOUR_LAYERS.name, FOUR_LAYERS)
         patch.setattr(workers, "shared_pool", lambda _: AtOnce())
         yield

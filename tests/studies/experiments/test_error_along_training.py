@@ -7,14 +7,13 @@ import torch
 from rich.progress import Progress
 
 from kronscope.diag import Problem, approximations, exact, metrics
-from kronscope.studies import problems
 from kronscope.studies.experiments import error_along_training as study
 from kronscope.studies.reports.report import write_report
 from kronscope.studies.results import records
 from kronscope.studies.training import loop as training
-from tests.pools import in_process
+from tests.pools import FOUR_LAYERS, in_process
 
-LAYERS = {"0": 1300, "2": 210, "4": 44, "5": 50, "7": 220, "9": 1344}
+LAYERS = {"0": 520, "2": 45, "3": 48, "5": 576}
 
 
 def test_what_is_measured(demo_run):
@@ -35,7 +34,7 @@ def test_what_is_measured(demo_run):
         assert set(own["approximation"]) == shared | live
         counts = own.groupby(["step", "block", "truth", "approximation"])["metric"].nunique()
         assert set(counts) == {6}
-        assert len(counts) == 2 * 6 * 2 * (4 + len(live))
+        assert len(counts) == 2 * len(LAYERS) * 2 * (4 + len(live))
     assert {"noise_floor", "train_loss", "test_loss"} < set(frame["metric"])
 
 
@@ -60,21 +59,21 @@ def test_numbers_make_sense(demo_run):
 
 
 def test_a_row_is_what_diag_says(demo_run):
-    """The very number again, by hand: KFAC against the GGN of layer 4 before training."""
+    """The very number again, by hand: KFAC against the GGN of layer 3 before training."""
     frame = records.read(demo_run)
     row = frame[
         (frame["optimizer"] == "adam")
         & (frame["step"] == 0)
-        & (frame["block"] == "4")
+        & (frame["block"] == "3")
         & (frame["truth"] == "ggn")
         & (frame["approximation"] == "kfac")
         & (frame["metric"] == "relative_error")
     ].iloc[0]
-    setting = problems.get("digits-autoencoder-small")
+    setting = FOUR_LAYERS
     state = training.start(training.Settings(setting, "adam", epochs=1))
     x = state.data.train_inputs[: row["n"]]
     problem = Problem(state.model, setting.loss, x, x, dtype=torch.float64)
-    block = problem.block("4")
+    block = problem.block("3")
     found = metrics.relative_error(exact.ggn(problem, block), approximations.kfac(problem, block))
     assert row["value"] == pytest.approx(found.value, rel=1e-6)
     assert row["low"] == pytest.approx(found.low, rel=1e-6)
@@ -82,10 +81,10 @@ def test_a_row_is_what_diag_says(demo_run):
 
 def test_matrices_of_every_layer(demo_run):
     index = records.list_matrices(demo_run)
-    assert len(index) == 3 * 2 * 6 * 2
-    place = index[(index["optimizer"] == "kbfgs") & (index["block"] == "4")].iloc[0]
+    assert len(index) == 3 * 2 * len(LAYERS) * 2
+    place = index[(index["optimizer"] == "kbfgs") & (index["block"] == "3")].iloc[0]
     found = records.load_matrices(place["path"])
-    assert found["exact"].shape == (44, 44)
+    assert found["exact"].shape == (48, 48)
     np.testing.assert_allclose(
         found["kfac - exact"],
         found["kfac"] - found["exact"],
@@ -97,7 +96,7 @@ def test_matrices_of_every_layer(demo_run):
 def test_the_header_says_what_was_done(demo_run):
     header = records.read_header(demo_run)
     assert header["status"] == "finished"
-    assert header["problem"] == "digits-autoencoder-small"
+    assert header["problem"] == FOUR_LAYERS.name
     assert header["versions"]["torch"].startswith("2.13.0")
     assert header["config"]["optimizers"] == ["kbfgs", "kfac", "adam"]
     assert set(header["metrics"]) >= {"relative_error", "noise_floor", "step_cosine"}
@@ -114,7 +113,7 @@ def test_report_and_figures(demo_run):
 
 def test_a_diverging_optimizer_is_told_of_and_the_others_go_on(tmp_path, monkeypatch):
     """SGD with a huge step diverges after the first measurement; Adam's rows are complete."""
-    setting = problems.get("digits-autoencoder-small")
+    setting = FOUR_LAYERS
     wild = {**setting.optimizers, "sgd": {"lr": 1e3}}
     monkeypatch.setitem(setting.optimizers, "sgd", wild["sgd"])
     grid = study.Grid(
@@ -133,7 +132,7 @@ def test_a_diverging_optimizer_is_told_of_and_the_others_go_on(tmp_path, monkeyp
 
 def test_an_error_keeps_the_rows_and_says_failed(tmp_path):
     grid = study.Grid(
-        "digits-autoencoder-small", ("adam", "nonsense"), epochs=1, points=2, examples=8, workers=1
+        FOUR_LAYERS.name, ("adam", "nonsense"), epochs=1, points=2, examples=8, workers=1
     )
     refused = pytest.raises(ValueError, match="no optimizer")
     with in_process(), Progress(disable=True) as progress, refused:
@@ -144,7 +143,7 @@ def test_an_error_keeps_the_rows_and_says_failed(tmp_path):
 
 def test_measuring_does_not_change_training(demo_run):
     """Losses of the measured run are those of a run nobody looked at."""
-    setting = problems.get("digits-autoencoder-small")
+    setting = FOUR_LAYERS
     frame = records.read(demo_run)
     for name in ("kbfgs", "kfac", "adam"):
         settings = training.Settings(setting, name, study.TINY.epochs)

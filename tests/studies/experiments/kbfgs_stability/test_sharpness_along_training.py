@@ -17,19 +17,13 @@ from kronscope.optim.methods.kbfgs.kbfgs import COUNTS
 from kronscope.studies import problems, training
 from kronscope.studies.experiments.kbfgs_stability import edge_of_stability, layer_health
 from kronscope.studies.experiments.kbfgs_stability import sharpness_along_training as study
-from kronscope.studies.problems.autoencoders import autoencoder
 from kronscope.studies.reports import prediction, report, sharpness_figures
 from kronscope.studies.reports.prediction import TracedRun
 from kronscope.studies.results import records
 from kronscope.studies.training import optimizers
-from tests.pools import in_process
+from tests.pools import FOUR_LAYERS, in_process
 
-# small enough for dense matrices of the whole model
-SMALL = dataclasses.replace(
-    problems.get("digits-autoencoder-small"),
-    name="four-layers",
-    model=lambda: autoencoder((64, 8, 5, 8, 64), torch.nn.Tanh),
-)
+SMALL = FOUR_LAYERS
 TINY = dataclasses.replace(study.TINY, problem=SMALL.name)
 
 
@@ -39,9 +33,8 @@ def run(grid, results, resume=None):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_and_without_workers():
-    with in_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(problems.PROBLEMS, SMALL.name, SMALL)
+def _without_workers():
+    with in_process():
         yield
 
 
