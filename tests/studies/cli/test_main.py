@@ -8,12 +8,19 @@ from typer.testing import CliRunner
 
 from kronscope.studies.cli import main as cli
 from kronscope.studies.results import records
+from tests.pools import in_process
 
 runner = CliRunner()
 
 
 def invoke(*words):
     return runner.invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def _in_process():
+    with in_process():
+        yield
 
 
 def test_problems():
@@ -27,7 +34,8 @@ def test_train_prints_losses_and_resumes(tmp_path):
     words = ("train", "digits-autoencoder", "--optimizer", "kfac", "--results", tmp_path)
     assert invoke(*words, "--epochs", 1).exit_code == 0
     (run,) = tmp_path.iterdir()
-    found = invoke("train", "--epochs", 2, "--resume", run, "--measure", 0.9)
+    with in_process():
+        found = invoke("train", "--epochs", 2, "--resume", run, "--measure", 0.9)
     assert found.exit_code == 0
     assert "train loss" in found.output
     assert "measured 1 time(s) in" in found.output
@@ -71,6 +79,7 @@ def test_compare_optimizers_and_add_one_to_the_run(tmp_path):
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("_in_process")
 def test_tune_and_go_on_with_the_same_settings(tmp_path):
     words = ("tune", "grid", "digits-autoencoder-small", "--results", tmp_path)
     found = invoke(*words, "--optimizer", "adam", "--epochs", 1, "--lr-factors", "0.5,1")
@@ -85,6 +94,7 @@ def test_tune_and_go_on_with_the_same_settings(tmp_path):
     assert len(records.read_header(run)["comparison"]["rows"]) == 3
 
 
+@pytest.mark.usefixtures("_in_process")
 def test_tune_what_is_listed_and_go_on(tmp_path):
     words = ("tune", "searched", "mnist-autoencoder-small", "--results", tmp_path)
     found = invoke(*words, "--optimizer", "sgd", "--epochs", 1)
