@@ -364,7 +364,7 @@ def test_what_was_searched(name, optimizer):
     plain = plain.removeprefix("layerwise_")
     kind = known[plain]
     for option, values in search.grid.items():
-        assert option in inspect.signature(kind).parameters
+        assert option in inspect.signature(kind.__init__).parameters
         assert list(values) == sorted(set(values))
         assert len(values) >= 3
         assert min(values) > 0

@@ -9,13 +9,14 @@ import pytest
 
 from kronscope.studies.reports.report import table, write_report
 from kronscope.studies.results import records
-from tests.synthetic import HEADER, write_run
+from tests.synthetic import HEADER, SIZES, write_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    return write_run(folder, optimizers=("kbfgs",), steps=(0, 100))
+    sizes = {name: SIZES[name] for name in ("0", "10")}
+    return write_run(folder, optimizers=("kbfgs",), steps=(0, 100), sizes=sizes)
 
 
 @pytest.fixture(scope="module")
